@@ -11,7 +11,7 @@ Source: pgvector's README (vector_norm, l2_norm, vector_dims).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, LiteralString, cast
 
 import msgspec
@@ -89,19 +89,27 @@ async def examine_chunks(connection: Connection, schema: str, spec: IndexSpec, a
         parts["between"] = sql.SQL(between.replace("{0}", "c")).format(**parts)
         parts["vectors_between"] = sql.SQL(between.replace("{0}", "v")).format(**parts)
 
-        async def look(fault: Fault, statement: LiteralString, values: Mapping[str, sql.Composable]) -> None:
-            found = await fetch_texts(connection, sql.SQL(statement + " LIMIT {limit}").format(**values))
-            if found:
-                faults[fault] = list(dict.fromkeys([*faults.get(fault, ()), *cast(list[Key], found)]))
+        width = len(spec.shape.key)
 
-        await look("damaged", DAMAGED, parts)
+        async def look(wrong: Sequence[Fault], statement: LiteralString, values: Mapping[str, sql.Composable]) -> None:
+            found = await fetch_texts(connection, sql.SQL(statement + " LIMIT {limit}").format(**values))
+            for place, fault in enumerate(wrong, start=width):
+                keys = [cast(Key, tuple(row[:width])) for row in found if len(row) == width or row[place] == "t"]
+                if keys:
+                    faults[fault] = list(dict.fromkeys([*faults.get(fault, ()), *keys]))
+
+        await look(["damaged"], DAMAGED, parts)
         whole = {one.generation for one in await Generations(schema).of(connection, spec.name) if one.state == "ready"}
         for one in spec.generations:
             if one is not spec and one.generation not in whole:
                 continue
             of = parts | _parts_of(names, extension, one)
-            for fault, statement in VECTORS.items():
-                await look(fault, statement, of)
+            of |= {
+                "faults": sql.SQL(", ").join(sql.SQL(fault).format(**of) for fault in VECTOR_FAULTS.values()),
+                "any_fault": sql.SQL(" OR ").join(sql.SQL(fault).format(**of) for fault in VECTOR_FAULTS.values()),
+            }
+            await look(list(VECTOR_FAULTS), VECTORS, of)
+            await look(["vector_twice"], TWICE, of)
             waits, lost = await fetch_one(connection, sql.SQL(COUNTED).format(**of))
             waiting, orphaned = waiting + cast(int, waits), orphaned + cast(int, lost)
         await connection.execute("COMMIT")
@@ -115,18 +123,12 @@ async def examine_chunks(connection: Connection, schema: str, spec: IndexSpec, a
 def _parts_of(names: Names, extension: str, one: IndexSpec) -> dict[str, sql.Composable]:
     """Return what the statements about the vectors of a generation need."""
     norm = "l2_norm" if one.config.vector_type == "halfvec" else "vector_norm"
-    of_chunk = sql.SQL("SELECT FROM {} AS b WHERE b.chunk_id = c.chunk_id AND b.generation = {}").format(
-        names.backlog, sql.Literal(one.generation)
-    )
-    tried = sql.Literal(MAX_ATTEMPTS)
     return {
         "backlog": names.backlog,
         "generation": sql.Literal(one.generation),
         "vectors": names.vectors(one.generation),
         **names.tiers(one.generation),
-        "queued": sql.SQL("EXISTS ({})").format(of_chunk),
-        "waits": sql.SQL("EXISTS ({} AND b.attempts < {})").format(of_chunk, tried),
-        "given_up": sql.SQL("EXISTS ({} AND b.attempts >= {})").format(of_chunk, tried),
+        "tried": sql.Literal(MAX_ATTEMPTS),
         "dimensions": sql.SQL("{}.vector_dims(v.embedding)").format(sql.Identifier(extension)),
         "norm": sql.SQL("{}." + norm).format(sql.Identifier(extension)),
         "right": sql.Literal(one.dimensions),
@@ -143,33 +145,31 @@ DAMAGED: LiteralString = (
     " (SELECT FROM {chunks} AS p WHERE {same_key} AND p.chunk_no = c.chunk_total - 1))"
 )
 
-VECTORS: dict[Fault, LiteralString] = {
-    "failed": "SELECT {keys} FROM {chunks} AS c WHERE {between} AND {given_up}",
-    "vector_missing": (
-        "SELECT {keys} FROM {chunks} AS c LEFT JOIN {vectors} AS v USING (chunk_id)"
-        " WHERE v.chunk_id IS NULL AND {between} AND NOT {queued}"
-    ),
-    "vector_stale": (
-        "SELECT {keys} FROM {chunks} AS c JOIN {vectors} AS v USING (chunk_id)"
-        " WHERE v.content_hash <> c.content_hash AND {between} AND NOT {queued}"
-    ),
-    "vector_dimensions": (
-        "SELECT {keys} FROM {vectors} AS v JOIN {chunks} AS c USING (chunk_id)"
-        " WHERE {between} AND {dimensions} <> {right}"
-    ),
-    "vector_not_finite": (
-        "SELECT {keys} FROM {vectors} AS v JOIN {chunks} AS c USING (chunk_id)"
-        " WHERE {between} AND NOT {norm}(v.embedding) < 'Infinity'::float8"
-    ),
-    "vector_twice": (
-        "SELECT {keys} FROM {fresh} AS v JOIN {settled} USING (chunk_id) JOIN {chunks} AS c USING (chunk_id)"
-        " WHERE {between}"
-    ),
+VECTOR_FAULTS: dict[Fault, LiteralString] = {
+    "failed": "b.attempts >= {tried}",
+    "vector_missing": "b.chunk_id IS NULL AND v.chunk_id IS NULL",
+    "vector_stale": "b.chunk_id IS NULL AND v.content_hash <> c.content_hash",
+    "vector_dimensions": "{dimensions} <> {right}",
+    "vector_not_finite": "NOT {norm}(v.embedding) < 'Infinity'::float8",
 }
-"""The faults that vectors of one generation can have."""
+"""When a vector `v` of a chunk `c` is wrong, and its place in the backlog is `b`; NULL where it is not there."""
+
+VECTORS: LiteralString = (
+    "SELECT {keys}, {faults} FROM {chunks} AS c"
+    " LEFT JOIN (SELECT * FROM {vectors} AS v WHERE {vectors_between}) AS v USING (chunk_id)"
+    " LEFT JOIN {backlog} AS b ON b.chunk_id = c.chunk_id AND b.generation = {generation}"
+    " WHERE {between} AND ({any_fault})"
+)
+"""The chunks of which that holds, with whether each does."""
+
+TWICE: LiteralString = (
+    "SELECT {keys} FROM {fresh} AS v JOIN {settled} USING (chunk_id) JOIN {chunks} AS c USING (chunk_id)"
+    " WHERE {between}"
+)
 
 COUNTED: LiteralString = (
-    "SELECT (SELECT count(*) FROM {chunks} AS c WHERE {between} AND {waits}),"
+    "SELECT (SELECT count(*) FROM {chunks} AS c JOIN {backlog} AS b USING (chunk_id)"
+    " WHERE {between} AND b.generation = {generation} AND b.attempts < {tried}),"
     " (SELECT count(*) FROM (SELECT chunk_id FROM {vectors} UNION ALL"
     " SELECT chunk_id FROM {backlog} WHERE generation = {generation}) AS v WHERE {vectors_between}"
     " AND NOT EXISTS (SELECT FROM {chunks} AS c WHERE c.chunk_id = v.chunk_id))"
