@@ -93,10 +93,14 @@ class Backlog:
             ).format(sql.Identifier(self._stage), sql.Identifier(schema))
         )
 
-    async def window(self, limit: int, *, lane: int | None = None, most_bytes: int = WINDOW_BYTES) -> list[Waiting]:
+    async def window(
+        self, limit: int, *, lane: int | None = None, most_bytes: int = WINDOW_BYTES, free: bool = False
+    ) -> list[Waiting]:
         """Return up to `limit` distinct texts that are due, the live lane first.
 
         They are no more than `most_bytes` together, but for the last of them: at least one is returned.
+
+        :param free: only those whose rows no other session holds just now. To tell them apart is a small write.
         """
         cursor = await self._connection.execute(
             self._sql(
@@ -106,8 +110,9 @@ class Backlog:
                 "SELECT b.content_hash, c.content, b.lane, b.attempts, b.chunk_id, c.commit_lsn, c.applied_at"
                 " FROM {backlog} AS b JOIN {chunks} AS c USING (chunk_id)"
                 " WHERE b.generation = {generation} AND b.attempts < {attempts} AND b.next_attempt_at <= now()"
-                " AND (%s::int IS NULL OR b.lane = %s) ORDER BY b.lane, b.chunk_id LIMIT %s) AS w"
-                ") AS w WHERE before IS NULL OR before < %s ORDER BY lane, chunk_id"
+                " AND (%s::int IS NULL OR b.lane = %s) ORDER BY b.lane, b.chunk_id LIMIT %s {locking}) AS w"
+                ") AS w WHERE before IS NULL OR before < %s ORDER BY lane, chunk_id",
+                locking=sql.SQL("FOR UPDATE OF b SKIP LOCKED" if free else ""),
             ),
             [lane, lane, limit, most_bytes],
         )
@@ -115,6 +120,14 @@ class Backlog:
         for row in await cursor.fetchall():
             distinct.setdefault(row[0], Waiting(*row))
         return list(distinct.values())
+
+    async def due(self, *, lane: int | None = None) -> bool:
+        """Say whether any text is due, whoever holds its row."""
+        statement = self._sql(
+            "SELECT EXISTS (SELECT FROM {backlog} WHERE generation = {generation} AND attempts < {attempts}"
+            " AND next_attempt_at <= now() AND (%s::int IS NULL OR lane = %s))"
+        )
+        return bool((await fetch_row(self._connection, statement, [lane, lane]) or (False,))[0])
 
     async def lockers(self) -> list[Lock]:
         """Return who keeps everybody from writing to the index's tables."""

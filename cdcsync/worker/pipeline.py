@@ -9,6 +9,7 @@ table that changed.
 from __future__ import annotations
 
 import time
+from collections import ChainMap
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Literal
 
@@ -199,7 +200,7 @@ class Pipeline:
             source_ends=self.stream.leave,
         )
         self.stream.described = self.watch.look
-        state.problems = self.watch.problems
+        state.problems = ChainMap(self.watch.problems, self.embedding.problems)
         state.attach(self.lag, lambda: self.stream.checkpoint, self.dispatchers, self.reconfigure)
 
     def _look_after_others(self, spec: IndexSpec, metrics: Metrics) -> None:

@@ -79,7 +79,7 @@ class WorkerState:
         self._lag: Lag | None = None
         self._checkpoint: Callable[[], Lsn] = lambda: Lsn(0)
         self.problems: Mapping[str, str] = {}
-        """Problems of the application's writes to indexed tables, by index."""
+        """Problems of the application's writes to indexed tables, and of what vectors wait for, by index."""
         self._reconfigure: Callable[[Config], None] = lambda config: None
         self._dispatchers: Mapping[str, Dispatcher] = {}
         self._connected = False

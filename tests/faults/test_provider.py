@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -142,22 +143,39 @@ def test_vectors_that_cannot_be_stored_are_kept_and_take_no_connection_from_anot
     pipeline.in_step()
 
 
-def test_rows_of_the_backlog_that_another_session_holds_are_waited_for(
+def test_rows_of_the_backlog_that_another_session_holds_are_waited_for_and_hold_up_nothing_else(
     pipeline: Pipeline, provider: FakeProvider
 ) -> None:
+    # More rows are held than a window has.
+    pipeline.hurry = {"cdcsync.flows.embed.pace.WINDOW_TEXTS": 16, "cdcsync.flows.embed.pace.MOST_WINDOWS": 4}
     waiting_for_vectors(pipeline, provider)
+    refused = Counter[str]()
+
+    def refuse(text: str) -> bool:
+        refused[text] += text.endswith("7")
+        return text.endswith("7")
+
+    provider.rejects = refuse
     with psycopg.connect(pipeline.config.target.dsn) as holder:
         held = holder.execute("SELECT FROM cdcsync.articles_backlog FOR UPDATE").rowcount
         provider.start()
+        until(lambda: pipeline.times("backlog_locked") > 0, pipeline.tail)
+        told = f"cdcsync.articles_backlog is locked by pid {holder.info.backend_pid}"
+        until(lambda: any(told in one for one in json.loads(pipeline.get("/readyz")[1])["reasons"]), pipeline.tail)
+        asked = refused.total()
+        pipeline.source.execute("INSERT INTO articles VALUES (1000, 1, 'as new as can be')")
+        until(lambda: vector_of(pipeline, 1000) != (None,), pipeline.tail)
         until(lambda: pipeline.times("backlog_locked") > 1, pipeline.tail)
         logged = [one for one in pipeline.events() if one["event"] == "backlog_locked"]
         assert [one["attempt"] for one in logged] == [TELL_EVERY * (at + 1) for at in range(len(logged))]
-        told = f"cdcsync.articles_backlog is locked by pid {holder.info.backend_pid}"
         assert all(any(told in lock for lock in one["locks"]) for one in logged)
+        assert refused.total() == asked, "what cannot be noted is not tried again"
         assert backlog(pipeline) == held
+        provider.rejects = lambda text: False
     until(lambda: backlog(pipeline) == 0, "the vectors")
     assert {times for text, times in provider.embedded.items() if text.startswith("another")} == {1}
     pipeline.in_step()
+    until(lambda: json.loads(pipeline.get("/readyz")[1])["reasons"] == [], pipeline.tail)
 
 
 def test_an_outage_costs_vectors_their_freshness_and_nothing_else(pipeline: Pipeline, provider: FakeProvider) -> None:

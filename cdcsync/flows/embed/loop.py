@@ -45,11 +45,8 @@ STORE_TEXTS = 128
 LIVE_S = 1.0
 """So long after a live change others are expected."""
 
-HELD_TEXTS = 256
-"""Texts in a window while none of the last one could be stored."""
-
 TELL_EVERY = 6
-"""So many windows in a row can nothing be stored of before it is told: some seconds."""
+"""So many times rows that others hold are waited for before it is told: some seconds."""
 
 POLL_S = 5.0
 """How often the backlog is looked at without a word from apply: postponed texts become due by themselves."""
@@ -86,10 +83,10 @@ class EmbedLoop:
         self._held = False
         self._locked_out = False
         """Whether another session was last seen to hold the tables."""
-        self._progress = 0
-        """Counts what brought the backlog nearer to its end, or proved a text to be done with."""
-        self._fruitless = 0
-        """Windows in a row of which nothing could be stored, although nobody holds the tables."""
+        self._rows_held = False
+        """Whether other sessions seem to hold rows, so that what is made for these could not be stored."""
+        self._waits = 0
+        """How often nothing was left but such rows."""
         self._one_tries = anyio.Lock()
         self._lock_wait = Backoff()
         self.commits = Commits()
@@ -137,16 +134,16 @@ class EmbedLoop:
             self._broken = False
             # Loads stop first when the tokens of a day run out.
             lane = None if self._dispatcher.waits_until(load=True) is None else LIVE
-            progress = self._progress
-            if await self._window(lane=lane) == 0:
-                self._note_unlocked()
-                self.drained()
-                with anyio.move_on_after(POLL_S):
-                    await self._wake.wait()
-            elif self._progress == progress and self._goes_on(load=lane is None):
+            if await self._window(lane=lane):
+                continue
+            if self._rows_held and await self._of_backlog(partial(Backlog.due, lane=lane)):
                 await self._wait_for_rows()
-            else:
-                self._fruitless = 0
+                continue
+            self._note_unlocked()
+            self._note_rows(None)
+            self.drained()
+            with anyio.move_on_after(POLL_S):
+                await self._wake.wait()
 
     async def _hold_while_far_behind(self) -> None:
         """Wait for the stream to catch up, once each time that it falls behind."""
@@ -159,9 +156,8 @@ class EmbedLoop:
 
     async def _window(self, *, lane: int | None) -> int:
         """Embed one window of due texts and return how many there were."""
-        # Fewer than are remembered: what cannot be stored is not paid for again.
-        most = HELD_TEXTS if self._fruitless else self._dispatcher.pace.window_texts
-        window = await self._of_backlog(lambda it: it.window(most, lane=lane))
+        most, free = self._dispatcher.pace.window_texts, self._rows_held
+        window = await self._of_backlog(lambda it: it.window(most, lane=lane, free=free))
         self._target_outage.succeeded()
         # Texts of about the same length together: a batch is padded to its longest.
         tokens = await self._dispatcher.measure({waiting.hash: waiting.text for waiting in window})
@@ -198,7 +194,6 @@ class EmbedLoop:
             # generation has by now.
             waiting = await self._of_backlog(partial(_left, [one.hash for one in batch]))
             self._dispatcher.avoided("superseded", len(batch) - len(waiting))
-            self._progress += len(batch) - len(waiting)
             if (batch := [one for one in batch if one.hash in waiting]) and not self._broken:
                 await self._batch(batch)
         except EmbedderUnavailable:
@@ -234,8 +229,8 @@ class EmbedLoop:
         log.warning("text_not_embedded", index=self._spec.name, attempts=attempts + 1, error=str(error))
         final = isinstance(error, TextRejected)
         delay_s = backoff_s(attempts)
-        noted = await self._of_backlog(lambda it: it.postpone([one], str(error), delay_s=delay_s, final=final))
-        self._progress += noted
+        if not await self._of_backlog(lambda it: it.postpone([one], str(error), delay_s=delay_s, final=final)):
+            self._rows_held = True
 
     async def _store(self, made: Mapping[bytes, FloatVector]) -> None:
         """Store vectors, a part at a time, over as many connections as there are."""
@@ -256,7 +251,8 @@ class EmbedLoop:
             await self._postpone(next(iter(part)), TextRejected(f"the target: {without_values(error)}"))
             return
         self._note_unlocked()
-        self._progress += stored
+        # Or they have changed again: then to look which rows are free is in vain, and does no harm.
+        self._rows_held = self._rows_held or stored < len(part)
         self._dispatcher.avoided("shared", stored - len(part))
         self._metrics.vectors.labels(self._spec.name, "backlog" if self._searched else "migration").inc(stored)
 
@@ -280,15 +276,27 @@ class EmbedLoop:
                         await self._lock_wait.wait()
 
     async def _wait_for_rows(self) -> None:
-        """Wait a little, because other sessions hold the rows of all that is due."""
-        self._fruitless += 1
-        if self._fruitless % TELL_EVERY == 0:
-            async with self._pool.backlog(self._spec, self._siblings) as backlog:
-                locks = [str(one) for one in await backlog.row_lockers()]
+        """Wait a little for new texts, because other sessions hold the rows of all that is due."""
+        self._waits += 1
+        if self._waits % TELL_EVERY == 0:
+            locks = [str(one) for one in await self._of_backlog(lambda it: it.row_lockers())]
+            self._note_rows(f"other sessions hold rows of its backlog{''.join(f': {one}' for one in locks[:1])}")
             log.warning(
-                "backlog_locked", index=self._spec.name, error="its rows are held", attempt=self._fruitless, locks=locks
+                "backlog_locked", index=self._spec.name, error="its rows are held", attempt=self._waits, locks=locks
             )
-        await anyio.sleep(backoff_s(self._fruitless, first=0.05, most=POLL_S))
+        with anyio.move_on_after(backoff_s(self._waits, first=0.05, most=POLL_S)):
+            await self._wake.wait()
+
+    def _note_rows(self, held: str | None) -> None:
+        """Note who holds the rows of all that is due, to be told by the worker; None if nobody does."""
+        if held is None:
+            self._rows_held, self._waits = False, 0
+        if not self._searched:
+            return
+        if held is None:
+            self._pool.problems.pop(self._spec.name, None)
+        else:
+            self._pool.problems[self._spec.name] = held
 
     def _note_unlocked(self) -> None:
         """Note that vectors could be stored, or that none are left. A read does not prove that a write is possible."""

@@ -57,6 +57,8 @@ class Pool:
         self._schema = schema
         self._free = anyio.Semaphore(min(PER_INDEX * indexes, MOST))
         self._idle: list[_Session] = []
+        self.problems: dict[str, str] = {}
+        """Why vectors of an index wait, as its embed loop noted it."""
 
     @asynccontextmanager
     async def backlog(self, spec: IndexSpec, siblings: Sequence[IndexSpec] = ()) -> AsyncIterator[Backlog]:
@@ -93,7 +95,9 @@ class Pool:
                     await self.aclose()
 
     async def _open(self) -> _Session:
-        opened = await connect(self._dsn, "target", application_name="cdcsync embed", lock_wait_ms=SHARED_LOCK_WAIT_MS)
+        opened = await connect(
+            self._dsn, "target", application_name="cdcsync embed", lock_wait_ms=SHARED_LOCK_WAIT_MS, works=True
+        )
         return _Session(opened)
 
     async def aclose(self) -> None:
