@@ -89,7 +89,7 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
     schema = config.target.schema
     async with AsyncExitStack() as stack:
         target = await stack.enter_async_context(
-            await connect(config.target.dsn, "target", application_name="cdcsync verify")
+            await connect(config.target.dsn, "target", application_name="cdcsync verify", works=True)
         )
         source = await stack.enter_async_context(
             await connect(config.source.dsn, "source", application_name="cdcsync verify")

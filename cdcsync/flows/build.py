@@ -55,7 +55,9 @@ async def build_until_live(dsn: str, schema: str, specs: Sequence[IndexSpec]) ->
     left = list(specs)
     causes: dict[str, str | None] = {}
     backoff = Backoff(lambda failure: log.warning("build_waits", error=str(failure.error), fix=failure.error.hint))
-    async with Session(dsn, "target", application_name="cdcsync build", lock_wait_ms=SHARED_LOCK_WAIT_MS) as session:
+    async with Session(
+        dsn, "target", application_name="cdcsync build", lock_wait_ms=SHARED_LOCK_WAIT_MS, works=True
+    ) as session:
         while left:
             async with backoff:
                 await _advance_all(await session.connection(), schema, left, causes)

@@ -196,6 +196,10 @@ class _Planning:
     async def index(self, spec: IndexSpec) -> IndexPlan:
         reading = await read_need(self._target, self._config, spec, self._catalog)
         need, entry, found = reading.need, reading.entry, reading.found
+        try:
+            reading.missing.refuse_unsafe(self._config.target.schema)
+        except SetupError as error:
+            return paused(spec.name, Pause(error.message, error.hint or ""))
         changes = []
         if entry is not None and entry.configuration is not None:
             # The file's section: that of the spec has the vectors that the index keeps.

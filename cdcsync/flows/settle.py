@@ -208,7 +208,7 @@ class Settle:
         """Build the settled tier anew with what is fresh in it; if that fails, vectors move one by one."""
         log.info("hnsw_rebuilding", index=spec.name)
         try:
-            async with Session(self._dsn, "target", application_name="cdcsync rebuild") as session:
+            async with Session(self._dsn, "target", application_name="cdcsync rebuild", works=True) as session:
                 with speaking_of("target", where=f"index {spec.name}"):
                     moved = await Rebuild(await session.connection(), self._schema, spec).run()
         except (CdcsyncError, Emptied) as error:
@@ -272,6 +272,12 @@ class Settle:
         """Return what settles an index over one of our connections."""
         while len(self._sessions) <= number:
             self._sessions.append(
-                Session(self._dsn, "target", application_name="cdcsync settle", lock_wait_ms=SHARED_LOCK_WAIT_MS)
+                Session(
+                    self._dsn,
+                    "target",
+                    application_name="cdcsync settle",
+                    lock_wait_ms=SHARED_LOCK_WAIT_MS,
+                    works=True,
+                )
             )
         return Settling(await self._sessions[number].connection(), self._schema, spec)

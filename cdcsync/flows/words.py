@@ -59,7 +59,7 @@ async def count_words_for_ever(dsn: str, schema: str, specs: Sequence[IndexSpec]
         log.warning("words_not_counted", index=spec.name, error=str(error), fix=error.hint)
 
     async with Session(
-        dsn, "target", application_name="cdcsync words", idle_s=IDLE_S, lock_wait_ms=SHARED_LOCK_WAIT_MS
+        dsn, "target", application_name="cdcsync words", idle_s=IDLE_S, lock_wait_ms=SHARED_LOCK_WAIT_MS, works=True
     ) as target:
         await _for_ever(target, specs, count, failed, lambda took_s: max(LOOK_EVERY_S, took_s / SHARE))
 

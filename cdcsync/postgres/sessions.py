@@ -18,7 +18,17 @@ from psycopg.pq import TransactionStatus
 from cdcsync.errors import CdcsyncError, Unavailable
 from cdcsync.postgres.errors import connect_error, speaking_of, unavailable
 from cdcsync.postgres.liveness import SERVER, Backend, WatchedConnection, at_its_host, system_of
-from cdcsync.postgres.settings import DURABILITY, LEAVING, RENDERING, SAFETY, TABLES_ONLY, Side, conninfo_for, describe
+from cdcsync.postgres.settings import (
+    DURABILITY,
+    LEAVING,
+    RENDERING,
+    SAFETY,
+    TABLES_ONLY,
+    WORKING,
+    Side,
+    conninfo_for,
+    describe,
+)
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
@@ -40,11 +50,18 @@ def answers(connection: Connection, error: CdcsyncError) -> bool:
 
 
 async def connect(
-    dsn: str, side: Side, *, application_name: str = "cdcsync", autocommit: bool = True, lock_wait_ms: int | None = None
+    dsn: str,
+    side: Side,
+    *,
+    application_name: str = "cdcsync",
+    autocommit: bool = True,
+    lock_wait_ms: int | None = None,
+    works: bool = False,
 ) -> WatchedConnection:
     """Open an SQL session with pinned rendering. The caller closes it.
 
     :param lock_wait_ms: how long a statement waits for a lock, if that is not for the side to say.
+    :param works: whether it keeps an index in step, as every session on the source does; see `WORKING`.
     :raises SetupError: wrong password, database, host name or DSN: waiting does not help.
     :raises SourceUnavailable, TargetUnavailable: the server does not answer now.
     """
@@ -60,7 +77,7 @@ async def connect(
     connection.prepare_threshold = None
     try:
         with speaking_of(side, where=where), anyio.fail_after(SETTINGS_S):
-            await _set_up(connection, side, lock_wait_ms)
+            await _set_up(connection, side, lock_wait_ms, works=works)
             await connection.set_autocommit(autocommit)
     except TimeoutError:
         connection.pgconn.finish()
@@ -71,10 +88,12 @@ async def connect(
     return connection
 
 
-async def _set_up(connection: WatchedConnection, side: Side, lock_wait_ms: int | None) -> None:
+async def _set_up(connection: WatchedConnection, side: Side, lock_wait_ms: int | None, *, works: bool) -> None:
     """Pin the settings of a session, and note which one it is: until then nobody could tell that it is lost."""
     # Together, because each statement of its own would take the time of the way there and back.
     ours = [RENDERING, SAFETY, DURABILITY[side], *([TABLES_ONLY] if side == "source" else [])]
+    if works or side == "source":
+        ours.append(WORKING)
     if lock_wait_ms is not None:
         ours.append(f"SET lock_timeout = {lock_wait_ms:d}")
     ours.append(SERVER)
@@ -100,17 +119,19 @@ class Session:
         application_name: str,
         idle_s: float | None = None,
         lock_wait_ms: int | None = None,
+        works: bool = False,
     ) -> None:
         """Make a session that has no connection yet.
 
         :param idle_s: close the connection once it has not been used for so long; nothing may live in it between uses.
-        :param lock_wait_ms: see `connect`.
+        :param lock_wait_ms: see `connect`, as for `works`.
         """
         self._dsn = dsn
         self._side: Side = side
         self._application_name = application_name
         self._idle_s = idle_s
         self._lock_wait_ms = lock_wait_ms
+        self._works = works
         self._rest: asyncio.TimerHandle | None = None
         self._connection: WatchedConnection | None = None
 
@@ -127,7 +148,11 @@ class Session:
         if self._connection is None or self._connection.info.transaction_status != TransactionStatus.IDLE:
             await self.aclose()
             self._connection = await connect(
-                self._dsn, self._side, application_name=self._application_name, lock_wait_ms=self._lock_wait_ms
+                self._dsn,
+                self._side,
+                application_name=self._application_name,
+                lock_wait_ms=self._lock_wait_ms,
+                works=self._works,
             )
             if self._idle_s is not None:
                 self._rest = asyncio.get_running_loop().call_later(self._idle_s, self._close_if_idle)

@@ -60,16 +60,23 @@ ALWAYS_BRIEFLY: LiteralString = "SET lock_timeout = '400ms'"
 by failing somebody's statement, we give up."""
 
 DURABILITY: dict[Side, LiteralString] = {
-    # Our writes on the source are marks and publications: flushed at commit, waiting for no standby. And
-    # replication does not know row-level security: a policy that would hide rows from us must be an error.
+    # Our writes on the source are marks and publications: flushed at commit, waiting for no standby.
     # And a table of an application may be locked for hours, which must not hold up what is for another index.
-    "source": "SET synchronous_commit = local; SET row_security = off; " + ALWAYS_BRIEFLY,
+    "source": "SET synchronous_commit = local; " + ALWAYS_BRIEFLY,
     # Changes acknowledged to the source must survive a crash of the target, whatever the role's default is. And if a
     # proxy keeps a session open whose process has ended in the middle of a transaction, its locks must not stay: none
     # of our transactions there waits for anything but the server.
     "target": "SET synchronous_commit = on; SET idle_in_transaction_session_timeout = '120s'",
 }
 """Settings that only one side's sessions need."""
+
+WORKING: LiteralString = (
+    "SET row_security = off; SELECT set_config('random_page_cost',"
+    " least(current_setting('random_page_cost')::float8, 1.1)::text, false)"
+)
+"""What keeps an index in step sees every row: what a policy hides would be neither changed nor deleted nor compared, so
+such a policy makes the statement fail. And it looks up the rows of a batch or page by their keys. At the cost that a
+page has on a rotating disk, the server would read a table of a hundred thousand rows for two thousand of them."""
 
 CONNECT_TIMEOUT_S = 10
 """Long enough for a server that is starting, short enough that an operator waits for the message."""

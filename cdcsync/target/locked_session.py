@@ -208,7 +208,7 @@ class LockedSession:
         return f"cdcsync apply {self._slot}"
 
     async def _connect(self) -> WatchedConnection:
-        connection = await connect(self._dsn, "target", application_name=self._application_name)
+        connection = await connect(self._dsn, "target", application_name=self._application_name, works=True)
         connection.beat()
         return connection
 

@@ -57,7 +57,9 @@ class ApplySession(LockedSession):
         self._stages: TemporaryTables | None = None
         self._put_off: set[int] = set()
         """Requests of which a page had to be left out: their later pages wait for it."""
-        self._beside = Session(dsn, "target", application_name=f"cdcsync look-up {slot}", lock_wait_ms=LOCK_WAIT_MS)
+        self._beside = Session(
+            dsn, "target", application_name=f"cdcsync look-up {slot}", lock_wait_ms=LOCK_WAIT_MS, works=True
+        )
         """Looks up for the next batch while this one is written."""
         self._look_ups: tuple[Connection | None, dict[str, LookUps]] = None, {}
         """The look-ups over that connection, by index."""

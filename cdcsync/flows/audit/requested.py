@@ -55,7 +55,9 @@ async def compare_for_ever(
     locked = {name: LockedOut(name, spec.single_tables, written_tables(schema, spec)) for name, spec in specs.items()}
     async with (
         Session(source_dsn, "source", application_name="cdcsync compare") as source,
-        Session(target_dsn, "target", application_name="cdcsync compare", lock_wait_ms=SHARED_LOCK_WAIT_MS) as target,
+        Session(
+            target_dsn, "target", application_name="cdcsync compare", lock_wait_ms=SHARED_LOCK_WAIT_MS, works=True
+        ) as target,
     ):
         while True:
             async with backoff:

@@ -139,7 +139,12 @@ class RollingAudit:
         """
         self._source = Session(source_dsn, "source", application_name="cdcsync audit", idle_s=IDLE_S)
         self._target = Session(
-            target_dsn, "target", application_name="cdcsync audit", idle_s=IDLE_S, lock_wait_ms=SHARED_LOCK_WAIT_MS
+            target_dsn,
+            "target",
+            application_name="cdcsync audit",
+            idle_s=IDLE_S,
+            lock_wait_ms=SHARED_LOCK_WAIT_MS,
+            works=True,
         )
         self._schema = schema
         self._audits = Audits(schema)

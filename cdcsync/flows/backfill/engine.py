@@ -82,7 +82,7 @@ class Backfills:
         """
         self._source = Session(source_dsn, "source", application_name="cdcsync backfill", idle_s=IDLE_S)
         self._target = Session(
-            target_dsn, "target", application_name="cdcsync backfill", lock_wait_ms=SHARED_LOCK_WAIT_MS
+            target_dsn, "target", application_name="cdcsync backfill", lock_wait_ms=SHARED_LOCK_WAIT_MS, works=True
         )
         self._schema = schema
         self._queue = Queue(schema)

@@ -120,7 +120,7 @@ class Fill:
             ),
             errors=CdcsyncError,
         )
-        async with Session(self._dsn, "target", application_name="cdcsync migrate") as session:
+        async with Session(self._dsn, "target", application_name="cdcsync migrate", works=True) as session:
             while True:
                 async with backoff:
                     try:
