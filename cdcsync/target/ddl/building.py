@@ -77,7 +77,9 @@ async def keep_bm25(connection: Connection, schema: str, spec: IndexSpec, *, pat
     wanted, built_with = await bm25_of(connection, spec), await bm25_option(connection, schema, spec)
     if built_with == (None if wanted is None else wanted.option):
         return False
-    if built_with is not None:
+    # One that is not valid is left to whoever builds it, if anybody does, or to our own build.
+    if built_with or (built_with is not None and wanted is None):
+        await _others_through(connection, sql.Identifier(schema, _chunks(spec)), patience_s)
         await _see_it_is_free(connection, QualifiedName(schema, _chunks(spec)), patience_s)
         await connection.execute(
             sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(schema, names.bm25_name))

@@ -45,6 +45,9 @@ COLUMNS: LiteralString = """
 """
 """`stored_at` says when the vector was made, not when it was moved: with the chunk and the hash it identifies it."""
 
+OPEN_FOR_S = 5.0
+"""A transaction that was begun later than that is waited for: it is likely to be a short one."""
+
 OPTIONS: dict[str, LiteralString] = {
     # Never out of line where a page has room: an exact comparison of the whole tier should not fetch each vector.
     # Small and rewritten all the time: to vacuum it costs milliseconds, and what is dead is read by every search.
@@ -109,10 +112,36 @@ async def _attach(connection: Connection, vectors: sql.Identifier, table: sql.Id
     if pending == (False,):
         return
     if pending is not None:
+        await _see_no_older_snapshots(connection, table)
         await connection.execute(sql.SQL("ALTER TABLE {} DETACH PARTITION {} FINALIZE").format(vectors, table))
     await connection.execute(
         sql.SQL("ALTER TABLE {} ATTACH PARTITION {} FOR VALUES IN ({})").format(vectors, table, sql.Literal(tier))
     )
+
+
+async def _see_no_older_snapshots(connection: Connection, table: sql.Identifier) -> None:
+    """Fail where the end of a detachment would have to wait for long: for whoever may have seen the table attached.
+
+    :raises SetupError: a transaction has been open for a while.
+    """
+    older = await fetch_row(
+        connection,
+        "SELECT pid, concat_ws(', ', nullif(application_name, ''), 'role ' || usename),"
+        " date_trunc('second', clock_timestamp() - xact_start)::text FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_xmin IS NOT NULL"
+        # Nobody waits for the snapshots of these.
+        " AND pid NOT IN (SELECT pid FROM pg_stat_progress_create_index UNION SELECT pid FROM pg_stat_progress_vacuum)"
+        " AND xact_start < clock_timestamp() - make_interval(secs => %s) ORDER BY xact_start LIMIT 1",
+        [OPEN_FOR_S],
+    )
+    if older is not None:
+        pid, session, age = older
+        raise SetupError(
+            f"somebody began to detach it, and that ends only after the transaction of pid {pid} ({session}),"
+            f" which has been open for {age}",
+            where=table.as_string(connection),
+            hint=f"wait until that transaction ends, or end it: SELECT pg_terminate_backend({pid})",
+        )
 
 
 async def describe_vectors(connection: Connection, schema: str, spec: IndexSpec) -> None:

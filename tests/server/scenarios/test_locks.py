@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -156,6 +157,26 @@ def reasons(made: Scene) -> list[str]:
     """Return why the worker is not ready, as of a reading that is made now: one that took long is not soon repeated."""
     made.pipeline.get("/status")
     return list(json.loads(made.pipeline.get("/readyz")[1]).get("reasons", []))
+
+
+@pytest.mark.parametrize(
+    "command", ["check", "status", "search sound 'title 3'", "replay sound", "replay sound --key 3", "verify sound"]
+)
+def test_nothing_waits_for_a_lock_on_what_no_index_is_about(locked: Scene, command: str) -> None:
+    databases = {locked.source.dsn: locked.source, locked.target.dsn: locked.target}
+    for database in databases.values():
+        database.execute("CREATE TABLE IF NOT EXISTS stranger (body text) PARTITION BY LIST (body)")
+        database.execute("CREATE TABLE IF NOT EXISTS stranger_a PARTITION OF stranger FOR VALUES IN ('a')")
+        # Where catalogs are large, the server asks its functions about each table before it looks at the names.
+        database.execute("VACUUM ANALYZE pg_catalog.pg_class, pg_catalog.pg_inherits, pg_catalog.pg_namespace")
+    with contextlib.ExitStack() as stack:
+        for dsn in databases:
+            holder = stack.enter_context(psycopg.connect(dsn, application_name="migration"))
+            holder.execute("TRUNCATE stranger")
+        done = locked.command(*shlex.split(command))
+        assert done.returncode == 0, done.stderr
+        locked.follows("sound")
+    assert not [one for one in locked.pipeline.events() if one["event"] == "table_locked" and one["index"] == "sound"]
 
 
 @pytest.mark.parametrize("table", ["big", "parted_low", "chosen", "orders", "customers"])

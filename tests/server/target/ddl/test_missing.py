@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import LiteralString
 
+import anyio
+import psycopg
 import pytest
 
 from cdcsync.config import QualifiedName
@@ -12,6 +14,7 @@ from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.missing import Missing, missing_relations
 from cdcsync.target.ddl.tiers import create_vectors
 from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document
+from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -102,6 +105,26 @@ async def test_a_detachment_that_was_interrupted_is_ended_and_undone(loaded: Liv
         await create_vectors(loaded.connection, SCHEMA, loaded.spec)
     assert not await missing_relations(loaded.connection, SCHEMA, loaded.spec)
     assert await loaded.rows("SELECT tier FROM {vectors}") == [("fresh",)]
+
+
+async def test_a_detachment_that_would_wait_for_a_transaction_names_it(
+    loaded: LiveIndex, target: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdcsync.target.ddl.tiers.OPEN_FOR_S", 0.1)
+    await loaded.connection.execute(INTERRUPTED)
+    with psycopg.connect(target.dsn, application_name="report") as older:
+        older.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        older.execute("SELECT 1")
+        await anyio.sleep(0.2)
+        with pytest.raises(SetupError) as caught:
+            async with loaded.connection.transaction():
+                await create_vectors(loaded.connection, SCHEMA, loaded.spec)
+        assert f"pid {older.info.backend_pid} (report, role " in caught.value.message
+        assert caught.value.hint is not None
+        assert caught.value.hint.endswith(f"SELECT pg_terminate_backend({older.info.backend_pid})")
+    async with loaded.connection.transaction():
+        await create_vectors(loaded.connection, SCHEMA, loaded.spec)
+    assert not await missing_relations(loaded.connection, SCHEMA, loaded.spec)
 
 
 def test_the_remedy_for_an_unlogged_table_names_it_as_sql_does() -> None:
