@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from typing import cast
+from typing import LiteralString
 
 import anyio
 import msgspec
+from psycopg import sql
 
 from cdcsync.model.rows import Key, Row, Unread
 from cdcsync.model.visibility import Snapshot
-from cdcsync.postgres.queries import Statement, fetch_one, fetch_row, fetch_texts
+from cdcsync.postgres.queries import Statement, fetch_texts
 from cdcsync.postgres.sessions import Connection
 
 
@@ -55,19 +56,21 @@ async def _read_once(
 
     To lock the table before would do as well, but needs more than the right to read some of its columns.
     """
-    await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
     try:
-        first = await fetch_one(connection, "SELECT pg_current_snapshot()::text")
+        # Sent together, as the last two: a live change may wait for this, and each way there and back takes its time.
+        begun = await connection.execute(_BEGIN)
+        begun.nextset()
+        (snapshot,) = await begun.fetchone() or ("",)
         # Never prepared: a plan that is kept fails once a column has another type.
         rows = await fetch_texts(connection, statement, arguments, prepare=False)
-        page = Page(Snapshot.parse(cast(str, first[0])), rows)
-        rewritten = await fetch_row(connection, _REWRITTEN, {"tables": tables})
+        page = Page(Snapshot.parse(snapshot), rows)
+        ended = await connection.execute(sql.SQL(_REWRITTEN + "; COMMIT").format(tables=sql.Literal(list(tables))))
+        rewritten = await ended.fetchone()
     except BaseException:
         if not connection.closed:
             with anyio.CancelScope(shield=True):
                 await connection.rollback()
         raise
-    await connection.execute("COMMIT")
     return page if rewritten == (False,) else None
 
 
@@ -79,9 +82,11 @@ async def reading(connection: Connection) -> AsyncIterator[None]:
         yield
 
 
-_REWRITTEN = """
+_BEGIN: LiteralString = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY; SELECT pg_current_snapshot()::text"
+
+_REWRITTEN: LiteralString = """
     SELECT EXISTS (
-        SELECT FROM unnest(%(tables)s::text[]::regclass[]) AS read (oid) CROSS JOIN LATERAL
+        SELECT FROM unnest({tables}::text[]::regclass[]) AS read (oid) CROSS JOIN LATERAL
             (SELECT read.oid UNION SELECT relid FROM pg_partition_tree(read.oid)) AS now (oid)
         LEFT JOIN pg_class AS c ON c.oid = now.oid
         WHERE c.relfilenode IS DISTINCT FROM coalesce(pg_relation_filenode(now.oid), 0))
