@@ -17,7 +17,7 @@ import numpy.typing as npt
 from psycopg import sql
 
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.locking import WRITERS_WAIT, Lock, exclusive_locks
+from cdcsync.postgres.locking import APPLYING, WRITERS_WAIT, Lock, exclusive_locks
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
@@ -102,22 +102,25 @@ class Backlog:
 
         :param free: only those whose rows no other session holds just now. To tell them apart is a small write.
         """
-        cursor = await self._connection.execute(
-            self._sql(
-                "SELECT content_hash, content, lane, attempts, (commit_lsn - '0/0')::int8, applied_at FROM ("
-                "SELECT w.*, sum(octet_length(content)::int8) OVER (ORDER BY lane, chunk_id"
-                " ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before FROM ("
-                "SELECT b.content_hash, c.content, b.lane, b.attempts, b.chunk_id, c.commit_lsn, c.applied_at"
-                " FROM {backlog} AS b JOIN {chunks} AS c USING (chunk_id)"
-                " WHERE b.generation = {generation} AND b.attempts < {attempts} AND b.next_attempt_at <= now()"
-                " AND (%s::int IS NULL OR b.lane = %s) ORDER BY b.lane, b.chunk_id LIMIT %s {locking}) AS w"
-                ") AS w WHERE before IS NULL OR before < %s ORDER BY lane, chunk_id",
-                locking=sql.SQL("FOR UPDATE OF b SKIP LOCKED" if free else ""),
-            ),
-            [lane, lane, limit, most_bytes],
+        statement = self._sql(
+            "SELECT content_hash, content, lane, attempts, (commit_lsn - '0/0')::int8, applied_at FROM ("
+            "SELECT w.*, sum(octet_length(content)::int8) OVER (ORDER BY lane, chunk_id"
+            " ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before FROM ("
+            "SELECT b.content_hash, c.content, b.lane, b.attempts, b.chunk_id, c.commit_lsn, c.applied_at"
+            " FROM {backlog} AS b JOIN {chunks} AS c USING (chunk_id)"
+            " WHERE b.generation = {generation} AND b.attempts < {attempts} AND b.next_attempt_at <= now()"
+            " AND (%s::int IS NULL OR b.lane = %s) ORDER BY b.lane, b.chunk_id LIMIT %s {locking}) AS w"
+            ") AS w WHERE before IS NULL OR before < %s ORDER BY lane, chunk_id",
+            locking=sql.SQL("FOR UPDATE OF b SKIP LOCKED" if free else ""),
         )
+        async with self._connection.transaction() if free else contextlib.nullcontext():
+            if free:
+                # Nobody has to wait until the disk has that these rows were free.
+                await self._connection.execute("SET LOCAL synchronous_commit = off")
+            cursor = await self._connection.execute(statement, [lane, lane, limit, most_bytes])
+            found = await cursor.fetchall()
         distinct: dict[bytes, Waiting] = {}
-        for row in await cursor.fetchall():
+        for row in found:
             distinct.setdefault(row[0], Waiting(*row))
         return list(distinct.values())
 
@@ -135,10 +138,14 @@ class Backlog:
         return await exclusive_locks(self._connection, tables, modes=WRITERS_WAIT)
 
     async def row_lockers(self) -> list[Lock]:
-        """Return whose transactions may hold rows of the backlog: those that have been open for a while."""
+        """Return whose transactions may hold rows of the backlog: those that have been open for a while.
+
+        Not those of a worker's batches, which end by themselves.
+        """
         _, backlog = self._names.written()
         modes = ("RowShareLock", "RowExclusiveLock")
-        return await exclusive_locks(self._connection, [backlog], modes=modes, open_for_s=OPEN_FOR_S)
+        locks = await exclusive_locks(self._connection, [backlog], modes=modes, open_for_s=OPEN_FOR_S)
+        return [one for one in locks if not one.session.startswith(APPLYING)]
 
     async def still_waiting(self, hashes: Sequence[bytes]) -> set[bytes]:
         """Return those texts that some chunk still needs a vector of."""

@@ -45,8 +45,8 @@ STORE_TEXTS = 128
 LIVE_S = 1.0
 """So long after a live change others are expected."""
 
-TELL_EVERY = 6
-"""So many times rows that others hold are waited for before it is told: some seconds."""
+LOOK_S, LOOK_MOST_S = 2.0, 15.0
+"""How soon it is looked who holds rows that could not be written, and how long at most until the next look."""
 
 POLL_S = 5.0
 """How often the backlog is looked at without a word from apply: postponed texts become due by themselves."""
@@ -85,8 +85,10 @@ class EmbedLoop:
         """Whether another session was last seen to hold the tables."""
         self._rows_held = False
         """Whether other sessions seem to hold rows, so that what is made for these could not be stored."""
-        self._waits = 0
-        """How often nothing was left but such rows."""
+        self._looks = 0
+        """How often somebody was found to hold them."""
+        self._look_at = 0.0
+        """When that is looked at next."""
         self._one_tries = anyio.Lock()
         self._lock_wait = Backoff()
         self.commits = Commits()
@@ -127,22 +129,30 @@ class EmbedLoop:
             self._wake = anyio.Event()
             self._live = False
             await self._hold_while_far_behind()
+            if self._dispatcher.health.problem is not None:
+                self._note_rows([])
             await self._dispatcher.health.works()
             if self._dispatcher.waits_until(load=False) is not None:
+                self._note_rows([])
                 await anyio.sleep(POLL_S)  # and look again: the day may end, or the limit be raised
                 continue
             self._broken = False
             # Loads stop first when the tokens of a day run out.
             lane = None if self._dispatcher.waits_until(load=True) is None else LIVE
-            if await self._window(lane=lane):
+            started = anyio.current_time()
+            found = await self._window(lane=lane)
+            if self._rows_held and anyio.current_time() >= self._look_at:
+                await self._look_at_rows()
+            if found:
                 continue
             if self._rows_held and await self._of_backlog(partial(Backlog.due, lane=lane)):
-                await self._wait_for_rows()
-                continue
-            self._note_unlocked()
-            self._note_rows(None)
-            self.drained()
-            with anyio.move_on_after(POLL_S):
+                # To look for a free row again takes as long as there are rows that are not.
+                await anyio.sleep(max(HOLD_POLL_S, anyio.current_time() - started))
+            else:
+                self._note_unlocked()
+                self._note_rows([])
+                self.drained()
+            with anyio.move_on_after(LOOK_S if self._rows_held else POLL_S):
                 await self._wake.wait()
 
     async def _hold_while_far_behind(self) -> None:
@@ -230,7 +240,7 @@ class EmbedLoop:
         final = isinstance(error, TextRejected)
         delay_s = backoff_s(attempts)
         if not await self._of_backlog(lambda it: it.postpone([one], str(error), delay_s=delay_s, final=final)):
-            self._rows_held = True
+            self._suspect_rows()
 
     async def _store(self, made: Mapping[bytes, FloatVector]) -> None:
         """Store vectors, a part at a time, over as many connections as there are."""
@@ -252,7 +262,8 @@ class EmbedLoop:
             return
         self._note_unlocked()
         # Or they have changed again: then to look which rows are free is in vain, and does no harm.
-        self._rows_held = self._rows_held or stored < len(part)
+        if stored < len(part):
+            self._suspect_rows()
         self._dispatcher.avoided("shared", stored - len(part))
         self._metrics.vectors.labels(self._spec.name, "backlog" if self._searched else "migration").inc(stored)
 
@@ -275,28 +286,31 @@ class EmbedLoop:
                         await self._tell_who_locks(error)
                         await self._lock_wait.wait()
 
-    async def _wait_for_rows(self) -> None:
-        """Wait a little for new texts, because other sessions hold the rows of all that is due."""
-        self._waits += 1
-        if self._waits % TELL_EVERY == 0:
-            locks = [str(one) for one in await self._of_backlog(lambda it: it.row_lockers())]
-            self._note_rows(f"other sessions hold rows of its backlog{''.join(f': {one}' for one in locks[:1])}")
-            log.warning(
-                "backlog_locked", index=self._spec.name, error="its rows are held", attempt=self._waits, locks=locks
-            )
-        with anyio.move_on_after(backoff_s(self._waits, first=0.05, most=POLL_S)):
-            await self._wake.wait()
+    def _suspect_rows(self) -> None:
+        """Note that a row could not be written: from here on only those are read that nobody holds."""
+        if not self._rows_held:
+            self._rows_held, self._look_at = True, anyio.current_time() + LOOK_S
 
-    def _note_rows(self, held: str | None) -> None:
-        """Note who holds the rows of all that is due, to be told by the worker; None if nobody does."""
-        if held is None:
-            self._rows_held, self._waits = False, 0
+    async def _look_at_rows(self) -> None:
+        """See whether anybody holds rows of the backlog, and tell of it."""
+        self._note_rows(locks := [str(one) for one in await self._of_backlog(Backlog.row_lockers)])
+        if locks:
+            self._looks += 1
+            self._look_at = anyio.current_time() + backoff_s(self._looks, first=LOOK_S, most=LOOK_MOST_S)
+            log.warning(
+                "backlog_locked", index=self._spec.name, error="its rows are held", attempt=self._looks, locks=locks
+            )
+
+    def _note_rows(self, locks: Sequence[str]) -> None:
+        """Note who holds rows of the backlog, for the worker to tell; with nobody, all rows count as free again."""
+        if not locks:
+            self._rows_held, self._looks = False, 0
         if not self._searched:
             return
-        if held is None:
-            self._pool.problems.pop(self._spec.name, None)
+        if locks:
+            self._pool.problems[self._spec.name] = f"other sessions hold rows of its backlog: {locks[0]}"
         else:
-            self._pool.problems[self._spec.name] = held
+            self._pool.problems.pop(self._spec.name, None)
 
     def _note_unlocked(self) -> None:
         """Note that vectors could be stored, or that none are left. A read does not prove that a write is possible."""

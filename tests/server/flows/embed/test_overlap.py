@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 import anyio
+import psycopg
 import pytest
 
 from cdcsync.embedders.protocol import WORD
@@ -97,5 +98,46 @@ async def test_an_embedder_that_breaks_between_a_load_and_a_live_change_is_waite
                 for gate in embedder.gates:
                     gate.set()
                 await anyio.lowlevel.checkpoint()
+            tasks.cancel_scope.cancel()
+    await pool.aclose()
+
+
+async def test_who_held_rows_is_no_longer_told_once_they_are_free_however_many_texts_still_wait(
+    index: LiveIndex, target: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdcsync.target.backlog.OPEN_FOR_S", 0.1)
+    monkeypatch.setattr("cdcsync.flows.embed.loop.LOOK_S", 0.2)
+    monkeypatch.setattr("cdcsync.flows.embed.loop.LOOK_MOST_S", 0.2)
+    monkeypatch.setattr("cdcsync.flows.embed.pace.WINDOW_TEXTS", 8)
+    await index.apply(changes(*(document(str(number), f"{number} {LONG}") for number in range(200))))
+    embedder = Gated(dimensions=DIMENSIONS)
+    dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
+    pool = Pool(target.dsn, SCHEMA, 1)
+    loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
+
+    async def told(is_it: bool) -> bool:
+        return ("report" in pool.problems.get("articles", "")) is is_it
+
+    async def waits(does_it: bool = True) -> bool:
+        return bool(await index.rows("SELECT FROM {backlog} LIMIT 1")) is does_it
+
+    async def let_go() -> None:
+        """Let calls end, as many as are needed."""
+        for number in range(10_000):
+            await embedder.next_call(number + 1)
+            embedder.gates[number].set()
+            await anyio.sleep(0.05)
+
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            with psycopg.connect(target.dsn, application_name="report") as holder:
+                holder.execute("SELECT FROM cdcsync.articles_backlog FOR UPDATE")
+                tasks.start_soon(dispatcher.run)
+                tasks.start_soon(loop.run)
+                tasks.start_soon(let_go)
+                await until(partial(told, True))
+            await until(partial(told, False))
+            assert await waits(), "texts still wait"
+            await until(partial(waits, False))
             tasks.cancel_scope.cancel()
     await pool.aclose()
