@@ -113,7 +113,7 @@ async def _list(config: Config, name: str, limit: int) -> tuple[list[Failure], L
     from cdcsync.postgres.errors import speaking_of
     from cdcsync.postgres.sessions import connect
 
-    async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
+    async with await connect(config.target.dsn, "target", application_name="cdcsync failures", works=True) as target:
         spec, failed = await _open(target, config, name)
         with speaking_of("target", where=f"index {name}"):
             found, listed = await failed.some(limit), await failed.listed()
@@ -130,7 +130,7 @@ async def _discard(config: Config, name: str) -> int:
     from cdcsync.postgres.errors import speaking_of
     from cdcsync.postgres.sessions import connect
 
-    async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
+    async with await connect(config.target.dsn, "target", application_name="cdcsync failures", works=True) as target:
         spec, failed = await _open(target, config, name)
         with speaking_of("target", where=f"index {name}"):
             return await failed.discard() + await _of_beside(target, config, spec, lambda other: other.discard(), 0)
@@ -143,7 +143,7 @@ async def _retry(config: Config, name: str, as_json: bool) -> bool:
     from cdcsync.postgres.sessions import connect
     from cdcsync.target.failures.listing import Failures
 
-    async with await connect(config.target.dsn, "target", application_name="cdcsync failures") as target:
+    async with await connect(config.target.dsn, "target", application_name="cdcsync failures", works=True) as target:
         spec, _ = await _open(target, config, name)
         texts, lacking = 0, []
         for side in (spec, spec.beside):

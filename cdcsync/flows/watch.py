@@ -56,7 +56,7 @@ from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import Catalog, read_catalog, read_slot
 from cdcsync.target.approvals import Approvals
 from cdcsync.target.ddl.grants import settings_to_note
-from cdcsync.target.ddl.missing import missing_relations
+from cdcsync.target.ddl.missing import missing_relations, unsafe_tables
 from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Registry
@@ -129,6 +129,8 @@ class Watch:
         self._unapproved = unapproved
         self._ailing = {plan.name for plan in plans if plan.unfit}
         """The indexes whose tables had a fault when they were last looked at."""
+        self._unsafe = set[str]()
+        """Paused indexes whose tables in the target could lose or hide rows when they were last looked at."""
         self._noted: set[str] = set()
         """The followed indexes whose loads were found to have failed."""
         self._relations_due = anyio.current_time() + RELATIONS_S
@@ -368,6 +370,14 @@ class Watch:
                 if await approvals.given(await target.connection(), name, self._unapproved[name]):
                     raise TablesChanged("what it embeds is approved", where=f"index {name}")
             return
+        if now >= self._relations_due:
+            with speaking_of("target", where=f"index {name}"):
+                unsafe = any(
+                    await unsafe_tables(await target.connection(), self._config.target.schema, entry.relations)
+                )
+            if not unsafe and name in self._unsafe:
+                self._pauses.heal(name)
+            (self._unsafe.add if unsafe else self._unsafe.discard)(name)
         present = seen_fingerprint(plan, catalog, entry)
         # The table as it was when the index was last tried; an examination that refuses it does not count as a try.
         before = plan.seen if plan.refused else stored_fingerprint(entry)

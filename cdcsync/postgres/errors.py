@@ -92,6 +92,8 @@ def translate(error: psycopg.Error, side: Side, *, where: str | None = None) -> 
         message = _HINTS["55P03"][0]  # in place of the limit that we ourselves have set
     if error.sqlstate == "53100" and "shared memory" in message:
         hint = _SHARED_MEMORY
+    if error.sqlstate == "42501" and error.diag.message_hint:
+        hint = error.diag.message_hint  # it is no privilege that is lacking, but a policy that hides rows
     if error.sqlstate == "42703" and side == "target":
         hint = _EARLIER_TABLES
     if passing(error):

@@ -72,7 +72,7 @@ DURABILITY: dict[Side, LiteralString] = {
 
 WORKING: LiteralString = (
     "SET row_security = off; SELECT set_config('random_page_cost',"
-    " least(current_setting('random_page_cost')::float8, 1.1)::text, false)"
+    " least(current_setting('random_page_cost')::float8, 1.1 * current_setting('seq_page_cost')::float8)::text, false)"
 )
 """What keeps an index in step sees every row: what a policy hides would be neither changed nor deleted nor compared, so
 such a policy makes the statement fail. And it looks up the rows of a batch or page by their keys. At the cost that a

@@ -235,7 +235,7 @@ class Pipeline:
         """
         config = self.config
         async with (
-            await connect(config.target.dsn, "target") as target,
+            await connect(config.target.dsn, "target", works=True) as target,
             await connect(config.source.dsn, "source") as source,
             interrupted_by(self.state.stopping, target, source),
         ):

@@ -187,6 +187,9 @@ def test_policies_that_an_operator_forces_on_the_worker_pause_that_index_and_hid
     grant(target, target_role=writer, view_schema="search")
     text = config(roles.dsn(source, replicator), roles.dsn(target, writer), f"s_{source.name}", view="search.articles")
     pipeline = make_pipeline(text + SECRETS)
+    watched = table == "backlog"
+    if watched:
+        pipeline.hurry |= {"cdcsync.flows.watch.RELATIONS_S": 1.0, "cdcsync.flows.watch.WATCH_S": 1.0}
     worker = pipeline.start()
     pipeline.live()
     pipeline.in_step()
@@ -210,9 +213,37 @@ def test_policies_that_an_operator_forces_on_the_worker_pause_that_index_and_hid
     assert remedy in planned.stdout
     compared = pipeline.command("verify", "articles")
     assert compared.returncode not in (0, 1), compared.stdout
+    assert "NO FORCE ROW LEVEL SECURITY" in compared.stderr
 
     target.execute(f"ALTER TABLE {forced} NO FORCE ROW LEVEL SECURITY")
+    if not watched:
+        assert pipeline.stop(worker) == 0
+        pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+
+
+def test_policies_on_a_table_that_all_indexes_share_are_refused_with_the_remedy(
+    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    database.execute(TABLE)
+    role = roles.name("both")
+    grant(database, source_role=role, target_role=role, tables="shop.articles")
+    dsn = roles.dsn(database, role)
+    pipeline = make_pipeline(config(dsn, dsn, f"s_{database.name}", view="public.articles_index"))
+    worker = pipeline.start()
+    pipeline.live()
     assert pipeline.stop(worker) == 0
+    database.execute("ALTER TABLE cdcsync.backfills ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
+
+    refused = pipeline.command("run")
+
+    remedy = "ALTER TABLE cdcsync.backfills NO FORCE ROW LEVEL SECURITY"
+    assert refused.returncode not in (0, None)
+    assert remedy in refused.stderr
+    assert "Traceback" not in refused.stderr
+    database.execute(remedy)
     pipeline.start()
     pipeline.live()
     pipeline.in_step()

@@ -62,6 +62,10 @@ HELD = {
         "tests/server/test_roles.py",
         "test_policies_that_an_operator_forces_on_the_worker_pause_that_index",
     ),
+    "somebody began to detach it": (
+        "tests/server/target/ddl/test_missing.py",
+        "test_a_detachment_that_would_wait_for_a_transaction_names_it",
+    ),
     "the target says, or the source says": (PAUSES, "the target says, or the source says"),
     "its load failed": (PAUSES, "test_a_load_that_the_source_ends_pauses_its_index_alone"),
     "its load was cancelled": (
@@ -169,6 +173,7 @@ def test_every_row_of_the_table_of_pauses_has_a_case_of_two_indexes() -> None:
         "the vectors of index": "tests/server/scenarios/test_changed_models.py",
         "the target refuses a value …, too long": "tests/server/scenarios/test_values.py",
         "… has policies that hide rows": "tests/server/test_roles.py",
+        "somebody began to detach it": "tests/server/target/ddl/test_missing.py",
         "its load failed": PAUSES,
         "its load was cancelled": "tests/faults/test_schema_changes.py",
         "its tables or views in the target": "tests/server/flows/setup/test_indexes.py",

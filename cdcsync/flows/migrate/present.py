@@ -53,7 +53,7 @@ async def opened(config: Config, index: str) -> AsyncIterator[tuple[Connection, 
     """
     schema, where = config.target.schema, f"index {index}"
     config.index_named(index)
-    async with await connect(config.target.dsn, "target", application_name="cdcsync migrate") as connection:
+    async with await connect(config.target.dsn, "target", application_name="cdcsync migrate", works=True) as connection:
         with speaking_of("target", where=where):
             entry = await Registry(schema).find(connection, index)
         if entry is None:

@@ -174,7 +174,7 @@ async def hold_unapproved(
         return held
     async with (
         await connect(config.source.dsn, "source", application_name="cdcsync plan") as source,
-        await connect(config.target.dsn, "target", application_name="cdcsync plan") as target,
+        await connect(config.target.dsn, "target", application_name="cdcsync plan", works=True) as target,
     ):
         for spec, limit in guarded:
             try:
@@ -207,7 +207,8 @@ async def _hold(
     embedders: Mapping[str, Embedder],
 ) -> Held | None:
     reading, change = await read_need(target, config, spec, catalog), change_of(spec)
-    if reading.need is None or not reading.need.embeds:
+    unsafe = reading.missing.unlogged or reading.missing.hidden  # that pauses the index first
+    if unsafe or reading.need is None or not reading.need.embeds:
         return None
     with speaking_of("target", where=f"index {spec.name}"):
         if await Approvals(config.target.schema).given(target, spec.name, change):

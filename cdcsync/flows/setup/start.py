@@ -21,6 +21,7 @@ from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import LOCKED_OUT, first_line, speaking_of
 from cdcsync.postgres.locking import BRIEFLY, PUBLISHING_WAITS, exclusive_locks, until_locked
 from cdcsync.postgres.sessions import Connection
+from cdcsync.preflight.target import SHARED
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import (
     FAILOVER_VERSION,
@@ -80,12 +81,32 @@ async def set_up_shared(target: Connection, config: Config) -> None:
             if await cursor.fetchone() is None:
                 await target.execute("CREATE EXTENSION vector SCHEMA public")
             await create_shared(target, config.target.schema)
+            await _refuse_policies(target, config.target.schema)
             await Pipelines(config.target.schema, config.source.slot).ensure(target, config.source.publication)
             crash_point("shared tables written")
         crash_point("shared tables committed")
 
     with speaking_of("target"):
         await until_locked(create, table=f"{config.target.schema}.*")
+
+
+async def _refuse_policies(target: Connection, schema: str) -> None:
+    """Fail if policies hide rows of the shared tables from the worker.
+
+    :raises SetupError: they do, or would if they were others: which rows they hide nobody can tell.
+    """
+    cursor = await target.execute(
+        "SELECT format('ALTER TABLE %%I.%%I NO FORCE ROW LEVEL SECURITY', %s::text, relname) FROM pg_class"
+        " WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s) AND relkind IN ('r', 'p')"
+        " AND relname = ANY(%s) AND row_security_active(oid) ORDER BY relname",
+        [schema, schema, list(SHARED)],
+    )
+    if changes := [change for (change,) in await cursor.fetchall()]:
+        raise SetupError(
+            "tables that all indexes share have policies that hide rows from the worker",
+            where=schema,
+            hint="; ".join(changes),
+        )
 
 
 async def set_up_publication(

@@ -16,6 +16,8 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.chunks_view import chunks_view_name
 from cdcsync.target.ddl.names import FRESH, SETTLED, Names, b_tree_name
 
+TIERS = (f"_{FRESH}", f"_{SETTLED}")
+
 
 class Missing(msgspec.Struct, frozen=True):
     """The missing relations of an index, and those that it may lose.
@@ -73,11 +75,7 @@ async def missing_relations(
     row = await fetch_one(
         connection,
         """
-        SELECT array(SELECT c.relname FROM pg_class c WHERE c.relnamespace = n.oid AND c.relpersistence = 'u'
-                     AND c.relname = ANY(%(tables)s::text[] || %(tiers)s::text[]) ORDER BY c.relname),
-               array(SELECT c.relname FROM pg_class c WHERE c.relnamespace = n.oid AND row_security_active(c.oid)
-                     AND c.relname = ANY(%(tables)s::text[] || %(tiers)s::text[]) ORDER BY c.relname),
-               array(SELECT wanted FROM unnest(%(tables)s::text[] || CASE WHEN EXISTS (
+        SELECT array(SELECT wanted FROM unnest(%(tables)s::text[] || CASE WHEN EXISTS (
                          SELECT FROM pg_class c WHERE c.relnamespace = n.oid AND c.relname = %(vectors)s
                              AND c.relkind = 'p') THEN %(tiers)s::text[] END) AS wanted WHERE NOT EXISTS (
                    SELECT FROM pg_class c WHERE c.relnamespace = n.oid AND c.relname = wanted)),
@@ -101,7 +99,7 @@ async def missing_relations(
             "tables": tables,
             "vectors": vectors,
             # Tables by themselves: somebody can drop one of them and leave the other.
-            "tiers": [f"{vectors}_{tier}" for tier in (FRESH, SETTLED)],
+            "tiers": [f"{vectors}{tier}" for tier in TIERS],
             "indexes": indexes,
             "schemas": [one.schema for one in shown],
             "shown": [one.name for one in shown],
@@ -109,5 +107,27 @@ async def missing_relations(
             "ours": schema,
         },
     )
-    unlogged, hidden, absent, *built = row
-    return Missing(tuple(absent), tuple(name for some in built for name in some), tuple(unlogged), tuple(hidden))
+    absent, *built = row
+    unlogged, hidden = await unsafe_tables(connection, schema, stem)
+    return Missing(tuple(absent), tuple(name for some in built for name in some), unlogged, hidden)
+
+
+async def unsafe_tables(connection: Connection, schema: str, stem: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return which of an index's tables, of all generations, are unlogged, and from which policies hide rows.
+
+    :param stem: how their names begin.
+    """
+    unlogged, hidden = await fetch_one(
+        connection,
+        r"""
+        SELECT array_agg(relname ORDER BY relname) FILTER (WHERE relpersistence = 'u'),
+               array_agg(relname ORDER BY relname) FILTER (WHERE row_security_active(oid))
+        FROM pg_class
+        WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %(schema)s) AND relkind IN ('r', 'p')
+            AND starts_with(relname::text, %(stem)s || '_')
+            AND substring(relname::text FROM length(%(stem)s) + 2)
+                ~ '^(chunks|backlog|words|vectors_\d+(_fresh|_settled)?)$'
+        """,
+        {"schema": schema, "stem": stem},
+    )
+    return tuple(unlogged or ()), tuple(hidden or ())
