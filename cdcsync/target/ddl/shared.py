@@ -100,6 +100,7 @@ WAIT_FOR: LiteralString = """
     SET search_path = pg_catalog, pg_temp SET row_security = off AS $body$
     DECLARE
         deadline timestamptz := clock_timestamp() + timeout;
+        began timestamptz;
         pause float8 := 0.002;
         entry {schema}.indexes;
         reached boolean;
@@ -114,6 +115,7 @@ WAIT_FOR: LiteralString = """
             lsn := lsn - mod(lsn - '0/0'::pg_lsn, 8192);
         END IF;
         LOOP
+            began := clock_timestamp();
             SELECT i.* INTO entry FROM {schema}.indexes i WHERE i.name = wait_for.index_name;
             IF NOT FOUND THEN
                 RAISE EXCEPTION 'there is no index %', quote_literal(index_name) USING
@@ -156,7 +158,10 @@ WAIT_FOR: LiteralString = """
                 -- It is only tried: any role could hold it exclusively, and the timeout has to be kept.
                 waits := pg_try_advisory_xact_lock_shared(hashtextextended({waiters} || entry.slot, 0));
             END IF;
-            PERFORM pg_sleep(pause);
+            -- To look at a long backlog may take a second: that is a tenth of the time at most.
+            PERFORM pg_sleep(least(
+                greatest(pause, 10 * extract(epoch FROM clock_timestamp() - began)),
+                extract(epoch FROM deadline - clock_timestamp())));
             pause := least(pause * 1.5, 0.05);
         END LOOP;
     END
