@@ -108,12 +108,17 @@ def pause_after(load: Request) -> Pause | None:
 
 
 async def settle_all(connection: Connection, schema: str, spec: IndexSpec) -> None:
-    """Move every vector to where HNSW is about to be built: while it is not there, that is quick."""
+    """Move every vector to where HNSW is about to be built: while it is not there, that is quick.
+
+    It goes through the vectors once. A vector that cannot move now stays fresh, and so does one that is stored meanwhile
+    for a chunk that was passed: searches find them there, and the settle flow moves them once HNSW is built.
+    """
     settling = Settling(connection, schema, spec)
-    while chunks := await settling.rested(MOVED_AT_ONCE, rest_s=0):
-        await settling.settle(chunks)
-        if len(chunks) < MOVED_AT_ONCE:
-            return
+    last: int | None = 0
+    while last is not None:
+        chunks, last = await settling.page(last, MOVED_AT_ONCE)
+        if chunks:
+            await settling.settle(chunks)
 
 
 async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool:

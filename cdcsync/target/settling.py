@@ -134,6 +134,29 @@ class Settling:
         )
         return [row[0] for row in await cursor.fetchall()]
 
+    async def page(self, after: int, limit: int) -> tuple[list[int], int | None]:
+        """Return the chunks of the next fresh vectors in the order of their numbers, and the last number looked at.
+
+        Chunks whose text has changed already are left out, as in `rested`, but the page ends where it would end with
+        them: so all pages together read each vector once, whereas finding the oldest ones reads all of fresh. The last
+        number is None behind the last vector.
+
+        :param after: the last number of the page before; 0 for the first page.
+        :param limit: how many vectors the page has at most.
+        """
+        cursor = await self._connection.execute(
+            self._sql(
+                "SELECT f.chunk_id, EXISTS (SELECT FROM {backlog} AS b"
+                " WHERE b.chunk_id = f.chunk_id AND b.generation = {generation})"
+                " FROM (SELECT chunk_id FROM {fresh} WHERE chunk_id > %s ORDER BY chunk_id LIMIT %s) AS f"
+                " ORDER BY f.chunk_id"
+            ),
+            [after, limit],
+        )
+        looked_at = cast(list[tuple[int, bool]], await cursor.fetchall())
+        last = looked_at[-1][0] if len(looked_at) == limit else None
+        return [chunk for chunk, waits in looked_at if not waits], last
+
     async def settle(self, chunks: Sequence[int]) -> int:
         """Move the vectors of these chunks to the settled tier; returns how many were moved.
 

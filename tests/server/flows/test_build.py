@@ -15,7 +15,8 @@ from psycopg import sql
 
 import tests.support.indexes as support
 from cdcsync.config import parse
-from cdcsync.flows.build import _advance, build_until_live
+from cdcsync.flows import build
+from cdcsync.flows.build import _advance, build_until_live, settle_all
 from cdcsync.flows.setup.differences import ask_for
 from cdcsync.flows.setup.indexes import pause_indexes, set_up_indexes
 from cdcsync.model.pauses import Pause
@@ -255,6 +256,62 @@ async def test_an_index_that_waits_for_its_vectors_only_says_no_more_that_it_wai
             await support.until(partial(are, connection, ("building", True)))
         await support.until(partial(are, connection, ("building", False)))
         tasks.cancel_scope.cancel()
+
+
+# -- vectors move before HNSW is built ---------------------------------------------------------------------------------
+
+
+async def rows_read(index: LiveIndex) -> int:
+    """Return how many rows of fresh and of its indexes all statements have read so far."""
+    await index.connection.execute("SELECT pg_stat_force_next_flush()")
+    statement = (
+        "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'articles_vectors_1_fresh'"
+    )
+    return int((await index.rows(statement))[0][0])
+
+
+async def test_each_vector_is_looked_for_once_however_many_pages_it_takes_to_move_them(
+    open_index: OpenIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "MOVED_AT_ONCE", 50)
+    # Wide rows: of a table of few pages the server reads all rather than use an index.
+    index, vectors = await open_index(search=None, dimensions=500), 3_000
+    await index.connection.execute(
+        "INSERT INTO cdcsync.articles_vectors_1 (chunk_id, content_hash, embedding)"
+        " SELECT n, int8send(n), array_fill(n, ARRAY[500])::public.vector FROM generate_series(1, %s) AS n",
+        [vectors],
+    )
+    before = await rows_read(index)
+
+    await settle_all(index.connection, SCHEMA, index.spec)
+
+    assert await index.rows("SELECT tier, count(*) FROM {vectors} GROUP BY tier") == [("settled", vectors)]
+    # To find it, to copy it, to compare it with the copy, to lock it, and to delete it.
+    assert await rows_read(index) - before <= 5 * vectors
+
+
+async def test_vectors_that_cannot_move_stay_fresh_and_hold_up_no_others(
+    index: LiveIndex, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "MOVED_AT_ONCE", 2)
+    texts = [f"text {number}" for number in range(1, 8)]
+    await index.apply(changes(*(document(str(at), text) for at, text in enumerate(texts, 1)), inline=texts))
+    # Whole pages of vectors that are about to be replaced, or that another session holds.
+    await index.apply(changes(*(document(str(at), "new", existed=True) for at in (1, 2))))
+    async with connection.transaction():
+        await connection.execute(
+            "SELECT FROM cdcsync.articles_vectors_1_fresh AS v JOIN cdcsync.articles_chunks AS c USING (chunk_id)"
+            " WHERE c.id IN (3, 4, 6) FOR UPDATE OF v"
+        )
+        await settle_all(index.connection, SCHEMA, index.spec)
+
+    tiers = "SELECT v.tier, array_agg(c.id ORDER BY c.id) FROM {vectors} v JOIN {chunks} c USING (chunk_id) GROUP BY 1"
+    assert dict(await index.rows(tiers)) == {"fresh": [1, 2, 3, 4, 6], "settled": [5, 7]}
+
+    await index.embed()
+    await settle_all(index.connection, SCHEMA, index.spec)
+    assert dict(await index.rows(tiers)) == {"settled": [1, 2, 3, 4, 5, 6, 7]}
+    assert await index.faults() == []
 
 
 def problems(pipeline: Pipeline) -> str:
