@@ -17,6 +17,13 @@ from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
 COUNT_UP_TO = 200_000
 """Rows that are counted one by one, in some tens of milliseconds. Of larger tables the planner's estimate is taken."""
 
+FRESH_UP_TO = 20_000
+"""Fresh vectors that are counted one by one. A page may hold a single wide vector, so these are 160 MB at most. Only
+during a load there are many more: each of them adds to every search."""
+
+SAMPLED = 1_000
+"""Rows that tell how many are on a page of a table without statistics."""
+
 ROW_BYTES = 28
 """The least that a row takes: its header and its line pointer. A table of so many pages has no more rows than that."""
 
@@ -47,13 +54,12 @@ async def count_index(target: Connection, names: Names, generation: int) -> Coun
     if exact_chunks:
         query = sql.SQL("SELECT count(*), count(*) FILTER (WHERE chunk_no = 0) FROM {}").format(names.chunks)
         chunks, documents = await _numbers(target, query)
-    # Fresh is bounded, and counting it is what a search does at least.
-    (fresh,) = await _numbers(target, sql.SQL("SELECT count(*) FROM {}").format(names.fresh(generation)))
     vectors, exact_vectors = await _rows(target, settled)
     if exact_vectors:
         (vectors,) = await _numbers(target, sql.SQL("SELECT count(*) FROM {}").format(settled))
+    fresh, exact_fresh = await _count_fresh(target, names.fresh(generation), most=chunks - vectors)
     backlog, backlog_live, failed, exact_backlog = await _count_backlog(target, names, generation)
-    exact = exact_chunks and exact_vectors and exact_backlog
+    exact = exact_chunks and exact_vectors and exact_fresh and exact_backlog
     return Counts(documents, chunks, vectors + fresh, fresh, backlog, backlog_live, failed, not exact)
 
 
@@ -124,23 +130,56 @@ async def _count_backlog(target: Connection, names: Names, generation: int) -> t
     return max(waiting, live, planned - failed), live, failed, False
 
 
+async def _count_fresh(target: Connection, fresh: sql.Identifier, *, most: int) -> tuple[int, bool]:
+    """Return how many vectors are fresh, and whether that is exact.
+
+    They come and go, which spoils estimates: so they are counted up to the limit, as the backlog is.
+
+    :param most: an estimate is no higher than this; there are so many chunks without a settled vector.
+    """
+    counted = await _up_to(target, fresh, FRESH_UP_TO)
+    if counted <= FRESH_UP_TO:
+        return counted, True
+    estimate, _ = await _estimate(target, fresh)
+    return max(counted, min(estimate, most)), False
+
+
 async def _rows(target: Connection, table: sql.Identifier) -> tuple[int, bool]:
     """Return about how many rows a table has, and whether these are few enough to be counted."""
-    planned = await _planned(target, table)
-    # Without statistics the planner guesses a row's width, and can be wrong by an order of magnitude.
+    estimate, analysed = await _estimate(target, table)
+    if analysed:
+        return estimate, estimate <= COUNT_UP_TO
+    counted = await _up_to(target, table, COUNT_UP_TO)
+    return max(estimate, counted), counted <= COUNT_UP_TO
+
+
+async def _up_to(target: Connection, table: sql.Identifier, limit: int) -> int:
+    """Return how many rows a table has; `limit + 1` if it has more than the limit."""
+    statement = sql.SQL("SELECT count(*) FROM (SELECT FROM {} LIMIT {}) AS t").format(table, sql.Literal(limit + 1))
+    return (await _numbers(target, statement))[0]
+
+
+async def _estimate(target: Connection, table: sql.Identifier) -> tuple[int, bool]:
+    """Return about how many rows a table has, and whether its statistics say so.
+
+    Without statistics the planner guesses a row's width, and can be wrong by an order of magnitude. Then some rows tell
+    how many are on a page.
+    """
+    name = sql.Literal(table.as_string(target))
     (analysed,) = await _numbers(
         target,
-        sql.SQL("SELECT (reltuples >= 0)::int FROM pg_class WHERE oid = {}::regclass").format(
-            sql.Literal(table.as_string(target))
-        ),
+        sql.SQL("SELECT (reltuples >= 0 AND relpages > 0)::int FROM pg_class WHERE oid = {}::regclass").format(name),
     )
     if analysed:
-        return planned, planned <= COUNT_UP_TO
-    (counted,) = await _numbers(
+        return await _planned(target, table), True
+    (estimate,) = await _numbers(
         target,
-        sql.SQL("SELECT count(*) FROM (SELECT FROM {} LIMIT {}) AS t").format(table, sql.Literal(COUNT_UP_TO + 1)),
+        sql.SQL(
+            "SELECT coalesce(pg_relation_size({}::regclass) / current_setting('block_size')::int8 * count(*)"
+            " / nullif(count(DISTINCT (ctid::text::point)[0]), 0), 0) FROM (SELECT ctid FROM {} LIMIT {}) AS t"
+        ).format(name, table, sql.Literal(SAMPLED)),
     )
-    return max(planned, counted), counted <= COUNT_UP_TO
+    return estimate, False
 
 
 async def _planned(target: Connection, table: sql.Identifier) -> int:

@@ -16,6 +16,7 @@ is killed loses at most the last seconds of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
@@ -76,6 +77,9 @@ SECOND_LOOK_S = 1.0
 NOTE_S = 10.0
 """How often the place is stored: so much is compared again after a crash."""
 
+ESTIMATED_S = 600.0
+"""How often the rows of an index are estimated, beside changes that come in: that asks for each of its tables."""
+
 SUSPECTS_AT_ONCE = 500
 
 NOT_LIVE_S = 5.0
@@ -95,6 +99,10 @@ class _Comparison:
         """Whether the comparison before this one found differences, which were read again."""
         self.loaded_at: datetime | None = None
         """When the last load of the index ended: what was compared before that is to be compared again."""
+        self.looks = 0
+        """How many rows, keys and chunks a comparison looks at, about."""
+        self.estimated_at = -math.inf
+        """When that was estimated."""
         self.restart()
 
     def restart(self) -> None:
@@ -206,7 +214,7 @@ class RollingAudit:
         if one.place is None and not await self._resume(target, one):
             return
         assert one.place is not None
-        rows_per_s = await self._rows_per_s(source, spec)
+        rows_per_s = await self._rows_per_s(source, one)
         limit = max(20, min(MOST_ROWS, round(rows_per_s * PAGE_S)))
         step = await compare_step(source, target, self._schema, spec, one.place, limit)
         if one.place.phase == "rows":
@@ -246,13 +254,14 @@ class RollingAudit:
                 one.place, one.forgotten = audit.place, audit.undecided
         return True
 
-    async def _rows_per_s(self, source: Connection, spec: IndexSpec) -> float:
+    async def _rows_per_s(self, source: Connection, one: _Comparison) -> float:
         if self._every_s or not self._busy():
             return self._most_rows_per_s or float(MOST_ROWS) / PAGE_S
-        table = source_table(spec)
-        with speaking_of("source", where=str(spec.shape.table)):
-            looks = 3 * await table.estimate(source)  # rows, keys and chunks
-        return min(self._most_rows_per_s, max(BUSY_ROWS_PER_S, looks / WITHIN_S))
+        if (now := anyio.current_time()) >= one.estimated_at + ESTIMATED_S:
+            with speaking_of("source", where=str(one.spec.shape.table)):
+                one.looks = 3 * await source_table(one.spec).estimate(source)
+            one.estimated_at = now
+        return min(self._most_rows_per_s, max(BUSY_ROWS_PER_S, one.looks / WITHIN_S))
 
     async def _conclude(
         self, source: Connection, target: Connection, one: _Comparison, place: Place, *, ended: bool

@@ -6,6 +6,7 @@ import pytest
 from psycopg import sql
 
 from cdcsync.status import counting
+from cdcsync.status.model import IndexStatus
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS
 from tests.support.statuses import Pipeline, problem
 
@@ -75,6 +76,39 @@ async def test_large_tables_are_estimated(stopped: Pipeline, monkeypatch: pytest
     assert (index.documents, index.chunks) == (None, 60)
     assert (index.backlog, index.backlog_live, index.failed) == (30, 0, 4)
     assert index.estimated
+
+
+@pytest.mark.parametrize("analysed", [True, False])
+async def test_fresh_vectors_of_a_load_are_counted_up_to_a_limit_and_estimated_beyond_it(
+    stopped: Pipeline, monkeypatch: pytest.MonkeyPatch, analysed: bool
+) -> None:
+    monkeypatch.setattr(counting, "COUNT_UP_TO", 20)
+    monkeypatch.setattr(counting, "FRESH_UP_TO", 100)
+    await stopped.target.execute("ALTER TABLE cdcsync.articles_vectors_1_fresh SET (autovacuum_enabled = off)")
+    await fill(stopped, 2_000)
+    await stopped.target.execute("ANALYZE cdcsync.articles_chunks")
+
+    async def store(chunks: int) -> IndexStatus:
+        await stopped.target.execute(
+            "INSERT INTO cdcsync.articles_vectors_1 SELECT chunk_id, content_hash, '[1,2,3]'::public.vector"
+            " FROM cdcsync.articles_chunks WHERE NOT chunk_id IN (SELECT chunk_id FROM cdcsync.articles_vectors_1)"
+            " LIMIT %s",
+            [chunks],
+        )
+        if analysed:
+            await stopped.target.execute("ANALYZE cdcsync.articles_vectors_1_fresh")
+        return (await stopped.status()).indexes["articles"]
+
+    counted = await store(100)
+    assert (counted.vectors, counted.fresh) == (100, 100)
+
+    estimated = await store(900)
+    assert estimated.estimated
+    assert estimated.vectors == estimated.fresh
+    assert 900 <= estimated.fresh <= 1_100
+
+    monkeypatch.setattr(counting, "FRESH_UP_TO", 1_000)
+    assert (await stopped.status()).indexes["articles"].fresh == 1_000
 
 
 async def test_what_was_never_analysed_is_counted_however_large_the_planner_takes_it_for(
