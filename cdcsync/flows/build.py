@@ -110,8 +110,8 @@ def pause_after(load: Request) -> Pause | None:
 async def settle_all(connection: Connection, schema: str, spec: IndexSpec) -> None:
     """Move every vector to where HNSW is about to be built: while it is not there, that is quick.
 
-    It goes through the vectors once. A vector that cannot move now stays fresh, and so does one that is stored meanwhile
-    for a chunk that was passed: searches find them there, and the settle flow moves them once HNSW is built.
+    It goes through the vectors once. A vector that cannot move now stays fresh, and so does a vector that is stored
+    meanwhile for a chunk that was passed: searches find it there, and the settle flow moves it once HNSW is built.
     """
     settling = Settling(connection, schema, spec)
     last: int | None = 0

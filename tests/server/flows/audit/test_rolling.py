@@ -6,11 +6,18 @@ import json
 import signal
 from collections.abc import Callable
 from datetime import datetime
+from typing import Any
 
+import msgspec
 import pytest
 
+from cdcsync.config import QualifiedName
+from cdcsync.flows.audit.rolling import BUSY_ROWS_PER_S, ESTIMATED_S, RollingAudit
+from cdcsync.metrics import Metrics
+from cdcsync.postgres.sessions import Connection
 from tests.support.configs import configuration
 from tests.support.forked import Process
+from tests.support.indexes import SCHEMA, make_spec
 from tests.support.migrations import loaded
 from tests.support.outages import MakeSimple
 from tests.support.servers import Database
@@ -207,3 +214,40 @@ def test_a_comparison_that_a_load_has_overtaken_begins_anew(
     assert began_anew == (True,)
     ended = [event for event in pipeline.events() if event["event"] == "verified"][verified]
     assert (ended["documents"], ended["differences"]) == (3_000, {})
+
+
+@pytest.mark.anyio
+async def test_beside_changes_the_tables_of_an_index_are_estimated_once_in_many_steps(
+    database: Database, source_session: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.execute("CREATE TABLE notes (id bigint PRIMARY KEY)")
+    spec = make_spec(name="notes", key={"source_table": "text", "id": "bigint"})
+    members = {QualifiedName("public", name): None for name in ("notes", "gone")}
+    spec = msgspec.structs.replace(spec, shape=msgspec.structs.replace(spec.shape, many=True), members=members)
+    most = 2 * BUSY_ROWS_PER_S
+    audit = RollingAudit(
+        *(database.dsn, database.dsn, SCHEMA, [spec], Metrics()),
+        most_rows_per_s=most,
+        every_s=0,
+        busy=lambda: True,
+    )
+    (one,) = audit._comparisons
+    assert await audit._rows_per_s(source_session, one) == BUSY_ROWS_PER_S
+
+    database.execute("UPDATE pg_class SET reltuples = 1e9 WHERE oid = 'notes'::regclass")
+    asked: list[object] = []
+    execute = source_session.execute
+
+    async def noted(*args: Any, **how: Any) -> Any:
+        asked.append(args)
+        return await execute(*args, **how)
+
+    monkeypatch.setattr(source_session, "execute", noted)
+    for _ in range(3):
+        one.restart()
+        assert await audit._rows_per_s(source_session, one) == BUSY_ROWS_PER_S
+    assert asked == []
+
+    one.estimated_at -= ESTIMATED_S
+    assert await audit._rows_per_s(source_session, one) == most
+    assert asked
