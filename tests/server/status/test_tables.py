@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import pytest
 from psycopg import sql
 
+from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import connect
+from cdcsync.status.tables import relations
 from cdcsync.worker.state import WorkerState
 from tests.support.statuses import Pipeline, problem
 
@@ -67,3 +70,32 @@ async def test_what_cannot_be_read_of_the_shared_tables_is_told_and_everything_e
     assert (status.indexes["articles"].state, status.indexes["articles"].unreadable) == ("live", None)
     assert status.caught_up is not None
     assert status.slot is not None
+
+
+@pytest.mark.parametrize("schema", ["cdcsync", "public"])
+async def test_the_relations_of_a_schema_are_found_without_reading_those_of_all_others(
+    stopped: Pipeline, schema: str
+) -> None:
+    target = stopped.target
+    await target.execute("CREATE SCHEMA elsewhere; CREATE TABLE elsewhere.moved (id int)")
+    await target.execute(sql.SQL("ALTER TABLE elsewhere.moved SET SCHEMA {}").format(sql.Identifier(schema)))
+    await target.execute(
+        "DO $$ BEGIN FOR n IN 1..300 LOOP EXECUTE 'CREATE TABLE elsewhere.t' || n || ' ()'; END LOOP; END $$"
+    )
+    await target.execute("ANALYZE pg_class, pg_depend")
+
+    async def scans() -> int:
+        await target.execute("SELECT pg_stat_force_next_flush()")
+        statement = "SELECT seq_scan FROM pg_stat_sys_tables WHERE relid = 'pg_class'::regclass"
+        return cast(int, await fetch_value(target, statement))
+
+    before = await scans()
+    found = await relations(target, schema)
+    assert await scans() == before
+
+    cursor = await target.execute(
+        "SELECT relname FROM pg_class WHERE relnamespace = %s::regnamespace AND relkind NOT IN ('i', 'I', 'c')",
+        [schema],
+    )
+    assert found == {name for (name,) in await cursor.fetchall()}
+    assert "moved" in found
