@@ -47,9 +47,9 @@ async def create_shared(connection: Connection, schema: str) -> None:
     cursor = await connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", [schema])
     if await cursor.fetchone() is None:
         await connection.execute(sql.SQL("CREATE SCHEMA {schema}").format(**names))
-    present = await _present(connection, schema)
+    present, comments = await _present(connection, schema), await _comments(connection, schema)
     for statement in _SHARED:
-        if not _done(statement, present):
+        if not _done(statement, present, comments):
             await connection.execute(sql.SQL(statement).format(**names))
     await version.write_version(connection, schema)
     if before is not None and before.version < version.VERSION:
@@ -63,16 +63,24 @@ _ADDS = re.compile(
 _DROPS = re.compile(r"ALTER TABLE \{schema\}\.(?P<table>\w+) DROP CONSTRAINT IF EXISTS (?P<name>\w+)")
 """Statements that a later version added after those of their tables."""
 
+_DESCRIBES = re.compile(
+    r"COMMENT ON (?:TABLE|COLUMN) \{schema\}\.(?P<table>\w+)(?:\.(?P<column>\w+))? IS '(?P<comment>.*)'", re.DOTALL
+)
 
-def _done(statement: str, present: set[tuple[str, str]]) -> bool:
-    """Say whether there is nothing left to do for a statement that locks out readers or writers even then.
+
+def _done(statement: str, present: set[tuple[str, str]], comments: set[tuple[str, str, str]]) -> bool:
+    """Say whether there is nothing left to do for a statement that locks its table even then.
 
     An application that waits in `wait_for` reads some of these tables for as long as that takes: a start that waited
     for it would be what it waits for. And a reader of two of them and a start that alters both would wait for each
-    other.
+    other. COMMENT waits only for VACUUM, ANALYZE and the like, but these may take hours.
 
     :param present: by table, its columns, indexes and constraints.
+    :param comments: by table and column, "" for the table itself.
     """
+    if describes := _DESCRIBES.fullmatch(statement):
+        comment = describes["comment"].replace("''", "'")
+        return (describes["table"], describes["column"] or "", comment) in comments
     if adds := _ADDS.match(statement):
         return (adds["table"] or adds["of"], adds["name"] or adds["index"]) in present
     drops = _DROPS.match(statement)
@@ -87,6 +95,19 @@ async def _present(connection: Connection, schema: str) -> set[tuple[str, str]]:
         " UNION ALL SELECT i.relname::text FROM pg_index AS x JOIN pg_class AS i ON i.oid = x.indexrelid"
         " WHERE x.indrelid = c.oid"
         " UNION ALL SELECT k.conname::text FROM pg_constraint AS k WHERE k.conrelid = c.oid) AS of (name)"
+        " WHERE n.nspname = %s AND c.relkind = 'r'",
+        [schema],
+    )
+    return set(await cursor.fetchall())
+
+
+async def _comments(connection: Connection, schema: str) -> set[tuple[str, str, str]]:
+    """Return the comments of the tables of a schema and of their columns: table, column or "", comment."""
+    cursor = await connection.execute(
+        "SELECT c.relname, coalesce(a.attname, ''), d.description FROM pg_class AS c"
+        " JOIN pg_namespace AS n ON n.oid = c.relnamespace"
+        " JOIN pg_description AS d ON d.objoid = c.oid AND d.classoid = 'pg_class'::regclass"
+        " LEFT JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attnum = d.objsubid AND d.objsubid > 0"
         " WHERE n.nspname = %s AND c.relkind = 'r'",
         [schema],
     )

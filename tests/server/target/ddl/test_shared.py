@@ -11,7 +11,9 @@ import psycopg
 import pytest
 
 from cdcsync.lsn import Lsn
+from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.sessions import Connection
+from cdcsync.preflight.target import SHARED
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Lease, Pipelines, waiters_lock
 from tests.support.indexes import (
@@ -33,6 +35,35 @@ async def test_two_workers_may_create_at_the_same_time(
         for other in others:
             tasks.start_soon(create, other, make_spec())
     assert len(await catalog(connection)) > 10
+
+
+async def test_tables_that_stand_already_are_not_locked_against_vacuum(
+    connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    await create(connection)
+    before = await catalog(connection)
+    tables = [
+        name for (name,) in await rows(connection, "SELECT tablename FROM pg_tables WHERE schemaname = 'cdcsync'")
+    ]
+    assert set(tables) == set(SHARED)
+    vacuum = await connect_target()
+    async with vacuum.transaction():
+        for table in tables:
+            await vacuum.execute(f"LOCK TABLE cdcsync.{table} IN SHARE UPDATE EXCLUSIVE MODE".encode())
+        async with connection.transaction():
+            await connection.execute(BRIEFLY)
+            await create_shared(connection, SCHEMA)
+    assert await catalog(connection) == before
+
+
+async def test_a_comment_of_an_older_version_is_replaced(connection: Connection) -> None:
+    await create(connection)
+    before = await catalog(connection)
+    await connection.execute("COMMENT ON TABLE cdcsync.calls IS 'other'")
+    await connection.execute("COMMENT ON COLUMN cdcsync.indexes.table_oid IS NULL")
+    assert await catalog(connection) != before
+    await create_shared(connection, SCHEMA)
+    assert await catalog(connection) == before
 
 
 async def followed(connection: Connection, checkpoint: Lsn | None) -> tuple[Pipelines, Lease]:
