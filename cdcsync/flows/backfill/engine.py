@@ -42,6 +42,9 @@ PAGES_IN_FLIGHT = 2
 POLL_S = 5.0
 """How often requests are looked for without being notified of one."""
 
+PRUNE_EVERY_S = 60.0
+"""How often at most what ended requests leave is looked for: many short ones may end in a second."""
+
 PAUSE_POLL_S = 0.5
 """How soon a slowed-down backfill notices that it was paused or cancelled, or has to give way; others look after each
 page."""
@@ -101,6 +104,10 @@ class Backfills:
         """Requests that stopped so that another one could be served."""
         self._turn_ends = 0.0
         """When the request that is served may have to give way."""
+        self._to_prune = False
+        """Whether a request was served since ended ones were last pruned."""
+        self._next_prune = 0.0
+        """The earliest time of the next pruning."""
         self._forget_vectors = forget_vectors
         self._locked = {
             name: LockedOut(name, spec.single_tables, written_tables(schema, spec)) for name, spec in specs.items()
@@ -133,7 +140,8 @@ class Backfills:
     async def _serve_next(self, target: Connection) -> None:
         request = await self._next(target)
         if request is None:
-            await self._prune()
+            await self._forget_deliveries()
+            await self._prune(target)
             with speaking_of("target"):
                 async for _ in target.notifies(timeout=POLL_S, stop_after=1):
                     pass
@@ -158,8 +166,11 @@ class Backfills:
         finally:
             self.marks.drop(request)
             deliveries.stop()
-        with speaking_of("target"):
-            await self._queue.prune(target)
+        if request.keyed:
+            with speaking_of("target"):
+                await self._queue.forget_keys(target, request)
+        self._to_prune = True
+        await self._prune(target)
 
     async def _next(self, target: Connection) -> Request | None:
         """Return the request to serve now: of another index than the last one, if any has one.
@@ -343,7 +354,15 @@ class Backfills:
             crash_point("mark written")
         return pending
 
-    async def _prune(self) -> None:
+    async def _prune(self, target: Connection) -> None:
+        """Forget what ended requests leave, once in a while."""
+        if not self._to_prune or anyio.current_time() < self._next_prune:
+            return
+        with speaking_of("target"):
+            await self._queue.prune(target)
+        self._to_prune, self._next_prune = False, anyio.current_time() + PRUNE_EVERY_S
+
+    async def _forget_deliveries(self) -> None:
         if sum(deliveries.size for deliveries in self._deliveries.values()) == 0:
             for deliveries in self._deliveries.values():
                 deliveries.forget_snapshot()

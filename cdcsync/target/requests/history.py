@@ -35,12 +35,17 @@ class History:
 
     async def present(self, connection: Connection, indexes: Sequence[str]) -> list[Request]:
         """Return for each index the request that is served, or else the next one, or else the one that ended last."""
+        precedence = "array_position(ARRAY['running', 'requested', 'paused'], state), id LIMIT 1"
         cursor = await connection.execute(
             sql.SQL(
-                f"SELECT DISTINCT ON (index_name) {COLUMNS} FROM {{}} WHERE index_name = ANY(%s)"
-                " ORDER BY index_name, array_position(ARRAY['running', 'requested', 'paused'], state),"
-                " CASE WHEN state IN ('running', 'requested', 'paused') THEN id ELSE -id END"
-            ).format(self._table),
+                f"SELECT {COLUMNS} FROM (SELECT DISTINCT unnest(%s::text[])) AS i (name), LATERAL (SELECT * FROM ("
+                "(SELECT * FROM {table} WHERE index_name = i.name AND state IN ('requested', 'running', 'paused')"
+                f" ORDER BY {precedence}) UNION ALL"
+                # Between equal bounds: for = i.name the planner may read the primary key backwards until it finds one.
+                " (SELECT * FROM {table} WHERE index_name BETWEEN i.name AND i.name"
+                " ORDER BY index_name DESC, id DESC LIMIT 1)"
+                f") AS b ORDER BY {precedence}) AS b ORDER BY index_name"
+            ).format(table=self._table),
             [list(indexes)],
         )
         return [to_request(row) for row in await cursor.fetchall()]
@@ -108,9 +113,9 @@ class History:
         """Return `last_load` of every index that has one."""
         cursor = await connection.execute(
             sql.SQL(
-                f"SELECT DISTINCT ON (index_name) {COLUMNS} FROM {{}} WHERE kind IN ('initial', 'resync')"
-                " ORDER BY index_name, id DESC"
-            ).format(self._table)
+                f"SELECT {COLUMNS} FROM (SELECT b.* FROM {{}} AS i (name), LATERAL (SELECT * FROM {{}}"
+                " WHERE index_name = i.name AND kind IN ('initial', 'resync') ORDER BY id DESC LIMIT 1) AS b) AS b"
+            ).format(self._registry.names, self._table)
         )
         return {load.index: load for load in map(to_request, await cursor.fetchall())}
 

@@ -29,6 +29,8 @@ _PRECEDENCE: LiteralString = (
 )
 """Single documents come first, then what changed by related rows and partitions, then whatever reads a table."""
 
+_ENDED: LiteralString = "b.state IN ('done', 'failed', 'cancelled')"
+
 
 class Queue:
     """The requests that the worker serves."""
@@ -175,25 +177,39 @@ class Queue:
         )
         crash_point("request failed")
 
+    async def forget_keys(self, connection: Connection, request: Request) -> None:
+        """Remove the keys of a request if it has ended."""
+        await connection.execute(
+            sql.SQL(
+                f"DELETE FROM {{}} AS k USING {{}} AS b WHERE b.id = %s AND k.backfill_id = b.id AND {_ENDED}"
+            ).format(self._keys, self._table),
+            [request.id],
+        )
+        crash_point("keys of ended requests removed")
+
     async def prune(self, connection: Connection) -> None:
         """Remove the keys of requests that have ended, and in time what they found and they themselves.
 
-        The last load of an index stays: it says whether the index is whole.
+        The last load of an index stays: it says whether the index is whole. Hundreds of thousands of requests may have
+        ended, few of which have keys or findings: those are looked up by the keys and findings that there are.
         """
-        ended = "b.state IN ('done', 'failed', 'cancelled') AND b.finished_at <"
+        # Not clock_timestamp(), by which no index can be searched.
+        ended = f"{_ENDED} AND b.finished_at < statement_timestamp() - make_interval(secs => %s)"
         for table, age_s in ((self._keys, 0), (self._differences, FOUND_KEPT_S)):
             await connection.execute(
                 sql.SQL(
-                    f"DELETE FROM {{}} AS k USING {{}} AS b WHERE b.id = k.backfill_id AND {ended}"
-                    " clock_timestamp() - make_interval(secs => %s)"
-                ).format(table, self._table),
+                    "WITH RECURSIVE of (id) AS (SELECT min(backfill_id) FROM {table} UNION ALL"
+                    " SELECT (SELECT min(k.backfill_id) FROM {table} AS k WHERE k.backfill_id > of.id)"
+                    " FROM of WHERE of.id IS NOT NULL)"
+                    " DELETE FROM {table} AS k USING {requests} AS b WHERE b.id = k.backfill_id"
+                    f" AND b.id = ANY(ARRAY(SELECT id FROM of)) AND {ended}"
+                ).format(table=table, requests=self._table),
                 [age_s],
             )
             crash_point("keys of ended requests removed")
         await connection.execute(
             sql.SQL(
                 f"DELETE FROM {{}} AS b WHERE b.kind IN ('replay', 'verify', 'compare', 'related') AND {ended}"
-                " clock_timestamp() - make_interval(secs => %s)"
             ).format(self._table),
             [KEPT_S],
         )

@@ -76,6 +76,12 @@ DDL: tuple[LiteralString, ...] = (
     "COMMENT ON TABLE {schema}.differences IS 'cdcsync: what a verification found to differ from the source.'",
     "CREATE INDEX IF NOT EXISTS backfills_open ON {schema}.backfills (index_name, id) "
     "WHERE state IN ('requested', 'running', 'paused')",
+    # Ended requests are kept for a week, and there may be hundreds of thousands of them.
+    "CREATE INDEX IF NOT EXISTS backfills_last ON {schema}.backfills (index_name, id)",
+    "CREATE INDEX IF NOT EXISTS backfills_loads ON {schema}.backfills (index_name, id) "
+    "WHERE kind IN ('initial', 'resync')",
+    "CREATE INDEX IF NOT EXISTS backfills_ended ON {schema}.backfills (finished_at) "
+    "WHERE kind IN ('replay', 'verify', 'compare', 'related')",
 )
 """Needs the table `indexes`."""
 

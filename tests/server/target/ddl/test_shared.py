@@ -66,6 +66,14 @@ async def test_a_comment_of_an_older_version_is_replaced(connection: Connection)
     assert await catalog(connection) == before
 
 
+async def test_tables_of_an_older_version_get_the_indexes_of_requests(connection: Connection) -> None:
+    await create(connection)
+    before = await catalog(connection)
+    await connection.execute("DROP INDEX cdcsync.backfills_last, cdcsync.backfills_loads, cdcsync.backfills_ended")
+    await create_shared(connection, SCHEMA)
+    assert await catalog(connection) == before
+
+
 async def followed(connection: Connection, checkpoint: Lsn | None) -> tuple[Pipelines, Lease]:
     """Set up the index `articles` and its pipeline."""
     pipelines = Pipelines(SCHEMA, "slot")

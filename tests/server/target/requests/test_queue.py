@@ -8,7 +8,7 @@ import pytest
 
 from cdcsync.model.requests import Kind
 from cdcsync.postgres.sessions import Connection
-from tests.support.requests import HISTORY, QUEUE, REQUESTS, add, end, next_one
+from tests.support.requests import HISTORY, QUEUE, REQUESTS, add, end, fill, next_one, reading_few
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio, pytest.mark.usefixtures("articles_and_notes")]
 
@@ -148,3 +148,43 @@ async def test_what_has_ended_is_forgotten_in_time_but_not_the_load_that_an_inde
     assert await left("1 second") == ([open_one], everything, everything)
     assert await left("1 day") == ([open_one], [open_one], everything)
     assert await left("8 days") == ([open_one], [open_one], sorted([ids["initial"], ids["resync"], open_one]))
+
+
+async def test_pruning_reads_only_the_requests_that_have_keys_or_go(connection: Connection) -> None:
+    await fill(connection)
+    cursor = await connection.execute("SELECT max(id) FROM cdcsync.backfills")
+    (ended,) = await cursor.fetchone() or (0,)
+    async with connection.transaction():
+        kept = await REQUESTS.add(connection, "notes", "verify", rewrite=False, filter_=None, keys=[("1",), ("2",)])
+    await connection.execute(
+        "INSERT INTO cdcsync.backfill_keys (backfill_id, place, key) SELECT %s, n, '{1}' FROM generate_series(1, 9) n",
+        [ended],
+    )
+    await connection.execute("INSERT INTO cdcsync.differences VALUES (%s, '{1}', 'stale')", [ended])
+    await connection.execute(
+        "UPDATE cdcsync.backfills SET finished_at = now() - interval '8 days' WHERE id < (SELECT min(id) + 10"
+        " FROM cdcsync.backfills)"
+    )
+    async with reading_few(connection):
+        await QUEUE.prune(connection)
+    for statement, expected in (
+        ("SELECT DISTINCT backfill_id FROM cdcsync.backfill_keys", [(kept,)]),
+        ("SELECT DISTINCT backfill_id FROM cdcsync.differences", []),
+        ("SELECT count(*) FROM cdcsync.backfills", [(2 + 20_000 - 8 + 1,)]),
+    ):
+        assert await (await connection.execute(statement.encode())).fetchall() == expected
+
+
+async def test_the_keys_of_a_request_go_once_it_has_ended(connection: Connection) -> None:
+    async with connection.transaction():
+        ids = [
+            await REQUESTS.add(connection, "articles", "replay", rewrite=False, filter_=None, keys=[("1",)])
+            for _ in range(2)
+        ]
+    first = await HISTORY.one(connection, ids[0])
+    assert first is not None
+    for state, left in (("paused", ids), ("done", ids[1:])):
+        await end(connection, first.id, state)
+        await QUEUE.forget_keys(connection, first)
+        cursor = await connection.execute("SELECT backfill_id FROM cdcsync.backfill_keys ORDER BY 1")
+        assert [id_ for (id_,) in await cursor.fetchall()] == left
