@@ -10,12 +10,14 @@ Source: PostgreSQL, "Data Definition"; pgvector's README (operator classes, HNSW
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import psycopg
 from psycopg import sql
 
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import LOCKED_OUT
 from cdcsync.postgres.queries import fetch_row, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.chunks_view import (
@@ -158,12 +160,12 @@ async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
         ).format(**identifiers)
     )
     for suffix, columns in (
-        ("lane", "(generation, lane, chunk_id)"),
         ("hash", "(generation, content_hash)"),
         ("failed", f"(generation) WHERE attempts >= {MAX_ATTEMPTS}"),
     ):
         definition = sql.SQL("{} " + columns).format(names.backlog)
         await create_index(connection, schema, f"{spec.relations}_backlog_{suffix}", definition)
+    await _index_waiting(connection, schema, spec, names)
     for relation, comment in (
         (names.chunks, f"cdcsync index {spec.name}: the chunks of {spec.shape.table}, by key and number"),
         (names.backlog, f"cdcsync index {spec.name}: chunks without a current vector; lane 0 live, 1 backfill"),
@@ -176,6 +178,22 @@ async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
     await _put_view(connection, schema, spec)
     await put_chunks_view(connection, schema, spec)
     await put_search(connection, schema, spec)
+
+
+async def _index_waiting(connection: Connection, schema: str, spec: IndexSpec, names: Names) -> None:
+    """Index the texts that wait by lane, without those that failed finally.
+
+    The index of earlier versions has all of them. It is good enough until nobody is in the way of its successor.
+    """
+    definition = sql.SQL(f"{{}} (generation, lane, chunk_id) WHERE attempts < {MAX_ATTEMPTS}").format(names.backlog)
+    name, earlier = f"{spec.relations}_backlog_due", sql.Identifier(schema, f"{spec.relations}_backlog_lane")
+    if await fetch_value(connection, "SELECT to_regclass(%s) IS NULL", [earlier.as_string(connection)]):
+        await create_index(connection, schema, name, definition)
+        return
+    with suppress(*LOCKED_OUT):
+        async with connection.transaction():
+            await create_index(connection, schema, name, definition)
+            await connection.execute(sql.SQL("DROP INDEX {}").format(earlier))
 
 
 async def _lock_views(connection: Connection, spec: IndexSpec) -> None:

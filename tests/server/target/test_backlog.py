@@ -52,6 +52,26 @@ async def test_live_texts_come_first_then_the_oldest(index: LiveIndex) -> None:
     assert await texts(index.backlog, lane=BACKFILL) == ["old 1", "old 2"]
 
 
+async def test_texts_that_failed_finally_are_not_read_again_to_find_those_that_are_due(index: LiveIndex) -> None:
+    await index.apply(changes(document("1", "a")))
+    await index.rows(
+        "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane, attempts)"
+        " SELECT generation, -n, '\\x00', 0, %s FROM {backlog}, generate_series(1, 20000) AS n RETURNING 1",
+        MAX_ATTEMPTS,
+    )
+    await index.connection.execute("ANALYZE cdcsync.articles_backlog")
+    async with index.embedding.transaction():
+        assert await texts(index.backlog) == ["a"]
+        assert [await index.backlog.due(lane=lane) for lane in (None, LIVE, BACKFILL)] == [True, True, False]
+        cursor = await index.embedding.execute(
+            "SELECT seq_tup_read, idx_tup_fetch FROM pg_stat_xact_user_tables"
+            " WHERE relid = 'cdcsync.articles_backlog'::regclass"
+        )
+        ((in_sequence, by_index),) = await cursor.fetchall()
+    assert in_sequence == 0
+    assert by_index < 10
+
+
 async def test_a_text_in_several_chunks_is_due_once(index: LiveIndex) -> None:
     await index.apply(changes(document("1", "a", "b", lane=BACKFILL)))
     await index.apply(changes(document("2", "b", "b")))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -10,6 +10,7 @@ import pytest
 from psycopg import sql
 
 from cdcsync.errors import SetupError
+from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.ddl.relations import (
     RESERVED,
@@ -46,6 +47,27 @@ async def test_everything_can_be_created_again_and_is_as_it_was(connection: Conn
     await create(connection, *specs)
     assert await catalog(connection) == before
     assert len(before) > 10
+
+
+async def test_the_backlog_of_an_earlier_version_gets_the_index_without_failed_texts_once_nobody_is_in_the_way(
+    connection: Connection, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    await create(connection, make_spec())
+    before = await catalog(connection)
+    await connection.execute("DROP INDEX cdcsync.articles_backlog_due")
+    await connection.execute(
+        "CREATE INDEX articles_backlog_lane ON cdcsync.articles_backlog (generation, lane, chunk_id)"
+    )
+    earlier = await catalog(connection)
+    reader = await connect_target()
+    async with reader.transaction():
+        await reader.execute("SELECT FROM cdcsync.articles_backlog")
+        async with connection.transaction():
+            await connection.execute(BRIEFLY)
+            await create(connection, make_spec())
+        assert await catalog(connection) == earlier
+    await create(connection, make_spec())
+    assert await catalog(connection) == before
 
 
 async def test_every_table_view_and_function_describes_itself(connection: Connection) -> None:
