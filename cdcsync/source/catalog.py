@@ -5,14 +5,16 @@ Source: PostgreSQL, "System Catalogs", "System Views" (pg_replication_slots).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from functools import partial
-from typing import LiteralString, cast
+from typing import LiteralString, TypeVar, cast
 
 import anyio
 import msgspec
+import psycopg
 from psycopg import sql
 
+from cdcsync.backoff import backoff_s
 from cdcsync.config import QualifiedName
 from cdcsync.documents.related import RelatedRows, TableFacts, columns_read
 from cdcsync.errors import leading
@@ -26,12 +28,18 @@ from cdcsync.source.functions import functions_called
 from cdcsync.source.publications import Publication, read_publication
 from cdcsync.source.relations import Table, read_tables
 
+T = TypeVar("T")
+
 FAILOVER_VERSION = 170000
 """PostgreSQL 17: standbys can have a logical slot too."""
 
 REPLICATION_ROLES = ("rds_replication",)
 """Roles of managed services whose members may replicate without having the attribute themselves."""
 
+
+DROPPED_ATTEMPTS = 10
+"""How often the catalog is read at most if it fails for a table that is dropped meanwhile. Few drops come just then, so
+a failure that stays is another fault, and its message is to be seen within seconds."""
 
 SENDS_PREPARED = "sends prepared transactions before they are committed (two_phase = true), which cdcsync does not read"
 """Why a slot is refused that is otherwise as ours."""
@@ -146,7 +154,24 @@ async def read_catalog(
     :param expressions: conditions in SQL, of which it is asked what they call.
     """
     once = partial(_read_once, connection, publication, names, oids, expressions)
-    return await until_locked(once, table="partitions of the source")
+    return await _despite_drops(partial(until_locked, once, table="partitions of the source"))
+
+
+async def _despite_drops(read: Callable[[], Awaitable[T]]) -> T:
+    """Read the catalog in a transaction, and again in another one if a table was dropped meanwhile.
+
+    The catalog's functions look at a table as it is now, whatever the snapshot says: for a partition that is dropped
+    between the two they fail with an internal error ("could not open relation with OID"). The next snapshot does not
+    have it.
+
+    :raises InternalError_: the error was the same each time.
+    """
+    for attempt in range(DROPPED_ATTEMPTS - 1):
+        try:
+            return await read()
+        except psycopg.errors.InternalError_:
+            await anyio.sleep(backoff_s(attempt, first=0.01, most=1))
+    return await read()
 
 
 async def _read_once(

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import anyio
 import psycopg
 import pytest
 from psycopg import sql
 
 from cdcsync.config import QualifiedName
+from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect
-from cdcsync.source.catalog import blockers, current_snapshot, read_catalog, running_transactions
+from cdcsync.source.catalog import (
+    DROPPED_ATTEMPTS,
+    Catalog,
+    blockers,
+    current_snapshot,
+    read_catalog,
+    running_transactions,
+)
+from cdcsync.source.relations import Table
 from tests.support.publications import T, lay_out
 from tests.support.servers import Database
 
@@ -112,3 +123,47 @@ async def test_a_statement_that_locks_a_table_before_its_partitions_is_not_faile
 
     assert (await read_catalog(source, "none", [name])).tables[name].leaves
     await source.execute("DROP TABLE public.parted")
+
+
+async def test_a_partition_that_is_dropped_while_its_bounds_are_asked_for_is_not_there(
+    source: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock is taken after the statement has looked for locks, and before it asks for the bounds."""
+    name = QualifiedName("public", "parted")
+    await source.execute("CREATE TABLE public.parted (id int PRIMARY KEY) PARTITION BY LIST (id)")
+    await source.execute("CREATE TABLE public.part_1 PARTITION OF public.parted FOR VALUES IN (1)")
+    monkeypatch.setattr("cdcsync.source.relations.LOCKED", "'{}'::oid[]")
+    found: list[Catalog] = []
+    async with (
+        await connect(source.info.dsn, "source", application_name="catalog") as looking,
+        await connect(source.info.dsn, "source", application_name="application") as application,
+        anyio.create_task_group() as tasks,
+    ):
+
+        async def look() -> None:
+            found.append(await read_catalog(looking, "none", [name]))
+
+        async with application.transaction():
+            await application.execute("DROP TABLE public.part_1")
+            tasks.start_soon(look)
+            waiting = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = %s AND NOT granted)"
+            while not await fetch_value(source, waiting, [looking.info.backend_pid]):  # noqa: ASYNC110 - the server's
+                await anyio.sleep(0.01)
+    await source.execute("DROP TABLE public.parted")
+
+    assert found[0].tables[name].leaves == ()
+
+
+async def test_an_internal_error_that_stays_is_raised(source: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = 0
+
+    async def damaged(connection: Connection, names: Collection[QualifiedName]) -> dict[QualifiedName, Table]:
+        nonlocal attempts
+        attempts += 1
+        raise psycopg.errors.InternalError_("cache lookup failed for type 0")
+
+    monkeypatch.setattr("cdcsync.source.catalog.read_tables", damaged)
+    monkeypatch.setattr("cdcsync.source.catalog.backoff_s", lambda attempt, *, first, most: 0.0)
+    with pytest.raises(psycopg.errors.InternalError_):
+        await read_catalog(source, "none", [T])
+    assert attempts == DROPPED_ATTEMPTS
