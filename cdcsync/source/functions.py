@@ -8,7 +8,11 @@ A condition names things by their schema, because our sessions have no search pa
 its own, so in bodies every function of a name counts, in whatever schema; so does one that only a comment mentions. A
 digest too many costs a comparison when that function is replaced.
 
-Source: PostgreSQL, "System Catalogs" (pg_proc, pg_operator, pg_cast, pg_constraint).
+A body of SQL statements (BEGIN ATOMIC) is stored as the server understood it, and the server records what that depends
+on. So its text is not asked for: the function that writes it (pg_get_function_sqlbody) waits for all tables that the
+body reads, and any function with a name in some body may be somebody else's.
+
+Source: PostgreSQL, "System Catalogs" (pg_proc, pg_operator, pg_cast, pg_constraint, pg_depend).
 """
 
 from __future__ import annotations
@@ -31,12 +35,19 @@ class Called(msgspec.Struct, frozen=True):
 
     :ivar name: with its arguments, as a message shows it.
     :ivar digest: of its definition, without its owner, its privileges and its cost.
-    :ivar body: its text, if it is in a language that may call others.
+    :ivar body: its text, if it is in a language that may call others and its text says what it calls.
+    :ivar named: the schemas and names of what it depends on, if its body is SQL that the server has understood.
     """
 
     name: str
     digest: str
     body: str | None
+    named: list[list[str]] = []
+
+    @property
+    def calls(self) -> set[Name]:
+        """The names of what it may call."""
+        return {*_named_in_body(self.body or ""), *((schema, name) for schema, name in self.named)}
 
 
 async def functions_called(connection: Connection, conditions: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -52,7 +63,7 @@ async def functions_called(connection: Connection, conditions: Iterable[str]) ->
             seen |= left
             new = [one for name in left for one in known[name] if one.name not in digests]
             digests |= {one.name: one.digest for one in new}
-            left = {name for one in new if one.body for name in _named_in_body(one.body)} - seen
+            left = {name for one in new for name in one.calls} - seen
         found[text] = digests
     return found
 
@@ -116,12 +127,24 @@ _CALLED: LiteralString = """
     )
     SELECT f.place, p.oid::regprocedure::text,
         md5((to_jsonb(p) - ARRAY['oid', 'proowner', 'proacl', 'procost', 'prorows'])::text),
-        CASE WHEN l.lanname NOT IN ('c', 'internal') THEN concat_ws(' ', p.prosrc, pg_get_function_sqlbody(p.oid)) END
+        CASE WHEN l.lanname NOT IN ('c', 'internal') THEN p.prosrc END,
+        -- These are also its arguments' types and what their defaults call. An array counts as its elements.
+        CASE WHEN p.prosqlbody IS NULL THEN '{}'::text[] ELSE ARRAY(
+            SELECT ARRAY[n.nspname::text, used.name::text] FROM pg_depend AS d CROSS JOIN LATERAL (
+                SELECT pronamespace, proname FROM pg_proc
+                    WHERE d.refclassid = 'pg_proc'::regclass AND oid = d.refobjid
+                UNION ALL SELECT oprnamespace, oprname FROM pg_operator
+                    WHERE d.refclassid = 'pg_operator'::regclass AND oid = d.refobjid
+                UNION ALL SELECT e.typnamespace, e.typname FROM pg_type AS t
+                    JOIN pg_type AS e ON e.oid = t.oid OR e.oid = t.typelem AND t.typlen = -1
+                    WHERE d.refclassid = 'pg_type'::regclass AND t.oid = d.refobjid
+            ) AS used (schema, name) JOIN pg_namespace AS n ON n.oid = used.schema
+            WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'n') END
     FROM functions AS f JOIN pg_proc AS p USING (oid) JOIN pg_language AS l ON l.oid = p.prolang
     WHERE p.pronamespace <> 'pg_catalog'::regnamespace
     UNION ALL
     SELECT w.place, 'domain ' || format_type(t.oid, NULL), md5(string_agg(d.text, ' ' ORDER BY d.text)),
-        string_agg(d.text, ' ')
+        string_agg(d.text, ' '), '{}'::text[]
     FROM wanted AS w JOIN pg_type AS t ON t.typname = w.name AND t.typnamespace = w.schema
     JOIN pg_constraint AS c ON c.contypid = t.oid
     CROSS JOIN LATERAL (SELECT pg_get_constraintdef(c.oid) AS text) AS d
