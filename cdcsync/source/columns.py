@@ -79,25 +79,30 @@ def reachable_types(types: Mapping[int, Type], roots: Collection[int]) -> dict[i
 
 async def read_columns(connection: Connection, oids: Collection[int]) -> dict[int, dict[str, Column]]:
     """Return the columns of each table by name, in the order that they have there."""
+    # A family may have tens of thousands of columns, and few of them are of a domain or an enum. CASE keeps the
+    # subqueries from being run for the others.
     cursor = await connection.execute(
         """
         SELECT a.attrelid::int8, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated::text,
                coalesce(has_column_privilege(a.attrelid, a.attnum, 'SELECT'), false),
-               (WITH RECURSIVE domains(type, modifier) AS (
-                    SELECT typbasetype, typtypmod FROM pg_type WHERE oid = a.atttypid AND typtype = 'd'
+               CASE WHEN y.typtype = 'd' THEN (
+                WITH RECURSIVE domains(type, modifier) AS (
+                    SELECT y.typbasetype, y.typtypmod
                     UNION ALL
                     SELECT t.typbasetype, t.typtypmod FROM domains d JOIN pg_type t ON t.oid = d.type
                     WHERE t.typtype = 'd'
                 )
                 SELECT format_type(d.type, d.modifier) FROM domains d JOIN pg_type t ON t.oid = d.type
-                WHERE t.typtype <> 'd'),
-               ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = a.atttypid ORDER BY enumsortorder),
+                WHERE t.typtype <> 'd') END,
+               CASE WHEN y.typtype = 'e' THEN
+                   ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = a.atttypid ORDER BY enumsortorder)
+                   ELSE '{}' END,
                a.atttypid::int8, a.atttypmod, a.attnum::int4,
                CASE WHEN a.attgenerated <> '' THEN
                    (SELECT d.oid::int8 FROM pg_attrdef d WHERE d.adrelid = a.attrelid AND d.adnum = a.attnum) END,
                a.xmin::text::int8, coalesce(quote_ident(n.nspname) || '.' || quote_ident(l.collname), ''),
                coalesce(l.collisdeterministic, true)
-        FROM pg_attribute a
+        FROM pg_attribute a JOIN pg_type y ON y.oid = a.atttypid
         LEFT JOIN pg_collation l ON l.oid = a.attcollation LEFT JOIN pg_namespace n ON n.oid = l.collnamespace
         WHERE a.attrelid = ANY(%s::int8[]::oid[]) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum
         """,

@@ -67,3 +67,19 @@ async def test_a_type_is_described_with_those_that_it_is_made_of(database: Datab
 def test_types_that_are_made_of_each_other_are_reached_once() -> None:
     first, second = Type("a", "c", parts=((1, 2, -1), (2, 23, -1))), Type("b", "b", parts=((0, 1, -1),))
     assert reachable_types({1: first, 2: second, 3: Type("c", "e")}, [1]) == {1: first, 2: second}
+
+
+async def test_only_an_enum_itself_has_labels(database: Database) -> None:
+    database.execute(
+        "CREATE TYPE mood AS ENUM ('sad', 'ok'); CREATE DOMAIN mine AS mood; CREATE DOMAIN moods AS mood[];"
+        " CREATE TABLE t (a mood, b mine, c moods, d int)"
+    )
+    ((oid,),) = database.execute("SELECT 't'::regclass::oid::int8")
+    async with await connect(database.dsn, "source") as source:
+        columns = (await read_columns(source, [oid]))[oid]
+    assert {name: (one.base_type, one.labels) for name, one in columns.items()} == {
+        "a": (None, ("sad", "ok")),
+        "b": ("public.mood", ()),
+        "c": ("public.mood[]", ()),
+        "d": (None, ()),
+    }
