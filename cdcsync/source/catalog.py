@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from functools import partial
-from typing import LiteralString, TypeVar, cast
+from typing import LiteralString, cast
 
 import anyio
 import msgspec
@@ -27,8 +27,6 @@ from cdcsync.source.families import as_one, members_of, sent_as_one
 from cdcsync.source.functions import functions_called
 from cdcsync.source.publications import Publication, read_publication
 from cdcsync.source.relations import Table, read_tables
-
-T = TypeVar("T")
 
 FAILOVER_VERSION = 170000
 """PostgreSQL 17: standbys can have a logical slot too."""
@@ -157,7 +155,7 @@ async def read_catalog(
     return await _despite_drops(partial(until_locked, once, table="partitions of the source"))
 
 
-async def _despite_drops(read: Callable[[], Awaitable[T]]) -> T:
+async def _despite_drops(read: Callable[[], Awaitable[Catalog]]) -> Catalog:
     """Read the catalog in a transaction, and again in another one if a table was dropped meanwhile.
 
     The catalog's functions look at a table as it is now, whatever the snapshot says: for a partition that is dropped
