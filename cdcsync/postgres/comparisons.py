@@ -78,5 +78,43 @@ def follows(
     return sql.SQL("({})").format(condition)
 
 
+def parts_after(
+    columns: Sequence[sql.Composable], values: Sequence[sql.Composable], compared: Sequence[Comparison]
+) -> list[sql.Composable]:
+    """Return the conditions of the keys that `follows` is about, in parts that come one after another.
+
+    For each part an index leads to its first row at once. The single condition that is not a row comparison has it read
+    everything that has the same first column, so that pages over few values of that would take the square of the time.
+    """
+    if all(one.plain for one in compared):
+        return [follows(columns, values, compared)]
+    typed = list(zip(columns, values, compared, strict=True))
+    parts: list[sql.Composable] = []
+    for at in reversed(range(len(typed))):
+        operators = [*(one.equal for _, _, one in typed[:at]), typed[at][2].above]
+        parts.append(
+            sql.SQL(" AND ").join(
+                sql.SQL("{} {} {}").format(column, operator, value)
+                for (column, value, _), operator in zip(typed, operators, strict=False)
+            )
+        )
+    return parts
+
+
+def in_parts(
+    selected: sql.Composable, rows: Sequence[sql.Composable], order: sql.Composable, limit: int
+) -> sql.Composable:
+    """Return the first rows of each of several parts, as a subquery of a statement that orders and limits them again.
+
+    :param selected: the columns, with those that `order` names; `rows`: of each part, what follows FROM.
+    """
+    return sql.SQL("({})").format(
+        sql.SQL(" UNION ALL ").join(
+            sql.SQL("(SELECT {} FROM {} ORDER BY {} LIMIT {})").format(selected, part, order, sql.Literal(limit))
+            for part in rows
+        )
+    )
+
+
 def _operator(schema: str, name: str) -> sql.Composable:
     return sql.SQL("OPERATOR({}." + name + ")").format(sql.Identifier(schema))

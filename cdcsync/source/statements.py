@@ -14,7 +14,7 @@ from psycopg import sql
 
 from cdcsync.documents.related import Facts, RelatedRows
 from cdcsync.model.rows import SOURCE_TABLE, Key, Shape
-from cdcsync.postgres.comparisons import Comparison, comparisons, follows
+from cdcsync.postgres.comparisons import Comparison, comparisons, follows, in_parts, parts_after
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.memory import largest_value
 from cdcsync.source.related import computed, operators
@@ -65,6 +65,7 @@ class Statements:
         # As a subquery, so that the condition's bare column names cannot be taken for those of what it is joined to; of
         # only the columns that the index needs, because the role may not be allowed to read the other columns.
         needed = sql.SQL(", ").join(sql.Identifier("t", name) for name in shape.own)
+        self.needed = needed
         self.selected = needed if related else self._columns
         self.bare = sql.SQL("{} AS t WHERE true").format(self._table)
         """All rows of the table, whether they belong to the index or not."""
@@ -143,13 +144,44 @@ class Statements:
         """Return the conditions of the rows that follow a key."""
         conditions: list[sql.Composable] = []
         if after is not None:
-            types = self.key_types[self._fixed :]
-            values = [sql.SQL(f"${at}::text::{type_}") for at, type_ in enumerate(types, start=1)]
-            compared = (await self._compared(connection))[self._fixed :]
-            conditions.append(follows(self.ordered, values, compared))
+            conditions.append(follows(*await self._compared_with(connection)))
         if where:
             conditions.append(_condition(where))
         return conditions
+
+    async def page(
+        self,
+        connection: Connection,
+        selected: sql.Composable,
+        rows: sql.Composed,
+        after: Key | None,
+        limit: int,
+        where: str | None = None,
+        *,
+        needed: sql.Composable,
+    ) -> sql.Composed:
+        """Return a statement over the first rows that follow a key, in the order of keys.
+
+        :param rows: those among which they are.
+        :param needed: the columns that `selected` and the order are made of.
+        """
+        conditions = [_condition(where)] if where else []
+        order = sql.SQL(", ").join(self.ordered)
+        parts: list[sql.Composable] = [sql.SQL("true")]
+        if after is not None:
+            parts = parts_after(*await self._compared_with(connection))
+        of: list[sql.Composable] = [sql.SQL(" AND ").join([rows, part, *conditions]) for part in parts]
+        if len(of) > 1:
+            of = [sql.SQL("{} AS t").format(in_parts(needed, of, order, limit))]
+        return sql.SQL("SELECT {} FROM {} ORDER BY {} LIMIT {}").format(selected, of[0], order, sql.Literal(limit))
+
+    async def _compared_with(
+        self, connection: Connection
+    ) -> tuple[Sequence[sql.Composable], list[sql.Composable], list[Comparison]]:
+        """Return the ordering columns, the arguments that they are compared with, and how."""
+        types = self.key_types[self._fixed :]
+        values: list[sql.Composable] = [sql.SQL(f"${at}::text::{type_}") for at, type_ in enumerate(types, start=1)]
+        return self.ordered, values, (await self._compared(connection))[self._fixed :]
 
     async def up_to(self, connection: Connection, key: Key) -> str:
         """Return the condition of the rows up to a key in the order of pages, in SQL on the row `t`."""

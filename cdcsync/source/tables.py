@@ -54,12 +54,12 @@ class SourceTable:
 
     async def page(self, connection: Connection, after: Key | None, limit: int, where: str | None = None) -> Page:
         """Return up to `limit` rows with keys above `after`, in key order; fewer rows than that are the last ones."""
-        conditions = await self._sql.after(connection, after, where)
-        order = sql.SQL(" ORDER BY {}").format(sql.SQL(", ").join(self._sql.ordered))
-        rows = sql.SQL(" AND ").join([self._sql.named if where else self._sql.rows, *conditions])
-        statement = sql.SQL("SELECT {} FROM {}").format(self._sql.selected, rows) + order
-        statement += sql.SQL(" LIMIT {}").format(sql.Literal(limit))
+        rows = self._sql.named if where else self._sql.rows
+        statement = await self._sql.page(
+            connection, self._sql.selected, rows, after, limit, where, needed=self._sql.needed
+        )
         if self._sql.related:
+            order = sql.SQL(" ORDER BY {}").format(sql.SQL(", ").join(self._sql.ordered))
             statement = await self._sql.with_related(connection, statement) + order
         try:
             page = await self._read(connection, statement, self._sql.place(after))
@@ -81,10 +81,9 @@ class SourceTable:
         :param error: that failure; it is raised if `where` is the reason, which is nothing about the row.
         """
         snapshot = await current_snapshot(connection)
-        rows = sql.SQL(" AND ").join([self._sql.bare, *await self._sql.after(connection, after, None)])
-        statement = sql.SQL("SELECT {} FROM {} ORDER BY {} LIMIT {}").format(
-            sql.SQL(", ").join(self._sql.keys), rows, sql.SQL(", ").join(self._sql.ordered), sql.Literal(limit)
-        )
+        listed = sql.SQL(", ").join(self._sql.keys)
+        order = sql.SQL(", ").join(self._sql.ordered)
+        statement = await self._sql.page(connection, listed, self._sql.bare, after, limit, needed=order)
         keys = cast(list[Key], (await self._read(connection, statement, self._sql.place(after))).rows)
         found = await self._by_keys(connection, keys, where)
         if where and found.unread and (await self._by_keys(connection, list(found.unread))).rows:

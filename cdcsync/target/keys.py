@@ -14,7 +14,7 @@ from psycopg import sql
 from cdcsync.model.changeset import BACKFILL
 from cdcsync.model.rows import Key, Row
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.comparisons import comparisons, follows
+from cdcsync.postgres.comparisons import comparisons, in_parts, parts_after
 from cdcsync.postgres.queries import fetch_texts
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import Names
@@ -36,24 +36,23 @@ async def page_of_keys(
     columns = [sql.Identifier(name) for name in spec.shape.key]
     listed = sql.SQL(", ").join(columns)
     values = [sql.SQL(f"${at}::text::{type_}") for at, type_ in enumerate(spec.key_types, start=1)]
-    above = sql.SQL(" AND {}").format(follows(columns, values, await comparisons(connection, spec.key_types)))
+    parts: list[sql.Composable] = [sql.SQL("true")]
+    if after is not None:
+        parts = parts_after(columns, values, await comparisons(connection, spec.key_types))
+    documents = sql.SQL("{} WHERE chunk_no = 0").format(Names(schema, spec.relations).chunks)
+    failed = sql.SQL("(SELECT {} FROM {} WHERE index_name = {} AND key <> '{{}}') AS f WHERE true").format(
+        sql.SQL(", ").join(
+            sql.SQL("key[{}]::{} AS {}").format(sql.Literal(at), sql.SQL(type_), column)
+            for at, (column, type_) in enumerate(zip(columns, spec.key_types, strict=True), start=1)
+        ),
+        sql.Identifier(schema, TABLE),
+        sql.Literal(spec.name),
+    )
+    of = [sql.SQL("{} AND {}").format(one, part) for one in (documents, failed) for part in parts]
     rows = await fetch_texts(
         connection,
-        sql.SQL(
-            "(SELECT {listed} FROM {chunks} WHERE chunk_no = 0{above} ORDER BY {listed} LIMIT {limit}) UNION ALL"
-            " (SELECT * FROM (SELECT {failed} FROM {table} WHERE index_name = {index} AND key <> '{{}}') AS f"
-            " WHERE true{above} ORDER BY {listed} LIMIT {limit}) ORDER BY {listed} LIMIT {limit}"
-        ).format(
-            listed=listed,
-            chunks=Names(schema, spec.relations).chunks,
-            above=sql.SQL("") if after is None else above,
-            limit=sql.Literal(limit),
-            failed=sql.SQL(", ").join(
-                sql.SQL("key[{}]::{} AS {}").format(sql.Literal(at), sql.SQL(type_), column)
-                for at, (column, type_) in enumerate(zip(columns, spec.key_types, strict=True), start=1)
-            ),
-            table=sql.Identifier(schema, TABLE),
-            index=sql.Literal(spec.name),
+        sql.SQL("SELECT {listed} FROM {of} AS k ORDER BY {listed} LIMIT {limit}").format(
+            listed=listed, of=in_parts(listed, of, listed, limit), limit=sql.Literal(limit)
         ),
         list(after or ()),
     )

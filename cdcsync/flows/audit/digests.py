@@ -24,7 +24,7 @@ from cdcsync.documents.chunks.sizes import WHITE_SPACE
 from cdcsync.errors import DocumentError
 from cdcsync.model.rows import Key, Row
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.comparisons import comparisons, follows
+from cdcsync.postgres.comparisons import comparisons, in_parts, parts_after
 from cdcsync.postgres.queries import fetch_texts
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.memory import largest_value
@@ -147,7 +147,7 @@ async def _table_digests(
         columns[0] = sql.SQL("{}::text").format(sql.Literal(spec.shape.source))
     arguments: list[object] = []
     arguments += (after or ())[fixed:]
-    above: sql.Composable = sql.SQL("")
+    above: list[sql.Composable] = [sql.SQL("")]
     rows_of = published(spec)
     if keys is not None:
         arguments = [[key[at] for key in keys] for at in range(len(columns))]
@@ -164,14 +164,17 @@ async def _table_digests(
         if apart:
             rows_of = published(spec, wanted, same)
         else:
-            above = sql.SQL("WHERE EXISTS (SELECT FROM {} WHERE {})").format(wanted, same)
+            above = [sql.SQL("WHERE EXISTS (SELECT FROM {} WHERE {})").format(wanted, same)]
     elif after is not None:
         values = [sql.SQL(f"${at - fixed}::text::{type_}") for at, type_ in types[fixed:]]
-        above = sql.SQL("WHERE {}").format(follows(columns[fixed:], values, operators[fixed:]))
+        parts_of_page = parts_after(columns[fixed:], values, operators[fixed:])
+        above = [sql.SQL("WHERE {}").format(part) for part in parts_of_page]
     ordered = sql.SQL(", ").join(columns[fixed:])
-    read = sql.SQL("{} AS t {} ORDER BY {} LIMIT {}").format(rows_of, above, ordered, sql.Literal(limit))
+    own = sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.own)
+    of = [sql.SQL("{} AS t {}").format(rows_of, part) for part in above]
+    page = of[0] if len(of) == 1 else sql.SQL("{} AS t").format(in_parts(own, of, ordered, limit))
+    read = sql.SQL("{} ORDER BY {} LIMIT {}").format(page, ordered, sql.Literal(limit))
     if spec.documents.related:
-        own = sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.own)
         equal = await related_operators(connection, spec.facts)
         rows_read = sql.SQL("SELECT {} FROM {}").format(own, read)
         whole = computed(rows_read, spec.shape, spec.documents.related, spec.facts, equal, apart=apart)

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 from psycopg import sql
 
-from cdcsync.postgres.comparisons import comparisons, follows
+from cdcsync.postgres.comparisons import comparisons, follows, parts_after
 from cdcsync.postgres.sessions import connect
 from tests.support.servers import Database
 
@@ -70,3 +70,35 @@ async def test_a_key_follows_another_exactly_if_the_server_sorts_it_after(typed:
     assert row is not None
     assert row[0] == 0
     assert row[1] >= 4
+
+
+@pytest.mark.parametrize("types", [["other.citext", "bigint"], ["text", "other.ltree", "bigint"], ["bigint", "text"]])
+async def test_the_parts_of_what_follows_a_key_are_all_of_it_and_come_in_order(
+    typed: Database, types: list[str]
+) -> None:
+    columns = [sql.Identifier(f"c{at}") for at in range(len(types))]
+    listed = sql.SQL(", ").join(columns)
+    declared = [sql.SQL("{} {}").format(one, sql.SQL(name)) for one, name in zip(columns, types, strict=True)]
+    typed.execute(sql.SQL("CREATE TABLE keys ({})").format(sql.SQL(", ").join(declared)))
+    keys = list(product(*(TYPES[name] for name in types)))
+    for key in keys:
+        typed.execute(sql.SQL("INSERT INTO keys VALUES ({})").format(sql.SQL(", ").join(map(sql.Literal, key))))
+
+    async with await connect(typed.dsn, "target") as connection:
+        compared = await comparisons(connection, types)
+        for key in keys:
+            values = [
+                sql.SQL("{}::{}").format(sql.Literal(value), sql.SQL(name))
+                for value, name in zip(key, types, strict=True)
+            ]
+            found = []
+            for part in [follows(columns, values, compared), *parts_after(columns, values, compared)]:
+                cursor = await connection.execute(
+                    sql.SQL("SELECT rank FROM (SELECT *, rank() OVER (ORDER BY {}) FROM public.keys) AS k").format(
+                        listed
+                    )
+                    + sql.SQL(" WHERE {} ORDER BY rank").format(part)
+                )
+                found.append([rank for (rank,) in await cursor.fetchall()])
+            whole, *parts = found
+            assert [rank for part in parts for rank in part] == whole

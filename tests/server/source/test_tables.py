@@ -178,6 +178,26 @@ async def test_every_page_is_found_through_the_index(database: Database, source_
     assert await rows(source_session, "SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 't'") == before
 
 
+async def test_a_page_costs_its_own_rows_however_many_share_the_first_column_of_the_key(
+    database: Database, source_session: Connection
+) -> None:
+    create_types(database)
+    database.execute("CREATE TABLE t (a citext, b int, PRIMARY KEY (a, b))")
+    database.execute("INSERT INTO t SELECT 'k', n FROM generate_series(1, 5000) n")
+    database.execute("VACUUM ANALYZE t")
+    table = source_table({"a": "public.citext", "b": "integer"})
+    fetched = "SELECT sum(idx_tup_read)::int::text FROM pg_stat_user_indexes WHERE relname = 't'"
+    await source_session.execute("SELECT pg_stat_force_next_flush()")
+    ((before,),) = await rows(source_session, fetched)
+
+    page = await table.page(source_session, ("K", "4000"), 10)
+
+    await source_session.execute("SELECT pg_stat_force_next_flush()")
+    ((after,),) = await rows(source_session, fetched)
+    assert page.rows == [("k", str(n)) for n in range(4001, 4011)]
+    assert int(after) - int(before) < 50
+
+
 async def test_rows_come_with_all_their_columns_in_the_shapes_order(
     database: Database, source_session: Connection
 ) -> None:

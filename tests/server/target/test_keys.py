@@ -6,7 +6,7 @@ import pytest
 
 from cdcsync.documents.templates import hash_text
 from cdcsync.model.rows import Key
-from cdcsync.target.keys import written_keys
+from cdcsync.target.keys import page_of_keys, written_keys
 from tests.support.indexes import (
     SCHEMA,
     OpenIndex,
@@ -53,6 +53,20 @@ async def test_keys_may_be_of_any_type_and_composite(
     assert await index.rows("SELECT content, tenant, chunk_no FROM {chunks}") == [("new", 1, 0)]
     assert list(await index.writer.stored_hashes(values)) == [values[0]]
     assert await index.faults() == []
+
+
+async def test_pages_of_keys_come_in_order_where_their_operators_are_not_pg_catalogs(
+    target: Database, open_index: OpenIndex
+) -> None:
+    target.execute("CREATE EXTENSION IF NOT EXISTS citext")
+    index = await open_index(key={"id": "public.citext", "at": "integer"})
+    keys: list[Key] = [("a", "1"), ("A", "2"), ("a", "10"), ("B", "1"), ("c", "1"), ("C", "2")]
+    await index.apply(changes(*[document(key, "text") for key in reversed(keys)]))
+    for limit in (1, 2, 4, 100):
+        found: list[Key] = []
+        while page := await page_of_keys(index.connection, SCHEMA, index.spec, found[-1] if found else None, limit):
+            found += page
+        assert found == keys
 
 
 async def test_two_texts_of_one_key_in_a_batch_leave_the_row_that_came_last(open_index: OpenIndex) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 import cdcsync.flows.audit.digests as module
@@ -12,6 +14,7 @@ from cdcsync.documents.templates import hash_text
 from cdcsync.flows.audit.digests import Digests, differing, source_digests
 from cdcsync.model.changeset import Document
 from cdcsync.model.rows import Row
+from cdcsync.postgres.comparisons import Comparison, comparisons
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.source.tables import SourceTable
 from tests.support.indexes import SCHEMA, LiveIndex, changes, live_index, make_spec
@@ -106,7 +109,16 @@ async def test_a_text_where_there_was_none_differs_too(sides: Sides) -> None:
     assert await sides.differing() == [("eu", "9")]
 
 
-async def test_pages_together_have_each_row_once_in_the_order_of_the_keys(sides: Sides) -> None:
+@pytest.mark.parametrize("plain", [True, False])
+async def test_pages_together_have_each_row_once_in_the_order_of_the_keys(
+    sides: Sides, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page is read in parts if the key's types are compared by other operators than pg_catalog's."""
+
+    async def compared(connection: Connection, types: Sequence[str]) -> list[Comparison]:
+        return [msgspec.structs.replace(one, plain=plain) for one in await comparisons(connection, types)]
+
+    monkeypatch.setattr(module, "comparisons", compared)
     whole = await sides.digests()
     found: dict[Any, Any] = {}
     page, after = await sides.digests(2), None
