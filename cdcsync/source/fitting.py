@@ -42,18 +42,17 @@ async def _fitting(
     most_bytes: int,
     where: str | None,
 ) -> int:
+    keys = sql.SQL(", ").join(table.ordered)
     # Our own aliases are names that no column is likely to have.
+    selected = sql.SQL('{}, {} AS "row size"').format(keys, await _size(table, connection))
     statement = sql.SQL(
         'SELECT count(*), count(*) FILTER (WHERE "so far" <= {most}) FROM (SELECT'
         ' sum("row size") OVER (ORDER BY {keys} ROWS UNBOUNDED PRECEDING) AS "so far" FROM'
-        ' (SELECT {keys}, {size} AS "row size" FROM {rows}'
-        " ORDER BY {keys} LIMIT {limit}) AS t) AS sizes"
+        " ({rows}) AS t) AS sizes"
     ).format(
         most=sql.Literal(most_bytes),
-        keys=sql.SQL(", ").join(table.ordered),
-        size=await _size(table, connection),
-        rows=sql.SQL(" AND ").join([rows, *await table.after(connection, after, where)]),
-        limit=sql.Literal(limit),
+        keys=keys,
+        rows=await table.page(connection, selected, rows, after, limit, where, needed=table.needed),
     )
     async with reading(connection):
         ((looked_at, fits),) = await fetch_texts(connection, statement, table.place(after), prepare=False)

@@ -14,7 +14,7 @@ from psycopg import sql
 
 from cdcsync.documents.related import Facts, RelatedRows
 from cdcsync.model.rows import SOURCE_TABLE, Key, Shape
-from cdcsync.postgres.comparisons import Comparison, comparisons, follows, in_parts, parts_after
+from cdcsync.postgres.comparisons import Comparison, comparisons, in_parts, parts_after
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.memory import largest_value
 from cdcsync.source.related import computed, operators
@@ -139,15 +139,6 @@ class Statements:
             self._equal = await operators(connection, self._facts)
         whole = computed(rows, self.shape, self.related, self._facts, self._equal, apart=apart)
         return sql.SQL("SELECT {} FROM {} AS t").format(self._columns, whole)
-
-    async def after(self, connection: Connection, after: Key | None, where: str | None) -> list[sql.Composable]:
-        """Return the conditions of the rows that follow a key."""
-        conditions: list[sql.Composable] = []
-        if after is not None:
-            conditions.append(follows(*await self._compared_with(connection)))
-        if where:
-            conditions.append(_condition(where))
-        return conditions
 
     async def page(
         self,
