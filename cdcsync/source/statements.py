@@ -14,7 +14,7 @@ from psycopg import sql
 
 from cdcsync.documents.related import Facts, RelatedRows
 from cdcsync.model.rows import SOURCE_TABLE, Key, Shape
-from cdcsync.postgres.comparisons import Comparison, comparisons, in_parts, parts_after
+from cdcsync.postgres.comparisons import Comparison, comparisons, follows, in_parts, parts_after
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.memory import largest_value
 from cdcsync.source.related import computed, operators
