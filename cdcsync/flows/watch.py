@@ -129,8 +129,6 @@ class Watch:
         self._unapproved = unapproved
         self._ailing = {plan.name for plan in plans if plan.unfit}
         """The indexes whose tables had a fault when they were last looked at."""
-        self._unsafe = set[str]()
-        """Paused indexes whose tables in the target could lose or hide rows when they were last looked at."""
         self._noted: set[str] = set()
         """The followed indexes whose loads were found to have failed."""
         self._relations_due = anyio.current_time() + RELATIONS_S
@@ -375,9 +373,9 @@ class Watch:
                 unsafe = any(
                     await unsafe_tables(await target.connection(), self._config.target.schema, entry.relations)
                 )
-            if not unsafe and name in self._unsafe:
+            if not unsafe and name in self._pauses.unsafe:
                 self._pauses.heal(name)
-            (self._unsafe.add if unsafe else self._unsafe.discard)(name)
+            (self._pauses.unsafe.add if unsafe else self._pauses.unsafe.discard)(name)
         present = seen_fingerprint(plan, catalog, entry)
         # The table as it was when the index was last tried; an examination that refuses it does not count as a try.
         before = plan.seen if plan.refused else stored_fingerprint(entry)

@@ -37,9 +37,6 @@ BRIEFLY = "SET LOCAL lock_timeout = '400ms'"
 SHARED_LOCK_WAIT_MS = 2_000
 """How long a session that serves several indexes waits for a lock on the tables of one: the others wait behind it."""
 
-APPLYING = "cdcsync apply"
-"""How the names of the sessions that write batches begin, as the server shows them."""
-
 LOCKED_OUT_S = 5.0
 """How long a table that was found locked is not asked for: each attempt costs others the time that it waits."""
 

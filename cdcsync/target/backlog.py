@@ -17,7 +17,7 @@ import numpy.typing as npt
 from psycopg import sql
 
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.locking import APPLYING, WRITERS_WAIT, Lock, exclusive_locks
+from cdcsync.postgres.locking import WRITERS_WAIT, Lock, exclusive_locks
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
@@ -138,14 +138,11 @@ class Backlog:
         return await exclusive_locks(self._connection, tables, modes=WRITERS_WAIT)
 
     async def row_lockers(self) -> list[Lock]:
-        """Return whose transactions may hold rows of the backlog: those that have been open for a while.
-
-        Not those of a worker's batches, which end by themselves.
-        """
+        """Return whose transactions may hold rows of the backlog: those that have been open for a while."""
         _, backlog = self._names.written()
         modes = ("RowShareLock", "RowExclusiveLock")
         locks = await exclusive_locks(self._connection, [backlog], modes=modes, open_for_s=OPEN_FOR_S)
-        return [one for one in locks if not one.session.startswith(APPLYING)]
+        return [one for one in locks if one.granted]
 
     async def still_waiting(self, hashes: Sequence[bytes]) -> set[bytes]:
         """Return those texts that some chunk still needs a vector of."""

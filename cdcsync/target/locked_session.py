@@ -20,7 +20,6 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupt
 from cdcsync.postgres.liveness import WatchedConnection
-from cdcsync.postgres.locking import APPLYING
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.pipelines import Lease, Pipelines, PipelineState
@@ -206,7 +205,7 @@ class LockedSession:
 
     @property
     def _application_name(self) -> str:
-        return f"{APPLYING} {self._slot}"
+        return f"cdcsync apply {self._slot}"
 
     async def _connect(self) -> WatchedConnection:
         connection = await connect(self._dsn, "target", application_name=self._application_name, works=True)

@@ -45,6 +45,9 @@ STORE_TEXTS = 128
 LIVE_S = 1.0
 """So long after a live change others are expected."""
 
+OURS = "cdcsync "
+"""How the names of our sessions begin."""
+
 LOOK_S, LOOK_MOST_S = 2.0, 15.0
 """How soon it is looked who holds rows that could not be written, and how long at most until the next look."""
 
@@ -130,10 +133,10 @@ class EmbedLoop:
             self._live = False
             await self._hold_while_far_behind()
             if self._dispatcher.health.problem is not None:
-                self._note_rows([])
+                self._note_rows()
             await self._dispatcher.health.works()
             if self._dispatcher.waits_until(load=False) is not None:
-                self._note_rows([])
+                self._note_rows()
                 await anyio.sleep(POLL_S)  # and look again: the day may end, or the limit be raised
                 continue
             self._broken = False
@@ -150,7 +153,7 @@ class EmbedLoop:
                 await anyio.sleep(max(HOLD_POLL_S, anyio.current_time() - started))
             else:
                 self._note_unlocked()
-                self._note_rows([])
+                self._note_rows()
                 self.drained()
             with anyio.move_on_after(LOOK_S if self._rows_held else POLL_S):
                 await self._wake.wait()
@@ -293,17 +296,21 @@ class EmbedLoop:
 
     async def _look_at_rows(self) -> None:
         """See whether anybody holds rows of the backlog, and tell of it."""
-        self._note_rows(locks := [str(one) for one in await self._of_backlog(Backlog.row_lockers)])
-        if locks:
+        held = await self._of_backlog(Backlog.row_lockers)
+        # Our own transactions end by themselves, and are nothing to tell of.
+        locks = [str(one) for one in held if not one.session.startswith(OURS)]
+        self._note_rows(locks, held=bool(held))
+        if held:
             self._looks += 1
             self._look_at = anyio.current_time() + backoff_s(self._looks, first=LOOK_S, most=LOOK_MOST_S)
+        if locks:
             log.warning(
                 "backlog_locked", index=self._spec.name, error="its rows are held", attempt=self._looks, locks=locks
             )
 
-    def _note_rows(self, locks: Sequence[str]) -> None:
-        """Note who holds rows of the backlog, for the worker to tell; with nobody, all rows count as free again."""
-        if not locks:
+    def _note_rows(self, locks: Sequence[str] = (), *, held: bool = False) -> None:
+        """Note who holds rows of the backlog, for the worker to tell; unless any are held, all count as free again."""
+        if not held:
             self._rows_held, self._looks = False, 0
         if not self._searched:
             return

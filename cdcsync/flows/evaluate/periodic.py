@@ -35,9 +35,7 @@ async def evaluate_for_ever(
 
     The status and the metrics show what is stored.
     """
-    async with Session(
-        dsn, "target", application_name="cdcsync evaluate", lock_wait_ms=SHARED_LOCK_WAIT_MS, works=True
-    ) as target:
+    async with Session(dsn, "target", application_name="cdcsync evaluate", lock_wait_ms=SHARED_LOCK_WAIT_MS) as target:
         backoff = Backoff(first=1.0, most=every_s)
         await anyio.sleep(every_s)
         while True:

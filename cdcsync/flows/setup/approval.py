@@ -163,7 +163,7 @@ async def hold_unapproved(
     An index whose rows cannot be read is not held: its load will fail in the same way, and say so.
 
     :raises SourceUnavailable, TargetUnavailable: a server does not answer now.
-    :raises SchemaChanged: somebody holds a table of an index locked.
+    :raises SchemaChanged: somebody holds a table of an index locked, or its tables could lose or hide rows.
     """
     # What stands beside an index was confirmed when its migration began.
     guarded = [
@@ -207,9 +207,13 @@ async def _hold(
     embedders: Mapping[str, Embedder],
 ) -> Held | None:
     reading, change = await read_need(target, config, spec, catalog), change_of(spec)
-    unsafe = reading.missing.unlogged or reading.missing.hidden  # that pauses the index first
-    if unsafe or reading.need is None or not reading.need.embeds:
+    if reading.need is None or not reading.need.embeds:
         return None
+    try:
+        reading.missing.refuse_unsafe(config.target.schema)
+    except SetupError as error:
+        # What it would embed cannot be counted, so it must not go on if that is mended just now.
+        raise SchemaChanged(error.message, index=spec.name, where=error.where, hint=error.hint) from error
     with speaking_of("target", where=f"index {spec.name}"):
         if await Approvals(config.target.schema).given(target, spec.name, change):
             return None

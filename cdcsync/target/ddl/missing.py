@@ -5,6 +5,8 @@ Source: PostgreSQL, "CREATE TABLE" (UNLOGGED: it is emptied after a crash, and n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 from psycopg import sql
 
@@ -108,14 +110,17 @@ async def missing_relations(
         },
     )
     absent, *built = row
-    unlogged, hidden = await unsafe_tables(connection, schema, stem)
+    unlogged, hidden = await unsafe_tables(connection, schema, stem, [one.generation for one in spec.generations])
     return Missing(tuple(absent), tuple(name for some in built for name in some), unlogged, hidden)
 
 
-async def unsafe_tables(connection: Connection, schema: str, stem: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return which of an index's tables, of all generations, are unlogged, and from which policies hide rows.
+async def unsafe_tables(
+    connection: Connection, schema: str, stem: str, generations: Sequence[int] | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return which of an index's tables are unlogged, and from which policies hide rows.
 
     :param stem: how their names begin.
+    :param generations: those of its vectors that are looked at; None for all that are there.
     """
     unlogged, hidden = await fetch_one(
         connection,
@@ -126,8 +131,8 @@ async def unsafe_tables(connection: Connection, schema: str, stem: str) -> tuple
         WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %(schema)s) AND relkind IN ('r', 'p')
             AND starts_with(relname::text, %(stem)s || '_')
             AND substring(relname::text FROM length(%(stem)s) + 2)
-                ~ '^(chunks|backlog|words|vectors_\d+(_fresh|_settled)?)$'
+                ~ ('^(chunks|backlog|words|vectors_(' || %(numbers)s || ')(_fresh|_settled)?)$')
         """,
-        {"schema": schema, "stem": stem},
+        {"schema": schema, "stem": stem, "numbers": r"\d+" if generations is None else "|".join(map(str, generations))},
     )
     return tuple(unlogged or ()), tuple(hidden or ())

@@ -193,6 +193,7 @@ async def _index_waiting(connection: Connection, schema: str, spec: IndexSpec, n
     with suppress(*LOCKED_OUT):
         async with connection.transaction():
             await create_index(connection, schema, name, definition)
+        async with connection.transaction():
             await connection.execute(sql.SQL("DROP INDEX {}").format(earlier))
 
 

@@ -179,10 +179,9 @@ WAIT_FOR: LiteralString = """
                 -- It is only tried: any role could hold it exclusively, and the timeout has to be kept.
                 waits := pg_try_advisory_xact_lock_shared(hashtextextended({waiters} || entry.slot, 0));
             END IF;
-            -- To look at a long backlog may take a second: that is a tenth of the time at most.
-            PERFORM pg_sleep(least(
-                greatest(pause, 10 * extract(epoch FROM clock_timestamp() - began)),
-                extract(epoch FROM deadline - clock_timestamp())));
+            -- To look at a long backlog may take a second. The first look takes longer than others: it is planned.
+            PERFORM pg_sleep(least(1.0, extract(epoch FROM deadline - clock_timestamp()), greatest(
+                pause, CASE WHEN pause > 0.002 THEN 4 * extract(epoch FROM clock_timestamp() - began) END)));
             pause := least(pause * 1.5, 0.05);
         END LOOP;
     END

@@ -45,7 +45,7 @@ COLUMNS: LiteralString = """
 """
 """`stored_at` says when the vector was made, not when it was moved: with the chunk and the hash it identifies it."""
 
-OPEN_FOR_S = 60.0
+OPEN_FOR_S = 10.0
 """A transaction that was begun later than that is waited for: it is likely to be a short one."""
 
 OPTIONS: dict[str, LiteralString] = {
@@ -129,8 +129,8 @@ async def _see_no_older_snapshots(connection: Connection, table: sql.Identifier)
         "SELECT pid, concat_ws(', ', nullif(application_name, ''), 'role ' || usename),"
         " date_trunc('second', clock_timestamp() - xact_start)::text FROM pg_stat_activity"
         " WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_xmin IS NOT NULL"
-        # Nobody waits for the snapshots of VACUUM, nor of most builds.
-        " AND backend_type = 'client backend' AND pid NOT IN"
+        # Nobody waits for the snapshots of these, nor of most builds.
+        " AND backend_type <> 'autovacuum worker' AND pid NOT IN"
         " (SELECT pid FROM pg_stat_progress_create_index UNION SELECT pid FROM pg_stat_progress_vacuum)"
         " AND xact_start < clock_timestamp() - make_interval(secs => %s) ORDER BY xact_start LIMIT 1",
         [OPEN_FOR_S],
