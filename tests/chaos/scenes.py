@@ -524,6 +524,7 @@ SCENES: dict[str, Scene] = defaultdict(
         "request for a comparison committed": repair,
         "repair asked for": repair,
         "request for a repair committed": repair,
+        "keys of a served request removed": verification,
         "verified page written": verification,
         "verified page committed": verification,
         "difference written": partitions,

@@ -185,7 +185,7 @@ class Queue:
             ).format(self._keys, self._table),
             [request.id],
         )
-        crash_point("keys of ended requests removed")
+        crash_point("keys of a served request removed")
 
     async def prune(self, connection: Connection) -> None:
         """Remove the keys of requests that have ended, and in time what they found and they themselves.
