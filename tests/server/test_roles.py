@@ -47,6 +47,19 @@ def allowed(dsn: str, statement: str) -> bool:
     return True
 
 
+@pytest.fixture
+def alone(
+    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> tuple[Database, Pipeline]:
+    """A database that is source and target, under one role for both, and its pipeline."""
+    database = make_database()
+    database.execute(TABLE)
+    role = roles.name("both")
+    grant(database, source_role=role, target_role=role, tables="shop.articles")
+    dsn = roles.dsn(database, role)
+    return database, make_pipeline(config(dsn, dsn, f"s_{database.name}", view="public.articles_index"))
+
+
 def test_a_worker_runs_end_to_end_under_roles_with_the_least_privilege(
     roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
@@ -224,14 +237,9 @@ def test_policies_that_an_operator_forces_on_the_worker_pause_that_index_and_hid
 
 
 def test_policies_on_a_table_that_all_indexes_share_are_refused_with_the_remedy(
-    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+    alone: tuple[Database, Pipeline],
 ) -> None:
-    database = make_database()
-    database.execute(TABLE)
-    role = roles.name("both")
-    grant(database, source_role=role, target_role=role, tables="shop.articles")
-    dsn = roles.dsn(database, role)
-    pipeline = make_pipeline(config(dsn, dsn, f"s_{database.name}", view="public.articles_index"))
+    database, pipeline = alone
     worker = pipeline.start()
     pipeline.live()
     assert pipeline.stop(worker) == 0
@@ -250,14 +258,9 @@ def test_policies_on_a_table_that_all_indexes_share_are_refused_with_the_remedy(
 
 
 def test_a_purge_keeps_what_the_roles_could_not_make_again(
-    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+    alone: tuple[Database, Pipeline],
 ) -> None:
-    database = make_database()
-    database.execute(TABLE)
-    role = roles.name("both")
-    grant(database, source_role=role, target_role=role, tables="shop.articles")
-    dsn = roles.dsn(database, role)
-    pipeline = make_pipeline(config(dsn, dsn, f"s_{database.name}", view="public.articles_index"))
+    database, pipeline = alone
     for _ in range(2):
         worker = pipeline.start()
         pipeline.live()
@@ -271,15 +274,9 @@ def test_a_purge_keeps_what_the_roles_could_not_make_again(
 
 
 def test_one_role_serves_both_sides_of_one_database(
-    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+    alone: tuple[Database, Pipeline],
 ) -> None:
-    database = make_database()
-    database.execute(TABLE)
-    role = roles.name("both")
-    grant(database, source_role=role, target_role=role, tables="shop.articles")
-    dsn = roles.dsn(database, role)
-
-    pipeline = make_pipeline(config(dsn, dsn, f"s_{database.name}", view="public.articles_index"))
+    database, pipeline = alone
     pipeline.start()
     pipeline.live()
     database.execute("UPDATE shop.articles SET title = 'changed' WHERE id = 7")

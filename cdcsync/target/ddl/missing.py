@@ -18,8 +18,6 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.chunks_view import chunks_view_name
 from cdcsync.target.ddl.names import FRESH, SETTLED, Names, b_tree_name
 
-TIERS = (f"_{FRESH}", f"_{SETTLED}")
-
 
 class Missing(msgspec.Struct, frozen=True):
     """The missing relations of an index, and those that it may lose.
@@ -101,7 +99,7 @@ async def missing_relations(
             "tables": tables,
             "vectors": vectors,
             # Tables by themselves: somebody can drop one of them and leave the other.
-            "tiers": [f"{vectors}{tier}" for tier in TIERS],
+            "tiers": [f"{vectors}_{tier}" for tier in (FRESH, SETTLED)],
             "indexes": indexes,
             "schemas": [one.schema for one in shown],
             "shown": [one.name for one in shown],
