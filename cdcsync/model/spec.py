@@ -146,10 +146,6 @@ class IndexSpec(msgspec.Struct, frozen=True):
             other for other in self.searchable if (other.name, other.generation) != place and other.converts_to(one)
         )
 
-    def siblings(self, one: IndexSpec) -> tuple[IndexSpec, ...]:
-        """Return those of them that have the same chunks."""
-        return tuple(other for other in self.alike(one) if other.name == one.name)
-
     def converts_to(self, other: IndexSpec) -> bool:
         """Say whether the vectors of another generation are those of this one: of the same model, and no more exact."""
         same = (self.model, self.dimensions) == (other.model, other.dimensions)

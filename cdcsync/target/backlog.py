@@ -22,6 +22,7 @@ from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
+from cdcsync.target.ddl.tiers import DISCARDED
 from cdcsync.target.vectors import converted, register_vectors, wire_form
 
 WINDOW_BYTES = 16 * 1024 * 1024
@@ -59,16 +60,15 @@ class BacklogCounts(msgspec.Struct, frozen=True):
 class Backlog:
     """One index's backlog over one connection; `open` prepares the connection's temporary table."""
 
-    def __init__(
-        self, connection: Connection, schema: str, spec: IndexSpec, siblings: Sequence[IndexSpec] = ()
-    ) -> None:
+    def __init__(self, connection: Connection, schema: str, spec: IndexSpec, alike: Sequence[IndexSpec] = ()) -> None:
         """Serve the backlog of a generation.
 
-        :param siblings: other generations of the same chunks, whose vectors can serve as those of this one.
+        :param alike: other generations, those of other chunks included, whose vectors can serve as those of this one.
         """
         self._connection = connection
         self._spec = spec
-        self._siblings = siblings
+        self._schema = schema
+        self._alike = alike
         self._names = Names(schema, spec.relations)
         names = self._names
         self._stage = f"{spec.name}_made_{spec.generation}"
@@ -170,15 +170,15 @@ class Backlog:
             return await store()
 
     async def take_over(self, hashes: Sequence[bytes]) -> int:
-        """Store the vectors that other generations have by now of chunks with these texts; returns how many chunks.
+        """Store the vectors that other generations have by now of these texts; returns of how many chunks.
 
         A text that waits in several generations is embedded once for all of them, also if the worker is killed between
-        the two. A vector that is itself to be made again is not taken.
+        the two, and however long it waits. A vector that is itself to be made again is not taken.
         """
-        if not self._siblings:
+        if not self._alike:
             return 0
         extension = sql.Identifier(await vector_schema(self._connection))
-        made = sql.SQL(" UNION ALL ").join(self._of_sibling(one, extension) for one in self._siblings)
+        made = sql.SQL(" UNION ALL ").join(self._of_alike(one, extension) for one in self._alike)
         async with self._storing() as store:
             found = await self._connection.execute(
                 self._sql(
@@ -189,17 +189,30 @@ class Backlog:
             )
             return await store() if found.rowcount else 0
 
-    def _of_sibling(self, one: IndexSpec, extension: sql.Identifier) -> sql.Composed:
-        """Return a query of the vectors of waiting chunks that another generation has, and keeps."""
+    def _of_alike(self, one: IndexSpec, extension: sql.Identifier) -> sql.Composed:
+        """Return a query of the vectors of waiting texts that another generation has, and keeps.
+
+        One of the same chunks gives each chunk its own vector: what was to be made again in both was made again there.
+        One of other chunks may have kept the vector that is to be made again here, so it gives none for those.
+        """
         vector, fits = converted("v", one, self._spec, extension)
+        names = Names(self._schema, one.relations)
+        given = self._sql(
+            "v.chunk_id = b.chunk_id"
+            if one.name == self._spec.name
+            else "NOT EXISTS (SELECT FROM {mine} AS d WHERE d.chunk_id = b.chunk_id AND d.content_hash = {discarded})",
+            mine=self._names.vectors(self._spec.generation),
+            discarded=DISCARDED,
+        )
         return self._sql(
-            "SELECT b.content_hash, {vector} AS embedding FROM {backlog} AS b JOIN {vectors} AS v"
-            " ON v.chunk_id = b.chunk_id AND v.content_hash = b.content_hash"
-            " WHERE b.generation = {generation} AND b.content_hash = ANY(%(hashes)s::bytea[]) AND {fits}"
-            " AND NOT EXISTS (SELECT FROM {backlog} AS w WHERE w.generation = {other} AND w.chunk_id = b.chunk_id)",
+            "SELECT content_hash, {vector} AS embedding FROM {backlog} AS b JOIN {vectors} AS v USING (content_hash)"
+            " WHERE b.generation = {generation} AND b.content_hash = ANY(%(hashes)s::bytea[]) AND {given} AND {fits}"
+            " AND NOT EXISTS (SELECT FROM {theirs} AS w WHERE w.generation = {other} AND w.chunk_id = v.chunk_id)",
             vector=vector,
+            given=given,
             fits=fits,
-            vectors=self._names.vectors(one.generation),
+            vectors=names.vectors(one.generation),
+            theirs=names.backlog,
             other=sql.Literal(one.generation),
         )
 

@@ -18,11 +18,9 @@ from cdcsync.postgres.comparisons import comparisons, in_parts, parts_after
 from cdcsync.postgres.queries import fetch_texts
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import Names
+from cdcsync.target.ddl.tiers import DISCARDED
 from cdcsync.target.failures.documents import TABLE
 from cdcsync.target.look_ups import texts_known
-
-DISCARDED = sql.SQL("''::bytea")
-"""The content hash of a vector that is to be made anew: no text has it, so the vector is searched, and not reused."""
 
 
 async def page_of_keys(

@@ -130,7 +130,7 @@ class Pipeline:
                 spec,
                 self.dispatchers[spec.config.embedder],
                 metrics,
-                siblings=spec.siblings(spec),
+                alike=spec.alike(spec),
             )
             for spec in specs
         }
@@ -217,7 +217,7 @@ class Pipeline:
                     fix=f"put its [embedders] section back, or drop it: cdcsync migrate {one.name} drop",
                 )
                 continue
-            loop = EmbedLoop(self.embedding, one, dispatcher, metrics, searched=False, siblings=spec.siblings(one))
+            loop = EmbedLoop(self.embedding, one, dispatcher, metrics, searched=False, alike=spec.alike(one))
             self.beside.setdefault(one.name, []).append(loop)
             limit = lambda: float(self.config.worker.backfill_max_rows_per_s)  # noqa: E731 - read anew at each page
             self.fills.append(Fill(target.dsn, target.schema, spec, one, dispatcher, loop, limit))

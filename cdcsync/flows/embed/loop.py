@@ -59,7 +59,7 @@ class EmbedLoop:
     """Empties one index's backlog for ever.
 
     :param searched: whether searches use what it makes; a migration's vectors say nothing about freshness.
-    :param siblings: other generations of the same chunks, whose vectors can serve as those of this one.
+    :param alike: other generations, those of other chunks included, whose vectors can serve as those of this one.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class EmbedLoop:
         metrics: Metrics,
         *,
         searched: bool = True,
-        siblings: Sequence[IndexSpec] = (),
+        alike: Sequence[IndexSpec] = (),
     ) -> None:
         self._pool = pool
         self._spec = spec
-        self._siblings = siblings
+        self._alike = alike
         self._dispatcher = dispatcher
         self._metrics = metrics
         self._searched = searched
@@ -280,7 +280,7 @@ class EmbedLoop:
             tries = self._locked_out
             async with self._one_tries if tries else contextlib.nullcontext():
                 try:
-                    async with self._pool.backlog(self._spec, self._siblings) as backlog:
+                    async with self._pool.backlog(self._spec, self._alike) as backlog:
                         if tries or not self._locked_out:  # found out while we waited for the connection
                             return await work(backlog)
                 except LOCKED_OUT as error:
@@ -325,7 +325,7 @@ class EmbedLoop:
         self._lock_wait.succeeded()
 
     async def _tell_who_locks(self, error: psycopg.Error) -> None:
-        async with self._pool.backlog(self._spec, self._siblings) as backlog:
+        async with self._pool.backlog(self._spec, self._alike) as backlog:
             locks = [str(one) for one in await backlog.lockers()]
         attempt = self._lock_wait.failures + 1
         log.warning("backlog_locked", index=self._spec.name, error=first_line(error), attempt=attempt, locks=locks)

@@ -37,10 +37,10 @@ class _Session:
         self.stages = TemporaryTables(connection)
         self._backlogs: dict[tuple[str, int], Backlog] = {}
 
-    async def backlog(self, schema: str, spec: IndexSpec, siblings: Sequence[IndexSpec]) -> Backlog:
+    async def backlog(self, schema: str, spec: IndexSpec, alike: Sequence[IndexSpec]) -> Backlog:
         one = spec.name, spec.generation
         if one not in self._backlogs:
-            backlog = Backlog(self.connection, schema, spec, siblings)
+            backlog = Backlog(self.connection, schema, spec, alike)
             await backlog.open()
             self._backlogs[one] = backlog
         return self._backlogs[one]
@@ -61,14 +61,14 @@ class Pool:
         """Why vectors of an index wait, as its embed loop noted it."""
 
     @asynccontextmanager
-    async def backlog(self, spec: IndexSpec, siblings: Sequence[IndexSpec] = ()) -> AsyncIterator[Backlog]:
+    async def backlog(self, spec: IndexSpec, alike: Sequence[IndexSpec] = ()) -> AsyncIterator[Backlog]:
         """Lend a connection to an index's backlog that nobody else uses meanwhile, as soon as there is one.
 
-        :param siblings: see `Backlog`; those of a generation are always the same.
+        :param alike: see `Backlog`; those of a generation are always the same.
         :raises TargetUnavailable, SetupError: as `connect`.
         """
         async with self._lent() as session:
-            yield await session.backlog(self._schema, spec, siblings)
+            yield await session.backlog(self._schema, spec, alike)
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:

@@ -45,6 +45,9 @@ COLUMNS: LiteralString = """
 """
 """`stored_at` says when the vector was made, not when it was moved: with the chunk and the hash it identifies it."""
 
+DISCARDED = sql.SQL("''::bytea")
+"""The content hash of a vector that is to be made anew: no text has it, so the vector is searched, and not reused."""
+
 OPEN_FOR_S = 10.0
 """A transaction that was begun later than that is waited for: it is likely to be a short one."""
 

@@ -186,9 +186,9 @@ async def test_a_text_that_waits_in_two_generations_is_embedded_for_one(database
     spec = in_two_precisions()
     async with live_index(database, spec) as live, await connect(database.dsn, "target") as connection:
         await begin_generations(live)
-        halves = Backlog(connection, SCHEMA, spec.others[0], spec.siblings(spec.others[0]))
+        halves = Backlog(connection, SCHEMA, spec.others[0], spec.alike(spec.others[0]))
         await halves.open()
-        exact = Backlog(live.embedding, SCHEMA, spec, spec.siblings(spec))
+        exact = Backlog(live.embedding, SCHEMA, spec, spec.alike(spec))
         await exact.open()
         await live.apply(changes(document("1", "one"), document("2", "one"), document("3", "two")))
         assert await halves.take_over([hash_text("one"), hash_text("two")]) == 0
@@ -202,6 +202,39 @@ async def test_a_text_that_waits_in_two_generations_is_embedded_for_one(database
         assert await halves.take_over([hash_text("one")]) == 0
         await exact.store({hash_text("one"): vector_of("one")})
         assert await halves.take_over([hash_text("one")]) == 2
+
+
+async def test_a_text_that_waits_in_an_index_with_other_chunks_too_is_embedded_for_one(database: Database) -> None:
+    searched, hidden = make_spec(), make_spec(name="articles~other")
+    pair = [
+        msgspec.structs.replace(searched, beside=hidden),
+        msgspec.structs.replace(hidden, beside=searched),
+    ]
+    async with AsyncExitStack() as stack:
+        lives, backlogs = [], []
+        for spec in pair:
+            lives.append(live := await stack.enter_async_context(live_index(database, spec)))
+            backlogs.append(backlog := Backlog(live.embedding, SCHEMA, spec, spec.alike(spec)))
+            await backlog.open()
+        for live in lives:
+            # Before either has a vector. What they have in common is the text, not the chunk's number.
+            await live.apply(changes(document("7", "unlike") if live is lives[0] else document("8", "other")))
+            await live.apply(changes(document("1", "one"), document("2", "one")))
+        one = [hash_text("one")]
+        assert [await backlog.take_over(one) for backlog in backlogs] == [0, 0]
+        await backlogs[0].store({hash_text("one"): vector_of("one")})
+        assert await backlogs[1].take_over([*one, hash_text("other")]) == 2
+        for live, lacking in zip(lives, ("unlike", "other"), strict=True):
+            assert await live.rows(
+                "SELECT content, embedding::text FROM {chunks} LEFT JOIN {vectors} USING (chunk_id, content_hash)"
+                " ORDER BY content"
+            ) == sorted([("one", vector_text("one"))] * 2 + [(lacking, None)])
+            assert await live.rows("SELECT count(*) FROM {backlog}") == [(1,)]
+        # What somebody wants to have made again here is not taken from where nobody wanted that.
+        async with lives[1].connection.transaction():
+            await discard_vectors(lives[1].connection, SCHEMA, pair[1], [("1",), ("2",)])
+        assert await backlogs[1].take_over(one) == 0
+        assert await backlogs[1].still_waiting(one) == set(one)
 
 
 @pytest.mark.parametrize("vector", ["[70000, 1, 1]", "[1e-9, 0, 0]"])

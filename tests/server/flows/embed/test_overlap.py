@@ -55,9 +55,9 @@ class Counted(Pool):
     lent = 0
 
     @asynccontextmanager
-    async def backlog(self, spec: IndexSpec, siblings: Sequence[IndexSpec] = ()) -> AsyncIterator[Backlog]:
+    async def backlog(self, spec: IndexSpec, alike: Sequence[IndexSpec] = ()) -> AsyncIterator[Backlog]:
         self.lent += 1
-        async with super().backlog(spec, siblings) as backlog:
+        async with super().backlog(spec, alike) as backlog:
             yield backlog
 
 
