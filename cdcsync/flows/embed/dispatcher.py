@@ -28,9 +28,12 @@ from cdcsync.tracing import Tracing
 
 log = structlog.get_logger()
 
-REMEMBERED_VECTORS = 4_096
-"""Vectors kept for texts that come back at once: rows skipped while apply held them, late inline results. 6 MB at
-384 dimensions."""
+REMEMBERED_BYTES = 24 * 1024 * 1024
+"""Memory for vectors of texts that come back: rows skipped while apply held them, late inline results, rows that were
+read newer than the stream and come again in their turn. It holds some 13,000 vectors of 384 dimensions."""
+
+ENTRY_BYTES = 300
+"""What the memory takes for each of them besides the vector."""
 
 
 class Dispatcher:
@@ -318,5 +321,6 @@ class Dispatcher:
         self._day.use(datetime.now(UTC), tokens)
         self.pace.succeeded(len(texts), tokens, elapsed)
         self._made.update(vectors)
-        while len(self._made) > REMEMBERED_VECTORS:
+        most = REMEMBERED_BYTES // (ENTRY_BYTES + max((vector.nbytes for vector in vectors.values()), default=0))
+        while len(self._made) > most:
             self._made.popitem(last=False)

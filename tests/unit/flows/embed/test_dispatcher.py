@@ -17,6 +17,7 @@ from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.embedders.protocol import WORD, Kind, Vectors
 from cdcsync.errors import EmbedderUnavailable
 from cdcsync.flows.embed import Dispatcher
+from cdcsync.flows.embed import dispatcher as dispatcher_module
 from cdcsync.flows.embed.health import SLOW_S
 from cdcsync.flows.embed.pace import MOST_WINDOWS, WINDOW_TEXTS
 from cdcsync.metrics import Metrics
@@ -55,6 +56,19 @@ async def test_a_text_that_was_made_recently_is_not_made_again() -> None:
         assert avoided(dispatcher, "remembered") == 1
         dispatcher.forget()
         assert not dispatcher.remembered([b"a", b"b", b"c"])
+
+
+async def test_the_memory_for_vectors_is_bounded_by_bytes_and_forgets_the_oldest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "REMEMBERED_BYTES", 3 * (dispatcher_module.ENTRY_BYTES + 4 * 8) + 1)
+    embedder = HashEmbedder("h", config.HashEmbedder(dimensions=8))
+    async with opened(embedder) as dispatcher:
+        for text in "abcd":
+            await dispatcher.embed(named(text))
+        assert list(dispatcher.remembered([b"a", b"b", b"c", b"d"])) == [b"b", b"c", b"d"]
+        await dispatcher.embed(named("a", "b"))
+        assert avoided(dispatcher, "remembered") == 1
 
 
 async def test_the_tokens_of_what_is_embedded_are_counted_and_those_of_nothing_else() -> None:
