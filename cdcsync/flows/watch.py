@@ -380,7 +380,9 @@ class Watch:
         # The table as it was when the index was last tried; an examination that refuses it does not count as a try.
         before = plan.seen if plan.refused else stored_fingerprint(entry)
         migrated = bool(plan.unlike) and not any(vector_faults(plan, entry))
-        if name in self._ailing or present != before or migrated:
+        # An index of which nothing was ever set up has none: there is nothing to compare with.
+        changed = before is not None and present != before
+        if name in self._ailing or changed or migrated:
             self._pauses.heal(name)
         elif name in self._specs and name not in self._noted:
             # A load of it has ended without success.

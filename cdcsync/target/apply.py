@@ -53,10 +53,11 @@ from cdcsync.target.statements import (
     REPLACE,
     REPLACED,
     REUSE,
+    REUSE_OWN,
     SUPERSEDE,
     UPDATE_KEPT,
 )
-from cdcsync.target.vectors import converted, register_vectors, wire_form
+from cdcsync.target.vectors import converted, register_vectors, wire_form, within_reach
 
 TRUNCATE_LOCKS_MS = 500
 """Readers that take longer are not waited for, as searches queue up behind who waits for an exclusive lock; less than
@@ -76,6 +77,8 @@ class IndexWriter(LookUps):
         """The statements as they are sent, by their templates and the generation that they are about."""
         self._parts: dict[int, dict[str, sql.Composable]] = {}
         """By generation, the values of the names in braces in the statements."""
+        self._reuse: str = REUSE
+        """What takes vectors over in the batch that is being written."""
 
     async def open(self) -> None:
         """Create the stage; once per connection."""
@@ -93,6 +96,7 @@ class IndexWriter(LookUps):
         """Write the changes inside the caller's transaction; the caller commits."""
         await self._stage.empty(changes)
         others = self._spec.others
+        self._reuse = await self._reuse_now() if changes.documents else REUSE
         if changes.new and not others and (loaded := await self._load(changes)) is not None:
             return loaded
         if changes.truncated:
@@ -143,14 +147,21 @@ class IndexWriter(LookUps):
         along = changes.vectors if one.model == self._spec.model else {}
         # At light load every vector came along, and there is nothing to look for.
         looks = not all(chunk.hash in along for document in changes.documents for chunk in document.chunks)
-        wanted = {REUSE: looks, QUEUE: looks and not along}
+        wanted = {self._reuse: looks, QUEUE: looks and not along}
         rows = await self._run_all([*first, *((statement, one) for statement in wanted if wanted[statement])])
         inline = await self._store(one, along) if along else 0
-        if rows[REUSE] or inline:
+        reused = rows[self._reuse]
+        if reused or inline:
             await self._run(SUPERSEDE, of=one)
         if along and inline < chunks:
             rows[QUEUE] = await self._run(QUEUE, of=one)
-        return rows[REUSE], inline, rows[QUEUE]
+        return reused, inline, rows[QUEUE]
+
+    async def _reuse_now(self) -> str:
+        """Return the statement that takes vectors over from where they can be read now."""
+        alike = self._spec.alike(self._spec)
+        reachable = await within_reach(self._connection, self._schema, self._spec, alike)
+        return REUSE if len(reachable) == len(alike) else REUSE_OWN
 
     async def _load(self, changes: ChangeSet) -> Applied | None:
         """Write documents that the index does not have; None when it has one of them, with nothing written."""
@@ -164,7 +175,7 @@ class IndexWriter(LookUps):
                     async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
                         for block in blocks(f"{id_}\t\\\\x{one.hex()}\n" for id_, one in left):
                             await copy.write(block)
-                    reused = await self._run(REUSE)
+                    reused = await self._run(self._reuse)
                     queued = await self._run(QUEUE_LOADED)
         except psycopg.errors.UniqueViolation:
             return None
@@ -247,11 +258,15 @@ class IndexWriter(LookUps):
 
     def _of_generation(self, one: IndexSpec, extension: sql.Identifier) -> dict[str, sql.Composable]:
         """Return what stands for the names of a generation's tables."""
+        alike = self._spec.alike(one)
         return {
             "vectors": self._names.vectors(one.generation),
             **self._names.tiers(one.generation),
             "generation": sql.Literal(one.generation),
-            "alike": sql.SQL("").join(self._of_alike(one, other, extension) for other in self._spec.alike(one)),
+            "alike": sql.SQL("").join(self._of_alike(one, other, extension) for other in alike),
+            "siblings": sql.SQL("").join(
+                self._of_alike(one, other, extension) for other in alike if other.name == self._spec.name
+            ),
         }
 
     def _of_alike(self, one: IndexSpec, other: IndexSpec, extension: sql.Identifier) -> sql.Composable:

@@ -23,7 +23,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
 from cdcsync.target.ddl.tiers import DISCARDED
-from cdcsync.target.vectors import converted, register_vectors, wire_form
+from cdcsync.target.vectors import converted, register_vectors, wire_form, within_reach
 
 WINDOW_BYTES = 16 * 1024 * 1024
 """Text in one window: thousands of usual chunks, and a bound on memory where chunks are whole documents."""
@@ -175,39 +175,43 @@ class Backlog:
         A text that waits in several generations is embedded once for all of them, also if the worker is killed between
         the two, and however long it waits. A vector that is itself to be made again is not taken.
         """
-        if not self._alike:
+        alike = await within_reach(self._connection, self._schema, self._spec, self._alike)
+        if not alike:
             return 0
         extension = sql.Identifier(await vector_schema(self._connection))
-        made = sql.SQL(" UNION ALL ").join(self._of_alike(one, extension) for one in self._alike)
+        made = sql.SQL(" UNION ALL ").join(self._of_alike(one, extension) for one in alike)
         async with self._storing() as store:
             found = await self._connection.execute(
                 self._sql(
-                    "INSERT INTO {stage} SELECT DISTINCT ON (content_hash) content_hash, embedding FROM ({made}) AS m",
+                    "INSERT INTO {stage} SELECT h.content_hash, m.embedding FROM unnest(%s::bytea[]) AS h(content_hash)"
+                    " CROSS JOIN LATERAL ({made} LIMIT 1) AS m",
                     made=made,
                 ),
-                {"hashes": list(hashes)},
+                [list(hashes)],
             )
             return await store() if found.rowcount else 0
 
     def _of_alike(self, one: IndexSpec, extension: sql.Identifier) -> sql.Composed:
-        """Return a query of the vectors of waiting texts that another generation has, and keeps.
+        """Return a query of the vector of the text `h` that another generation has, and keeps.
 
-        One of the same chunks gives each chunk its own vector: what was to be made again in both was made again there.
-        One of other chunks may have kept the vector that is to be made again here, so it gives none for those.
+        One of the same chunks gives it of a chunk that waits: what was to be made again in both was made again there.
+        One of other chunks may have kept a vector that is to be made again here, so it gives none of such a text.
         """
         vector, fits = converted("v", one, self._spec, extension)
         names = Names(self._schema, one.relations)
+        waiting = "{backlog} AS b WHERE b.generation = {generation} AND b.content_hash = h.content_hash"
         given = self._sql(
-            "v.chunk_id = b.chunk_id"
+            f"EXISTS (SELECT FROM {waiting} AND b.chunk_id = v.chunk_id)"
             if one.name == self._spec.name
-            else "NOT EXISTS (SELECT FROM {mine} AS d WHERE d.chunk_id = b.chunk_id AND d.content_hash = {discarded})",
+            else f"NOT EXISTS (SELECT FROM {{mine}} AS d WHERE d.content_hash = {{discarded}}"
+            f" AND d.chunk_id IN (SELECT b.chunk_id FROM {waiting}))",
             mine=self._names.vectors(self._spec.generation),
             discarded=DISCARDED,
         )
         return self._sql(
-            "SELECT content_hash, {vector} AS embedding FROM {backlog} AS b JOIN {vectors} AS v USING (content_hash)"
-            " WHERE b.generation = {generation} AND b.content_hash = ANY(%(hashes)s::bytea[]) AND {given} AND {fits}"
-            " AND NOT EXISTS (SELECT FROM {theirs} AS w WHERE w.generation = {other} AND w.chunk_id = v.chunk_id)",
+            "SELECT {vector} AS embedding FROM {vectors} AS v WHERE v.content_hash = h.content_hash AND {given}"
+            " AND {fits} AND NOT EXISTS (SELECT FROM {theirs} AS w WHERE w.generation = {other}"
+            " AND w.chunk_id = v.chunk_id)",
             vector=vector,
             given=given,
             fits=fits,

@@ -123,7 +123,7 @@ async def texts_with_vector(
     cursor = await connection.execute(
         sql.SQL(
             "SELECT h FROM unnest(%s::bytea[]) AS h WHERE EXISTS (SELECT FROM {} AS v WHERE v.content_hash = h)"
-        ).format(texts_known(schema, spec)),
+        ).format(await texts_known(connection, schema, spec)),
         [list(hashes)],
     )
     return {cast(bytes, row[0]) for row in await cursor.fetchall()}

@@ -14,11 +14,13 @@ from cdcsync.postgres.comparisons import comparisons
 from cdcsync.postgres.liveness import same_cluster
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import Names
+from cdcsync.target.vectors import within_reach
 
 
-def texts_known(schema: str, spec: IndexSpec) -> sql.Composable:
+async def texts_known(connection: Connection, schema: str, spec: IndexSpec) -> sql.Composable:
     """Return the vectors that a text of an index may have already, as a table of their `content_hash`."""
-    tables = [Names(schema, one.relations).vectors(one.generation) for one in (spec, *spec.alike(spec))]
+    alike = await within_reach(connection, schema, spec, spec.alike(spec))
+    tables = [Names(schema, one.relations).vectors(one.generation) for one in (spec, *alike)]
     if len(tables) == 1:
         return tables[0]
     return sql.SQL("({})").format(
@@ -87,7 +89,7 @@ class LookUps:
         cursor = await self._connection.execute(
             sql.SQL(
                 "SELECT h FROM unnest(%s::bytea[]) AS h WHERE EXISTS (SELECT FROM {} AS v WHERE v.content_hash = h)"
-            ).format(texts_known(self._schema, self._spec)),
+            ).format(await texts_known(self._connection, self._schema, self._spec)),
             [list(hashes)],
         )
         return {cast(bytes, row[0]) for row in await cursor.fetchall()}

@@ -66,6 +66,9 @@ REUSE = (
 )
 """Gives each chunk without a current vector that of an equal text, in whichever generation one is stored."""
 
+REUSE_OWN = REUSE.replace("{alike}", "{siblings}")
+"""The same without the generations of the index beside, whose tables another session holds."""
+
 SUPERSEDE = (
     "DELETE FROM {settled} AS v USING {put} AS p JOIN {fresh} AS f USING (chunk_id) WHERE v.chunk_id = p.chunk_id"
 )

@@ -7,7 +7,7 @@ Source: pgvector-python's README (psycopg 3); pgvector, src/vector.c (vector_rec
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pgvector import HalfVector, Vector
 from pgvector.psycopg.halfvec import register_halfvec_info
@@ -17,8 +17,10 @@ from psycopg.types import TypeInfo
 
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import MOST_HALF, FloatVector
+from cdcsync.postgres.locking import exclusive_locks
+from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.names import vector_schema
+from cdcsync.target.ddl.names import Names, vector_schema
 
 
 async def register_vectors(connection: Connection) -> None:
@@ -61,3 +63,28 @@ def converted(
             extension, vector, sql.Literal(LEAST_NORM), sql.Literal(MOST_HALF)
         ),
     )
+
+
+HELD_FOR_S = 1.0
+"""Tables of another index that are held by a transaction as old as that are not waited for."""
+
+
+async def within_reach(
+    connection: Connection, schema: str, spec: IndexSpec, alike: Sequence[IndexSpec]
+) -> Sequence[IndexSpec]:
+    """Return those of an index's `alike` whose vectors can be read now.
+
+    The index beside it may wait for its tables to be created, and nobody waits for tables of it that another session
+    holds: what they spare is a call.
+    """
+    beside = [one for one in alike if one.name != spec.name]
+    tables = [table for one in beside for table in Names(schema, one.relations).written(one.generation)]
+    if not tables:
+        return alike
+    named = [sql.Identifier(table.schema, table.name).as_string() for table in tables]
+    (there,) = await fetch_one(
+        connection, "SELECT bool_and(to_regclass(name) IS NOT NULL) FROM unnest(%s::text[]) AS name", [named]
+    )
+    if there and not await exclusive_locks(connection, tables, open_for_s=HELD_FOR_S):
+        return alike
+    return [one for one in alike if one.name == spec.name]

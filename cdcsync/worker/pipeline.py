@@ -153,7 +153,6 @@ class Pipeline:
                 spec, chunker, dispatcher, tables[spec.name], self.reads, metrics, self.deliveries[spec.name]
             )
             page_preparers[spec.name] = PagePreparer(spec, schema, chunker, dispatcher)
-        embedder_of = {spec.name: spec.config.embedder for spec in specs}
         self.backfills = Backfills(
             source_dsn=source_dsn,
             target_dsn=target_dsn,
@@ -165,7 +164,7 @@ class Pipeline:
             page_rows=config.worker.backfill_page_rows,
             metrics=metrics,
             max_rows_per_s=config.worker.backfill_max_rows_per_s or None,
-            forget_vectors=lambda index: self.dispatchers[embedder_of[index]].forget(),
+            forget_vectors=self._forget_vectors,
         )
         self.settle = Settle(target_dsn, schema, specs, lambda: self.config.worker, metrics, self.lag)
         self.spool = Spool(config.source.spool_directory, config.source.spool_bytes)
@@ -221,6 +220,12 @@ class Pipeline:
             self.beside.setdefault(one.name, []).append(loop)
             limit = lambda: float(self.config.worker.backfill_max_rows_per_s)  # noqa: E731 - read anew at each page
             self.fills.append(Fill(target.dsn, target.schema, spec, one, dispatcher, loop, limit))
+
+    def _forget_vectors(self, index: str) -> None:
+        """Have the vectors of an index made anew, those of each of its generations, instead of remembered."""
+        for one in next(spec for spec in self.specs if spec.name == index).generations:
+            if dispatcher := self.dispatchers.get(one.config.embedder):
+                dispatcher.forget()
 
     def reconfigure(self, config: Config) -> None:
         """Go by another configuration, in what may change while the worker works."""

@@ -23,6 +23,7 @@ from cdcsync.errors import ModelChanged
 from cdcsync.serve.messages import SearchRequest
 from cdcsync.serve.problems import Problem
 from cdcsync.serve.service import Caller, Service
+from tests import ROOT
 from tests.support.configs import configuration
 from tests.support.migrations import (
     NEW,
@@ -257,3 +258,24 @@ def test_an_index_migrates_from_words_to_a_real_model_of_as_many_dimensions(
     (first, *_) = pipeline.answer("search", "articles", "making bread at home")
     assert first["key"] == {"id": 100}
     pipeline.in_step()
+
+
+def test_vectors_that_are_to_be_made_anew_are_made_anew_in_every_generation(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+
+    def embedded(model: str) -> float:
+        named = f'cdcsync_embed_texts_total{{embedder="{model}"}} '
+        return sum(float(one.removeprefix(named)) for one in pipeline.metrics() if one.startswith(named))
+
+    pipeline = filled(make_pipeline, database)
+    before = {model: embedded(model) for model in ("old", "new")}
+
+    assert pipeline.command("replay", "articles", "--force-embed", PYTHONPATH=str(ROOT)).returncode == 0
+
+    until(
+        lambda: pipeline.target.execute("SELECT count(*) FROM cdcsync.articles_backlog").fetchone() == (0,),
+        pipeline.tail,
+    )
+    # None of the table's 20 texts comes from memory.
+    assert {model: embedded(model) - texts for model, texts in before.items()} == {"old": 20, "new": 20}

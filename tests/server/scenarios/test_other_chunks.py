@@ -375,3 +375,44 @@ def test_other_chunks_are_activated_rolled_back_and_dropped_while_the_source_is_
     made(pipeline, "articles~2", 2, framed)
     pipeline.source.execute("UPDATE notes SET title = 'too' WHERE id = 7")
     pipeline.in_step("notes")
+
+
+def test_other_chunks_that_cannot_be_set_up_hold_up_nothing_and_are_made_once_they_can_be(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    embedders = {"e": hashed(16)}
+    indexes: dict[str, Section] = {"articles": {"text": "{title}"}, "notes": {}}
+    pipeline = make_pipeline(configuration(database.dsn, embedders=embedders, indexes=indexes))
+    loaded(pipeline, "articles", "notes", rows=50)
+    pipeline.target.execute(
+        "CREATE FUNCTION public.named() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF EXISTS (SELECT FROM pg_event_trigger_ddl_commands() WHERE object_identity LIKE '%~%')"
+        " THEN RAISE EXCEPTION 'no such names here'; END IF; END $$"
+    )
+    pipeline.target.execute(
+        "CREATE EVENT TRIGGER named ON ddl_command_end WHEN TAG IN ('CREATE TABLE') EXECUTE FUNCTION public.named()"
+    )
+    pipeline.configure(
+        configuration(database.dsn, embedders=embedders, indexes=indexes | {"articles": {"text": FRAMED}})
+    )
+    migrate(pipeline, "start", "--yes")
+    paused = "SELECT reason FROM cdcsync.indexes WHERE name = 'articles~other' AND state = 'paused'"
+    until(
+        lambda: any("no such names here" in reason for (reason,) in pipeline.target.execute(paused).fetchall()),
+        pipeline.tail,
+    )
+
+    for number in range(1000, 1003):
+        pipeline.source.execute("INSERT INTO articles VALUES (%s, 'quite new')", [number])
+        pipeline.source.execute("INSERT INTO notes VALUES (%s, 'quite new')", [number])
+        pipeline.reach("articles")
+        pipeline.in_step("notes")
+    made(pipeline, "articles", 1, plain)
+    told = [one["index"] for one in pipeline.events() if one["event"] == "index_paused"]
+    assert set(told) == {"articles~other"}
+    # Every attempt ends the pipeline of all: they are put off, further each time.
+    assert len(told) <= 5
+
+    pipeline.target.execute("DROP EVENT TRIGGER named")
+    ready(pipeline, 2)
+    made(pipeline, "articles~2", 2, framed)

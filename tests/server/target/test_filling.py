@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -16,6 +16,7 @@ from cdcsync.documents.templates import hash_text
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.target import vectors
 from cdcsync.target.backlog import Backlog
 from cdcsync.target.filling import Filling, Stored
 from cdcsync.target.generations import Generations
@@ -204,37 +205,80 @@ async def test_a_text_that_waits_in_two_generations_is_embedded_for_one(database
         assert await halves.take_over([hash_text("one")]) == 2
 
 
-async def test_a_text_that_waits_in_an_index_with_other_chunks_too_is_embedded_for_one(database: Database) -> None:
+@asynccontextmanager
+async def beside(database: Database) -> AsyncIterator[list[tuple[LiveIndex, Backlog]]]:
+    """Yield two indexes with other chunks for the same name, each with its backlog."""
     searched, hidden = make_spec(), make_spec(name="articles~other")
-    pair = [
-        msgspec.structs.replace(searched, beside=hidden),
-        msgspec.structs.replace(hidden, beside=searched),
-    ]
+    pair = (msgspec.structs.replace(searched, beside=hidden), msgspec.structs.replace(hidden, beside=searched))
     async with AsyncExitStack() as stack:
-        lives, backlogs = [], []
+        found = []
         for spec in pair:
-            lives.append(live := await stack.enter_async_context(live_index(database, spec)))
-            backlogs.append(backlog := Backlog(live.embedding, SCHEMA, spec, spec.alike(spec)))
+            live = await stack.enter_async_context(live_index(database, spec))
+            found.append((live, Backlog(live.embedding, SCHEMA, spec, spec.alike(spec))))
+        for _, backlog in found:
             await backlog.open()
-        for live in lives:
-            # Before either has a vector. What they have in common is the text, not the chunk's number.
-            await live.apply(changes(document("7", "unlike") if live is lives[0] else document("8", "other")))
+        yield found
+
+
+async def test_a_text_that_waits_in_an_index_with_other_chunks_too_is_embedded_for_one(database: Database) -> None:
+    async with beside(database) as ((searched, own), (hidden, other)):
+        # Before either has a vector. What they have in common is the text, not the chunk's number.
+        for live, number, lacking in ((searched, "7", "unlike"), (hidden, "8", "other")):
+            await live.apply(changes(document(number, lacking)))
             await live.apply(changes(document("1", "one"), document("2", "one")))
         one = [hash_text("one")]
-        assert [await backlog.take_over(one) for backlog in backlogs] == [0, 0]
-        await backlogs[0].store({hash_text("one"): vector_of("one")})
-        assert await backlogs[1].take_over([*one, hash_text("other")]) == 2
-        for live, lacking in zip(lives, ("unlike", "other"), strict=True):
+        assert [await backlog.take_over(one) for backlog in (own, other)] == [0, 0]
+        await own.store({hash_text("one"): vector_of("one")})
+        assert await other.take_over([*one, hash_text("other")]) == 2
+        for live, lacking in ((searched, "unlike"), (hidden, "other")):
             assert await live.rows(
                 "SELECT content, embedding::text FROM {chunks} LEFT JOIN {vectors} USING (chunk_id, content_hash)"
                 " ORDER BY content"
             ) == sorted([("one", vector_text("one"))] * 2 + [(lacking, None)])
             assert await live.rows("SELECT count(*) FROM {backlog}") == [(1,)]
-        # What somebody wants to have made again here is not taken from where nobody wanted that.
-        async with lives[1].connection.transaction():
-            await discard_vectors(lives[1].connection, SCHEMA, pair[1], [("1",), ("2",)])
-        assert await backlogs[1].take_over(one) == 0
-        assert await backlogs[1].still_waiting(one) == set(one)
+        # What somebody wants to have made again here is not taken from where nobody wanted that, not even for a chunk
+        # that nobody wanted it of: the text has one vector.
+        async with hidden.connection.transaction():
+            await discard_vectors(hidden.connection, SCHEMA, hidden.spec, [("1",)])
+        await hidden.rows(
+            "INSERT INTO {backlog} SELECT 1, chunk_id, content_hash, 0 FROM {chunks} WHERE id = 2 RETURNING 1"
+        )
+        assert await other.take_over(one) == 0
+        assert await other.still_waiting(one) == set(one)
+
+
+async def test_equal_texts_are_taken_over_at_a_cost_in_proportion_to_their_number(database: Database) -> None:
+    async with beside(database) as ((searched, own), (hidden, other)):
+        same = [document(str(number), "same") for number in range(300)]
+        for live in (searched, hidden):
+            await live.apply(changes(*same))
+        await own.store({hash_text("same"): vector_of("same")})
+        assert await other.take_over([hash_text("same")]) == 300
+        await hidden.embedding.execute("SELECT pg_stat_force_next_flush()")
+        ((fetched,),) = await searched.rows(
+            "SELECT seq_tup_read + coalesce(idx_tup_fetch, 0) FROM pg_stat_user_tables"
+            " WHERE relname = 'articles_vectors_1_fresh'"
+        )
+        assert fetched < 3_000
+
+
+@pytest.mark.parametrize("table", ["vectors_1", "vectors_1_settled", "backlog"])
+async def test_tables_beside_that_somebody_holds_are_not_waited_for(
+    database: Database, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    monkeypatch.setattr(vectors, "HELD_FOR_S", 0.0)
+    async with beside(database) as ((searched, own), (hidden, _)), await connect(database.dsn, "target") as holder:
+        await hidden.apply(changes(document("1", "one"), inline=["one"]))
+        for connection in (searched.connection, searched.embedding):
+            await connection.execute("SET lock_timeout = 1000")
+        async with holder.transaction():
+            await holder.execute(f'LOCK TABLE cdcsync."articles~other_{table}" IN ACCESS EXCLUSIVE MODE'.encode())
+            assert await searched.writer.known_vectors([hash_text("one")]) == set()
+            await searched.apply(changes(document("1", "one")))
+            assert await own.take_over([hash_text("one")]) == 0
+            assert await own.store({hash_text("one"): vector_of("one")}) == 1
+        applied = await searched.apply(changes(document("2", "one", existed=False), document("3", "another")))
+        assert (applied.reused, applied.queued) == (1, 1)
 
 
 @pytest.mark.parametrize("vector", ["[70000, 1, 1]", "[1e-9, 0, 0]"])
