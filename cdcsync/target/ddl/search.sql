@@ -66,7 +66,10 @@ DECLARE
     word_scores float8[];
     vector_ids bigint[];
     budget int;
+    most int;
+    room int;
     visited float8;
+    remaining boolean;
     at int;
     batch tsquery;
     tried tsquery;
@@ -343,9 +346,10 @@ BEGIN
                 {leave_condition}
                 IF visited * total / {sampled} <= 2 * budget THEN
                     one := any_word;
+                    room := {visits};
                     {enter_condition}
                     {explain_words}
-                    EXECUTE statement INTO more_ids, more_ranks USING one, {visits};
+                    EXECUTE statement INTO more_ids, more_ranks USING one, room;
                     {leave_condition}
                     IF cardinality(more_ids) < {visits} THEN
                         candidates := more_ids;
@@ -355,11 +359,14 @@ BEGIN
                 END IF;
                 visited := 0;
             END IF;
-            WHILE at < cardinality(words) AND cardinality(candidates) < depth AND visited < {visits} LOOP
-                -- As many of the rarest words as the budget allows for, after that one at a time.
+            WHILE at < cardinality(words) AND cardinality(candidates) < depth LOOP
+                -- As many of the rarest words as the budget allows for, after that one at a time. Where a condition left
+                -- too few of the {visits} chunks that these words are in, all the others at once.
+                remaining := visited >= {visits};
+                most := CASE WHEN remaining THEN greatest(budget, {visits}) ELSE budget END;
                 batch := NULL;
                 WHILE at < cardinality(words)
-                    AND (batch IS NULL OR least(visited + seen[at + 1], total) <= budget) LOOP
+                    AND (remaining OR batch IS NULL OR least(visited + seen[at + 1], total) <= budget) LOOP
                     at := at + 1;
                     visited := visited + seen[at];
                     batch := coalesce(batch || word_queries[at], word_queries[at]);
@@ -374,10 +381,11 @@ BEGIN
                     attempts := ARRAY[one && others, one && !! others];
                 END IF;
                 FOREACH one IN ARRAY attempts LOOP
-                    CONTINUE WHEN cardinality(candidates) >= budget;
+                    room := most - cardinality(candidates);
+                    CONTINUE WHEN room <= 0;
                     {enter_condition}
                     {explain_words}
-                    EXECUTE statement INTO more_ids, more_ranks USING one, budget - cardinality(candidates);
+                    EXECUTE statement INTO more_ids, more_ranks USING one, room;
                     {leave_condition}
                     candidates := candidates || more_ids;
                     candidate_ranks := candidate_ranks || more_ranks;

@@ -43,7 +43,10 @@ BUDGET = 2_000
 """Candidates of the keyword leg. Ranking one takes some microseconds for each word of the query."""
 
 VISITS = 20_000
-"""Rows that the keyword leg may look at to find its candidates, where a filter leaves few of them."""
+"""Once the words that the keyword leg has tried are in this many chunks, and a filter, a phrase or an exclusion left
+too few of those, it tries all other words in one statement. It ranks at most this many of the chunks that such a
+statement finds. So a search reads the chunks of the index a few times at most, however many words its query has: up to
+this many and those of one word, whose chunks may be read twice, and then those of all other words together."""
 
 SAMPLED = 2_000
 """Rows of a sample of blocks by which the keyword leg estimates how many rows a filter leaves: well below a
@@ -219,7 +222,7 @@ async def _parts(
         "enter_condition": _path_change(own, own.path),
         "leave_condition": _path_change(own, "pg_catalog, pg_temp"),
         "explain_vector": _explaining(own, "vector leg", "embedding, depth"),
-        "explain_words": _explaining(own, "keyword leg", "one, budget - cardinality(candidates)"),
+        "explain_words": _explaining(own, "keyword leg", "one, room"),
     }
     numbers = {
         "fusion": FUSION,

@@ -18,6 +18,10 @@ from psycopg.types.range import Range
 from cdcsync.errors import UsageError
 from cdcsync.target.ddl.nearness import MAX_HITS
 
+NESTED = 2
+"""The lists and objects of a filter on one column that may be in one another: values by operator, of which one is a
+list."""
+
 LONGEST_S = 1e6
 """More than the server's timers can count."""
 
@@ -84,16 +88,26 @@ def plain_filter(filter: Mapping[str, Any] | None) -> dict[str, Any]:
     return {column: _plain(column, value) for column, value in (filter or {}).items()}
 
 
-def _plain(column: str, value: object) -> object:
+def _plain(column: str, value: object, within: int = 0) -> object:
+    """Return a value of a column's filter as JSON has it.
+
+    :param within: in how many lists and mappings it is.
+    """
     match value:
         case Enum():
-            return _plain(column, value.value)
+            return _plain(column, value.value, within)
         case str() | bool() | int() | float() | None:
             return value
+        case Mapping() | list() | tuple() | set() | frozenset() if within == NESTED:
+            raise UsageError(
+                f"the filter on {column} has lists or objects that are too deep in one another",
+                where="filter",
+                hint='give a value, a list of values, or either by operator, such as {"in": [1, 2]}',
+            )
         case Mapping():
-            return {name: _plain(column, one) for name, one in value.items()}
+            return {name: _plain(column, one, within + 1) for name, one in value.items()}
         case list() | tuple() | set() | frozenset():
-            return [_plain(column, one) for one in value]
+            return [_plain(column, one, within + 1) for one in value]
         case bytes() | bytearray() | memoryview():
             return f"\\x{bytes(value).hex()}"
         case date() | time():
@@ -109,7 +123,7 @@ def _plain(column: str, value: object) -> object:
         case IPv4Address() | IPv6Address() | IPv4Network() | IPv6Network() | IPv4Interface() | IPv6Interface():
             return str(value)
         case _ if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
-            return _plain(column, value.tolist())
+            return _plain(column, value.tolist(), within)
     raise UsageError(
         f"the filter on {column} compares with an object of {type(value).__name__}",
         where="filter",

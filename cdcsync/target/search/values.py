@@ -31,6 +31,13 @@ from psycopg.types.string import ByteaLoader
 _CALENDAR = re.compile(rb"mon|year|infinity|[PY@]")
 """Intervals that are no fixed length of time, or written in a style that is not PostgreSQL's own."""
 
+_HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+"""What may be a surrogate without the other half of its pair, which json takes and no text can hold."""
+
+NESTED = 100
+"""A value of json with more levels of lists and objects comes as text: MCP's library writes 255 levels, those of the
+answer around the value included."""
+
 _RANGES = ("int4", "int8", "num", "date", "ts", "tstz")
 
 
@@ -108,11 +115,29 @@ def load_values(cursor: psycopg.AsyncCursor[Any] | psycopg.AsyncRawCursor[Any], 
 
 
 def _json_or_text(data: str | bytes) -> Any:
-    """Return a value of json or jsonb, or its text if it has a number that Python does not read, or is too deep."""
+    """Return a value of json or jsonb.
+
+    Return its text if it holds a number that Python does not read or text that cannot be encoded, or is too deep.
+    """
+    written = data.encode() if isinstance(data, str) else data
     try:
-        return json.loads(data, parse_float=_finite)
+        value = json.loads(written, parse_float=_finite)
+        if _HALF_A_PAIR.search(written):
+            json.dumps(value, ensure_ascii=False).encode()
+        if written.count(b"[") + written.count(b"{") > NESTED and _levels(value) > NESTED:
+            return written.decode()
     except (ValueError, RecursionError):
-        return data if isinstance(data, str) else data.decode()
+        return written.decode()
+    return value
+
+
+def _levels(value: Any) -> int:
+    """Return how many lists and objects are in one another."""
+    levels, values = 0, [value]
+    while holders := [one for one in values if isinstance(one, list | dict)]:
+        values = [inner for one in holders for inner in (one.values() if isinstance(one, dict) else one)]
+        levels += 1
+    return levels
 
 
 def _finite(digits: str) -> float:

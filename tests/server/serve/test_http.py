@@ -415,6 +415,7 @@ async def test_a_days_budget_of_text_ends(tickets: Office, tokens: Path) -> None
         (b'{"query": "a", "vector": [' + b"1e39," * 15 + b"1]}", 422),
         (b'{"query": "a", "after_lsn": "0/1; SELECT 1"}', 422),
         (b'{"query": "a", "filter": {"opened": {"gte": {"gte": 1}}}}', 422),
+        (b'{"query": "a", "filter": {"opened": ' + b"[" * 500 + b"]" * 500 + b"}}", 422),
         (b'{"query": "a", "filter": {"id": ["1", "x\' OR 1=1"]}}', 422),
         (b'{"query": "' + b"a" * 1_000_000 + b'"}', 413),
         (b'{"query": "a", "filter": {"nothing": 3}}', 422),

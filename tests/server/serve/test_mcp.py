@@ -90,6 +90,8 @@ async def test_tools_say_that_they_only_read(tickets: Office) -> None:
         ({"index": "tickets", "query": "a", "filter": {"author": "ana"}}, "The columns are"),
         ({"index": "tickets", "query": "a", "filter": {"opened": {"between": 1}}}, "The operators are"),
         ({"index": "tickets", "query": "a", "filter": {"opened": "soon"}}, "opened"),
+        ({"index": "tickets", "query": "a", "filter": {"opened": json.loads("[" * 50 + "]" * 50)}}, "too deep"),
+        ({"index": "tickets", "query": "a", "filter": {"opened": json.loads("[" * 150 + "]" * 150)}}, "too deep"),
         ({"index": "tickets"}, "query is required"),
         ({"index": "tickets", "query": 7}, "query must be a text"),
         ({"index": "tickets", "query": "a", "k": "many"}, "k must be a whole number"),

@@ -53,6 +53,15 @@ VALUES: tuple[tuple[str, str, Any, Any], ...] = (
     ("jsonb", '{"n": 1e5000}', f'{{"n": 1{"0" * 5000}}}', f'{{"n": 1{"0" * 5000}}}'),
     ("json", '{"n": 1e400}', '{"n": 1e400}', '{"n": 1e400}'),
     ("jsonb", '{"a": [1, null]}', {"a": [1, None]}, {"a": [1, None]}),
+    ("json", '{"emoji": "\\ud83d"}', '{"emoji": "\\ud83d"}', '{"emoji": "\\ud83d"}'),
+    ("json", '{"\\uDE00": 1}', '{"\\uDE00": 1}', '{"\\uDE00": 1}'),
+    ("json", '[[{"a": ["\\ude00\\ud83d"]}]]', '[[{"a": ["\\ude00\\ud83d"]}]]', '[[{"a": ["\\ude00\\ud83d"]}]]'),
+    ("json", '"\\ud83d"', '"\\ud83d"', '"\\ud83d"'),
+    ("json[]", r'{"{\"a\": \"\\ud83d\"}","[1]"}', ['{"a": "\\ud83d"}', [1]], ['{"a": "\\ud83d"}', [1]]),
+    ("json", '["\\ud83d\\ude00", "\\\\ud83d"]', ["\U0001f600", "\\ud83d"], ["\U0001f600", "\\ud83d"]),
+    ("json", "[" * 300 + "]" * 300, "[" * 300 + "]" * 300, "[" * 300 + "]" * 300),
+    ("jsonb", '{"a": ' * 900 + "1" + "}" * 900, '{"a": ' * 900 + "1" + "}" * 900, '{"a": ' * 900 + "1" + "}" * 900),
+    ("jsonb", f"[{', '.join(['[]'] * 300)}]", [[]] * 300, [[]] * 300),
 )
 
 TYPES = tuple(dict.fromkeys(type_ for type_, *_ in VALUES))
@@ -111,6 +120,13 @@ async def hits(client: httpx2.AsyncClient, index: str, **filter: Any) -> list[di
     return list(answer.json()["hits"])
 
 
+async def called(client: httpx2.AsyncClient, tool: str, **arguments: Any) -> Any:
+    """Call a tool of MCP."""
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": tool, "arguments": arguments}}
+    answer = await client.post("/mcp", json=call, headers={"Accept": "application/json, text/event-stream"})
+    return answer.json()["result"]["structuredContent"]
+
+
 @pytest.mark.parametrize(("number", "case"), list(enumerate(VALUES, 1)), ids=lambda one: str(one)[:40])
 async def test_a_value_is_found_told_and_found_again(odd: Config, number: int, case: tuple[str, str, Any, Any]) -> None:
     type_, _, in_python, in_json = case
@@ -127,6 +143,8 @@ async def test_a_value_is_found_told_and_found_again(odd: Config, number: int, c
         assert in_json is None or told == in_json
         document = await client.get(f"/v1/indexes/odd/documents/{number}")
         assert (document.status_code, document.json().get("columns")) == (200, found["columns"])
+        by_tool = await called(client, "search", index="odd", query="printer", filter={"id": number})
+        assert [one["key"] for one in by_tool["hits"]] == [{"id": number}]
         if not isinstance(told, list | dict) and type_ not in ("json", "jsonb"):
             assert number in [one["key"]["id"] for one in await hits(client, "odd", **{name: told})]
         assert await hits(client, "plain")
@@ -155,11 +173,4 @@ async def test_a_document_is_fetched_by_the_key_of_its_hit(odd: Config, key: tup
         path = ",".join(quote(one, safe="") for one in found["key"].values())
         document = await client.get(f"/v1/indexes/keyed/documents/{path}")
         assert (document.status_code, document.json().get("key")) == (200, found["key"])
-        call = {
-            "jsonrpc": "2.0",
-            "id": 1,
-            "method": "tools/call",
-            "params": {"name": "fetch", "arguments": {"index": "keyed", "key": found["key"]}},
-        }
-        fetched = await client.post("/mcp", json=call, headers={"Accept": "application/json, text/event-stream"})
-        assert fetched.json()["result"]["structuredContent"]["key"] == found["key"]
+        assert (await called(client, "fetch", index="keyed", key=found["key"]))["key"] == found["key"]

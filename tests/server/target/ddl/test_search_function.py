@@ -14,8 +14,9 @@ from psycopg import sql
 from cdcsync.errors import UsageError
 from cdcsync.model.spec import Distance
 from cdcsync.postgres.sessions import connect
+from cdcsync.target.ddl import search_function
 from cdcsync.target.ddl.building import build_hnsw, build_search
-from cdcsync.target.search import Mode, Plan, search
+from cdcsync.target.search import Mode, Plan, count_words, search
 from cdcsync.target.settling import Settling
 from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec, register
 from tests.support.searching import SHELF, filled, find
@@ -93,6 +94,90 @@ async def test_a_word_that_is_newer_than_the_counts_is_found(articles: LiveIndex
     await filled(articles, ["the printer prints"] * 20)
     await articles.apply(changes(document("99", "the printer says E-716", carried=("1",))))
     assert (await find(articles.connection, "printer aa bb cc E-716", mode="text"))[0] == "99"
+
+
+# -- words that are in many chunks, few of which a condition leaves -------------------------------------------------
+
+
+@pytest.fixture
+async def divided(target: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LiveIndex]:
+    """The rarest word is in more chunks than are looked at word by word, all of tenant 1: `alpha`.
+
+    Tenant 2 has documents 501 to 700, each in three chunks with `beta`.
+    """
+    monkeypatch.setattr(search_function, "BUDGET", 200)
+    monkeypatch.setattr(search_function, "VISITS", 300)
+    monkeypatch.setattr(search_function, "SAMPLED", 1_500)
+    async with live_index(target, make_spec()) as index:
+        for ids, tenant, chunk_no, content, numbers in (
+            ("n", 1, "0", "'alpha one two three four five six seven eight page '", "1, 500"),
+            ("501 + n / 3", 2, "n % 3", "'beta text '", "0, 599"),
+            ("1000 + n", 3, "0", "'other things '", "1, 400"),
+        ):
+            await index.connection.execute(
+                "INSERT INTO cdcsync.articles_chunks"
+                " (id, tenant, chunk_no, content, content_hash, document_hash, commit_lsn)"
+                f" SELECT {ids}, {tenant}, {chunk_no}, {content} || n, '', '', '0/1'"
+                f" FROM generate_series({numbers}) AS n".encode()
+            )
+        await count_words(index.connection, SCHEMA, index.spec)
+        await index.connection.execute("ANALYZE cdcsync.articles_chunks")
+        yield index
+        await index.connection.execute("RESET ROLE")
+
+
+OF_TENANT_2 = {str(id_) for id_ in range(501, 701)}
+
+
+@pytest.mark.parametrize(
+    ("query", "wanted", "before", "found"),
+    [
+        ("alpha beta", {"tenant": 2}, "", OF_TENANT_2),
+        (
+            "alpha beta",
+            {"tenant": 2},
+            "UPDATE cdcsync.articles_chunks SET tenant = 2 WHERE id = 7",
+            OF_TENANT_2 | {"7"},
+        ),
+        ("alpha beta", {"id": {"gt": 500}}, "", OF_TENANT_2),
+        ('alpha "beta text"', {}, "", OF_TENANT_2),
+        ("alpha beta -page", {}, "", OF_TENANT_2),
+        ('alpha beta -"alpha one"', {}, "", OF_TENANT_2),
+        (
+            "alpha beta",
+            {},
+            "CREATE POLICY own ON cdcsync.articles_chunks USING (tenant = 2);"
+            " ALTER TABLE cdcsync.articles_chunks ENABLE ROW LEVEL SECURITY; SET ROLE pg_read_all_data",
+            OF_TENANT_2,
+        ),
+    ],
+    ids=["filter", "one row", "key", "phrase", "exclusion", "excluded phrase", "policy"],
+)
+async def test_every_chunk_with_any_of_the_words_is_found_though_a_condition_leaves_none_of_the_rarest(
+    divided: LiveIndex, query: str, wanted: dict[str, Any], before: str, found: set[str]
+) -> None:
+    if before:
+        await divided.connection.execute(before.encode())
+    ask = partial(find, divided.connection, query, mode="text", filter=wanted, headline=None)
+    assert len(set(await ask())) == 10
+    pages = [id_ for skip in range(0, 300, 100) for id_ in await ask(k=100, skip=skip)]
+    assert sorted(pages) == sorted(found)
+    assert set(await ask(k=1_000)) == found
+
+
+async def test_a_long_query_is_searched_in_few_statements_where_a_condition_leaves_nothing(divided: LiveIndex) -> None:
+    plans: list[Plan] = []
+    hits = await search(
+        divided.connection,
+        SCHEMA,
+        divided.spec,
+        text="alpha one two three four five six seven eight beta",
+        vector=None,
+        filter={"tenant": 2},
+        plans=plans,
+    )
+    assert len(hits) == 10
+    assert [one.leg for one in plans] == ["keyword leg"] * 3
 
 
 # -- filters --------------------------------------------------------------------------------------------------------

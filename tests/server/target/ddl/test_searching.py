@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import pytest
 
+from cdcsync.target.ddl import search_function
 from cdcsync.target.ddl.relations import create_index_relations
 from tests.support.indexes import SCHEMA, live_index, make_spec
-from tests.support.searching import SHELF, filled
+from tests.support.searching import SHELF, filled, find
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+
+async def test_a_function_of_an_earlier_definition_is_replaced(
+    target: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defined = "SELECT prosrc LIKE '%visited >= 77;%' FROM pg_proc WHERE proname = 'articles_search'"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(search_function, "VISITS", 77)
+        async with live_index(target, make_spec()) as index:
+            assert await index.rows(defined) == [(True,)]
+    async with live_index(target, make_spec()) as index:
+        assert await index.rows(defined) == [(False,)]
+        await filled(index, SHELF)
+        assert await find(index.connection, "hums") == ["3"]
 
 
 async def test_a_column_that_is_added_comes_to_the_function_and_views_on_it_stay(target: Database) -> None:

@@ -29,6 +29,14 @@ USUAL: dict[str, Any] = {
 }
 
 
+def nested(levels: int, kind: type[list[Any]] | type[dict[str, Any]]) -> Any:
+    """Return lists or objects in one another."""
+    value: Any = kind()
+    for _ in range(levels - 1):
+        value = [value] if kind is list else {"eq": value}
+    return value
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -37,6 +45,7 @@ USUAL: dict[str, Any] = {
         {"weights": (0, 2)},
         {"timeout_s": None},
         {"filter": {"tenant": 3, "status": ["open", None], "price": {"gte": 1.5}, "large": 10**400}},
+        {"filter": {"name": {"in": ["\\u0000", "\\ud800"]}, "\\u0000": "\\\\u0000"}},
         {"texts": ["ünï \U0001f600 \u2028", ""]},
     ],
 )
@@ -57,7 +66,14 @@ def test_what_a_search_can_use_is_not_refused(arguments: dict[str, Any]) -> None
         ({"texts": ["a", 5]}, "the query or headline is 5, not a text"),
         ({"filter": [3]}, r"the filter is \[3\]"),
         ({"filter": {"colour": object()}}, "the filter on colour compares with an object of object"),
-        ({"filter": {"colour": {"in": [{3: range(2)}]}}}, "the filter on colour compares with an object of range"),
+        ({"filter": {"colour": {"in": [range(2)]}}}, "the filter on colour compares with an object of range"),
+        ({"filter": {"colour": {"in": [[1]]}}}, "the filter on colour has lists or objects that are too deep"),
+        ({"filter": {"colour": [[[1]]]}}, "too deep in one another"),
+        ({"filter": {"colour": [[{}]]}}, "too deep in one another"),
+        ({"filter": {"colour": {"eq": {"in": ()}}}}, "too deep in one another"),
+        ({"filter": {"colour": np.zeros((2, 2, 2))}}, "too deep in one another"),
+        ({"filter": {"colour": nested(500, list)}}, "too deep in one another"),
+        ({"filter": {"colour": nested(2_000, dict)}}, "too deep in one another"),
         ({"weights": (1.0,)}, "the weights are"),
         ({"weights": (1.0, 1.0, 1.0)}, "the weights are"),
         ({"weights": (float("nan"), 1.0)}, "the weights are"),
