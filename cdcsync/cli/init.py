@@ -13,6 +13,7 @@ import typer
 from cdcsync.cli.commands import DEFAULT_CONFIG
 from cdcsync.errors import SetupError, UsageError
 from cdcsync.process.stopping import interruptible
+from cdcsync.process.terminals import harmless
 
 if TYPE_CHECKING:
     from cdcsync.config import QualifiedName
@@ -112,7 +113,7 @@ def init(
     content = _render(dsn, role, index, seen, chosen, embedder)
     _check(content, seen, index)
     _write(output, content)
-    print(f"wrote {output}: index {index} of {seen.table.name}", file=sys.stderr)
+    print(harmless(f"wrote {output}: index {index} of {seen.table.name}"), file=sys.stderr)
     _print_sql(seen, prepared, chosen, role)
     print(
         "\nThen: cdcsync check, and cdcsync run" + ("" if output.name == DEFAULT_CONFIG else f" (-c {output})"),
@@ -148,10 +149,8 @@ def _choose(
     proposal = propose(seen, text=text, columns=columns, indexed=indexed)
     if not ask:
         return proposal
-    print(
-        f"{seen.table.name}: a row is named by {', '.join(proposal.key)}. Enter keeps what is in brackets.",
-        file=sys.stderr,
-    )
+    named = harmless(f"{seen.table.name}: a row is named by {', '.join(proposal.key)}.")
+    print(f"{named} Enter keeps what is in brackets.", file=sys.stderr)
     if text is None:
         shown = proposal.text.replace("\n", "\\n")
         text = _ask("What is embedded and searched, with columns in braces", shown).replace("\\n", "\n")
@@ -169,7 +168,7 @@ def _ask(question: str, proposed: str) -> str:
 
     :raises typer.Abort: the input ended.
     """
-    print(f"{question} [{proposed}]: ", end="", file=sys.stderr, flush=True)
+    print(f"{question} [{harmless(proposed)}]: ", end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if not line:
         raise typer.Abort
@@ -271,8 +270,11 @@ def _print_sql(seen: Look, prepared: Prepared, chosen: Proposal, role: str) -> N
         *filter(None, [identity_statement(chosen, name)]),
         *statements(prepared, name, role, publication=PUBLICATION, schema=SCHEMA, view_schema=VIEW_SCHEMA),
     ]
+    database = harmless(prepared.database)  # a comment, which must not end before its line does
     if left:
-        print(f"-- For an administrator of the database {prepared.database}, before the worker's first start.")
-        print("\n".join(left))
+        print(f"-- For an administrator of the database {database}, before the worker's first start.")
+        sql = "\n".join(left)
+        # Exactly as it is for psql; on a terminal nothing acts on it, and a name that would is not found.
+        print(harmless(sql, lines=True) if sys.stdout.isatty() else sql)
     else:
-        print(f"-- The database {prepared.database} is prepared: there is nothing left to run.")
+        print(f"-- The database {database} is prepared: there is nothing left to run.")

@@ -55,7 +55,9 @@ def migrate(
     config: ConfigOption = None,
     max_rows_per_s: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="With start: fill at most so many chunks a second.", show_default=False),
+        typer.Option(
+            min=1, max=10**9, metavar="N", help="With start: fill at most so many chunks a second.", show_default=False
+        ),
     ] = None,
     least: Annotated[
         list[str] | None,

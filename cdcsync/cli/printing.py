@@ -39,6 +39,9 @@ SHOWN_CHARACTERS = 400
 _VECTOR = re.compile(r"\[[-+.,e\d]{40,}\]")
 """A vector in a plan, which would fill the screen."""
 
+_ACTED_ON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""C1 controls, breaks of lines and paragraphs, and what changes the direction of writing."""
+
 _MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
 
 
@@ -63,12 +66,21 @@ def waiting(text: str) -> Iterator[None]:
         yield
 
 
+def print_line(*parts: str) -> None:
+    """Print the parts of a record on a line of its own: a part that others wrote can begin no other line."""
+    print("  ".join(map(harmless, parts)))
+
+
 def print_json(value: Any, *, indent: bool = True) -> None:
-    """Print a value as JSON on standard output; what JSON has no form for becomes its text."""
+    """Print a value as JSON on standard output; what JSON has no form for becomes its text.
+
+    A terminal would act on some characters that JSON lets stand. They are escaped, which is the same to a program.
+    """
     import msgspec
 
     encoded = msgspec.json.encode(value, enc_hook=str)
-    print((msgspec.json.format(encoded, indent=2) if indent else encoded).decode(), flush=True)
+    text = (msgspec.json.format(encoded, indent=2) if indent else encoded).decode()
+    print(_ACTED_ON.sub(lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
 
 
 def error_text(error: CdcsyncError) -> Text:

@@ -146,10 +146,6 @@ def _keys(given: list[str]) -> list[str]:
                 "standard input is not UTF-8", where="--key -", hint="write one key a line, in UTF-8"
             ) from None
         keys += [line.removesuffix("\r") for line in lines if line.removesuffix("\r")]
-    try:
-        "".join(keys).encode()
-    except UnicodeEncodeError:
-        raise UsageError("a key is not UTF-8", where="--key", hint="give keys in UTF-8") from None
     return keys
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -90,7 +90,7 @@ def search(
     per_document: Annotated[
         bool, typer.Option("--per-document/--chunks", help="Each document once, by its best chunk, or every chunk.")
     ] = True,
-    skip: Annotated[int, typer.Option(min=0, help="Leave out so many of the first hits.")] = 0,
+    skip: Annotated[int, typer.Option(min=0, max=999, help="Leave out so many of the first hits.")] = 0,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show places and score of both legs, and how the server executed them.")
     ] = False,
@@ -105,7 +105,6 @@ def search(
 
     from cdcsync.cli import printing
 
-    _refuse_undecoded({"TEXT": words, "--filter": filters or (), "--where": [where] if where else ()})
     configuration = context.ensure_object(Invocation).load(config)
     *more, text = words
     names = list(dict.fromkeys([index, *more]))
@@ -143,20 +142,6 @@ def search(
     for name, plans_ in answer.plans.items():
         for plan in plans_:
             printing.print_plan(f"{name}: {plan.leg}", plan.lines)
-
-
-def _refuse_undecoded(given: Mapping[str, Sequence[str]]) -> None:
-    """Refuse bytes that the terminal's encoding has no characters for: the target cannot take them.
-
-    :raises UsageError: there are some.
-    """
-    for where, texts in given.items():
-        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-            raise UsageError(
-                "is not valid text in this locale's encoding",
-                where=where,
-                hint="write it in UTF-8, and use a UTF-8 locale",
-            )
 
 
 def parse_filters(given: Sequence[str]) -> dict[str, Any]:

@@ -56,7 +56,9 @@ def new(
     claim: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="What the token claims, such as tenant=3.")
     ] = None,
-    days: Annotated[int | None, typer.Option(min=1, help="When it expires; left out, never.")] = None,
+    days: Annotated[
+        int | None, typer.Option(min=1, max=36_500, help="After how many days it expires; left out, never.")
+    ] = None,
 ) -> None:
     """Make a token and print it. Only its hash is kept: it cannot be shown again."""
     from cdcsync.serve.identity import new_token
@@ -67,24 +69,23 @@ def new(
         if not equals or not name:
             raise UsageError(f"{one!r} is not a claim", where="--claim", hint="write NAME=VALUE, such as tenant=3")
         claims[name] = value
-    typer.echo(new_token(_file(context, config), subject, claims, days))
+    print(new_token(_file(context, config), subject, claims, days))
 
 
 @token_commands.command(name="list")
 def list_(context: typer.Context, config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """List tokens: who they are for, what they claim, when they expire. Never the tokens themselves."""
+    from cdcsync.cli.printing import print_json, print_line
     from cdcsync.serve.identity import read_tokens
 
     tokens = read_tokens(_file(context, config)).tokens
     if as_json:
-        from cdcsync.cli.printing import print_json
-
         fields = ("subject", "claims", "expires", "revoked")
         print_json([{name: getattr(one, name) for name in fields} for one in tokens])
         return
     for one in tokens:
         until = "revoked" if one.revoked else f"until {one.expires:%Y-%m-%d}" if one.expires else "does not expire"
-        typer.echo(f"{one.subject}  {json.dumps(one.claims)}  {until}")
+        print_line(one.subject, json.dumps(one.claims), until)
 
 
 @token_commands.command()
@@ -96,7 +97,7 @@ def revoke(
     """Revoke all tokens of a subject. Running servers notice at the next call."""
     from cdcsync.serve.identity import revoke_tokens
 
-    typer.echo(f"revoked {revoke_tokens(_file(context, config), subject)}")
+    print(f"revoked {revoke_tokens(_file(context, config), subject)}")
 
 
 def _file(context: typer.Context, config: Path | None) -> Path:
@@ -114,7 +115,7 @@ def audit(
     config: ConfigOption = None,
     subject: Annotated[str | None, typer.Option(help="Only calls of this subject.")] = None,
     tool: Annotated[str | None, typer.Option(help="Only this tool: search, fetch, list_indexes, embed.")] = None,
-    hours: Annotated[float, typer.Option(min=0.01, help="How far back.")] = 24.0,
+    hours: Annotated[float, typer.Option(min=0.01, max=1_000_000, help="How far back.")] = 24.0,
     empty: Annotated[bool, typer.Option("--empty", help="Only searches that found nothing.")] = False,
     slowest: Annotated[bool, typer.Option("--slowest", help="The slowest first, not the latest.")] = False,
     limit: Annotated[int, typer.Option("-n", min=1, max=100_000, help="How many.")] = 50,
@@ -123,6 +124,7 @@ def audit(
     """Read the record of calls of the tool server."""
     import anyio
 
+    from cdcsync.cli.printing import print_json, print_line
     from cdcsync.postgres.errors import speaking_of
     from cdcsync.postgres.sessions import connect
     from cdcsync.target.calls import Call, read_calls
@@ -145,12 +147,10 @@ def audit(
 
     calls = anyio.run(ask)
     if as_json:
-        from cdcsync.cli.printing import print_json
-
         print_json(calls)
         return
     for call in calls:
         what = call.query if call.query is not None else f"query {call.query_hash}" if call.query_hash else ""
         hits = "" if call.hits is None else f"{call.hits} hits"
         parts = (f"{call.at:%Y-%m-%d %H:%M:%S}", call.subject, call.tool, call.index_name or "", call.outcome)
-        typer.echo("  ".join([*parts, hits, f"{call.ms:.0f} ms", what]))
+        print_line(*parts, hits, f"{call.ms:.0f} ms", what)

@@ -47,8 +47,10 @@ class _Values:
 
 def _converter(kind: Any, parameter: TyperOption | TyperArgument) -> Callable[[Any], Any] | None:
     information = parameter.type_descriptor.parameter_info
-    if kind in (str, bool):  # a flag has no text: it is there or not
-        return kind  # type: ignore[no-any-return]
+    if kind is bool:  # a flag has no text: it is there or not
+        return bool
+    if kind is str:
+        return _text
     if kind is Path:
         return _path
     if kind in (int, float):
@@ -56,6 +58,13 @@ def _converter(kind: Any, parameter: TyperOption | TyperArgument) -> Callable[[A
     if isinstance(kind, type) and issubclass(kind, Enum):
         return lambda value: _choice(value, kind)
     return None
+
+
+def _text(value: str) -> str:
+    """Return a text; bytes that the terminal's encoding has no characters for came as lone surrogates."""
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("it is not valid text in this locale's encoding: write it in UTF-8, and use a UTF-8 locale")
+    return value
 
 
 def _path(value: str | Path) -> Path:

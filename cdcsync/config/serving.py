@@ -48,7 +48,7 @@ class Serve(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param answer_tokens: the most tokens of text in one answer to an agent; the answer says if it was cut.
     :param tokens_per_day: the most tokens of text that one tenant is answered with a day, by each replica; 0 for any.
     :param cors_origins: origins of web pages that may call the API from a browser.
-    :param audit_days: how long the record of each call is kept; 0 keeps none.
+    :param audit_days: how long the record of each call is kept; 0 keeps none, and deletes those that are there.
     :param audit_queries: keep the text of queries too, not only its hash.
     """
 

@@ -1,6 +1,7 @@
 """Sessions with a PostgreSQL server, source or target.
 
     passfile      libpq's password file where systemd hands it over
+    texts         what PostgreSQL can hold as text
     refusals      why a connection could not be opened, in plain words
     interrupts    statements that end when the worker is told to stop
     liveness      connections whose far end is gone although the socket is open

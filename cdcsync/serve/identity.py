@@ -30,6 +30,7 @@ import structlog
 from cdcsync.config.redaction import redact_url
 from cdcsync.config.serving import Serve
 from cdcsync.errors import SetupError, UsageError
+from cdcsync.postgres.texts import is_text
 from cdcsync.serve.problems import Problem
 
 log = structlog.get_logger()
@@ -98,8 +99,13 @@ def read_tokens(path: Path) -> TokenFile:
 def new_token(path: Path, subject: str, claims: Mapping[str, Any], days: int | None) -> str:
     """Add a token to a file and return it: it is not kept anywhere else.
 
+    :raises UsageError: the subject is empty, or could not be told apart in a list.
     :raises SetupError: the file cannot be read or written.
     """
+    if not subject.strip() or not subject.isprintable():
+        raise UsageError(
+            "the subject is empty or holds control characters", where="SUBJECT", hint="name who the token is for"
+        )
     token = PREFIX + secrets.token_urlsafe(32)
     expires = datetime.now(UTC) + timedelta(days=days) if days is not None else None
     stored = StoredToken(_digest(token), subject, dict(claims), expires)
@@ -165,12 +171,27 @@ def _digest(token: str) -> str:
 REFUSED = Problem(401, "Not signed in", "the token is unknown, expired or revoked", "send Authorization: Bearer TOKEN")
 """The same answer for every reason, so that a caller learns nothing about other tokens."""
 
+TOKEN_VARIABLE = "CDCSYNC_TOKEN"  # a name # noqa: S105 # nosec B105
+"""The environment variable that holds the caller's token where MCP speaks over standard input and output."""
+
+REFUSED_OVER_STDIO = Problem(
+    401,
+    "Not signed in",
+    "the token is missing, unknown, expired or revoked",
+    f"set {TOKEN_VARIABLE} in the environment of the program that starts `cdcsync serve --stdio`",
+)
+"""The answer where there is no header to send."""
+
 
 class Authenticator:
-    """Says who calls, from the `Authorization` header."""
+    """Says who calls, from the `Authorization` header.
+
+    :ivar refused: the answer to a caller who is not known.
+    """
 
     def __init__(self, serve: Serve) -> None:
         self._serve = serve
+        self.refused = REFUSED
         self._file = Path(serve.tokens_file) if serve.tokens_file is not None else None
         self._stamp: tuple[int, int, int] | None = None
         self._tokens: dict[str, StoredToken] = {}
@@ -198,18 +219,24 @@ class Authenticator:
         if authorization is None:
             if self._serve.anonymous:
                 return Principal("anonymous")
-            raise REFUSED
+            raise self.refused
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
-            raise REFUSED
+            raise self.refused
         subject, claims = await self._claims(token.strip())
         tenant = self._serve.tenant
         if tenant.column is None:
-            return Principal(subject)
+            return self._storable(Principal(subject))
         value = claims.get(tenant.claim)
         if not isinstance(value, str | int) or isinstance(value, bool):
             raise Problem(403, "Not allowed", f"the token does not claim {tenant.claim}", "ask for a token that does")
-        return Principal(subject, str(value))
+        return self._storable(Principal(subject, str(value)))
+
+    def _storable(self, who: Principal) -> Principal:
+        """Return a caller whom the record and the tenant's column can name; a JSON string can hold what no text can."""
+        if not is_text(who.subject) or not is_text(who.tenant or ""):
+            raise self.refused
+        return who
 
     async def _claims(self, token: str) -> tuple[str, Mapping[str, Any]]:
         if token.startswith(PREFIX) or self._keys is None:
@@ -225,8 +252,8 @@ class Authenticator:
                 leeway=LEEWAY_S,
                 options={"require": ["exp", "iss", "aud", "sub"]},
             )
-        except jwt.PyJWTError:
-            raise REFUSED from None
+        except (jwt.PyJWTError, UnicodeEncodeError):
+            raise self.refused from None
         return str(claims["sub"]), claims
 
     def _stored_claims(self, token: str) -> tuple[str, Mapping[str, Any]]:
@@ -234,9 +261,9 @@ class Authenticator:
         digest = _digest(token)
         stored = self._tokens.get(digest)
         if stored is None or not hmac.compare_digest(stored.sha256, digest) or stored.revoked:
-            raise REFUSED
+            raise self.refused
         if stored.expires is not None and stored.expires <= datetime.now(UTC):
-            raise REFUSED
+            raise self.refused
         return stored.subject, stored.claims
 
     def _reread(self) -> None:

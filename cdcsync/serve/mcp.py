@@ -28,12 +28,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cdcsync import __version__
 from cdcsync.config.serving import Serve
 from cdcsync.http.headers import FOREIGN_ORIGIN, of_known_origin
+from cdcsync.serve.identity import TOKEN_VARIABLE
 from cdcsync.serve.messages import SearchRequest
 from cdcsync.serve.problems import Problem
 from cdcsync.serve.service import Caller, Service, caller_of
-
-TOKEN_VARIABLE = "CDCSYNC_TOKEN"  # a name # noqa: S105 # nosec B105
-"""The environment variable that holds the caller's token where MCP speaks over standard input and output."""
 
 INSTRUCTIONS = """Search documents that are kept in step with database tables. Call list_indexes first: it tells
 which indexes there are, what each holds, and which columns a filter can name. Then search, in the user's own words;

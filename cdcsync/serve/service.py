@@ -283,7 +283,6 @@ class Service:
         if who is None:
             return
         query = noted.query
-        kept = query.replace("\0", "") if query is not None and self.serve.audit_queries else None
         self.recorder.record(
             Call(
                 at,
@@ -294,8 +293,8 @@ class Service:
                 outcome,
                 noted.hits,
                 None if query is None else query_hash(query),
-                None if kept is None else kept.encode("utf-8", "replace").decode(),
-                [name for name in noted.filters if "\0" not in name][:20],
+                query if self.serve.audit_queries else None,
+                list(noted.filters[:20]),
                 took_s * 1000,
                 caller.trace_id,
             )

@@ -6,15 +6,16 @@ only if the configuration asks for that; of a filter the names of its columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
-from typing import Literal, LiteralString
+from typing import Any, Literal, LiteralString
 
 import msgspec
 import psycopg
 from psycopg import sql
 
 from cdcsync.postgres.sessions import Connection
+from cdcsync.postgres.texts import storable
 
 TABLE = "calls"
 
@@ -69,6 +70,27 @@ class Call(msgspec.Struct, frozen=True):
 
 
 _COLUMNS = Call.__struct_fields__
+
+
+def storable_call(call: Call) -> Call:
+    """Return a call whose texts PostgreSQL can hold, in a database whose encoding has their characters."""
+    return _with_texts(call, storable)
+
+
+def ascii_call(call: Call) -> Call:
+    """Return a call with escapes for all characters but those that every encoding of PostgreSQL has."""
+    return _with_texts(call, lambda text: text.encode("ascii", "backslashreplace").decode())
+
+
+def _with_texts(call: Call, change: Callable[[str], str]) -> Call:
+    """Return a call with all of its texts changed."""
+    changed: dict[str, Any] = {}
+    for name, value in zip(_COLUMNS, msgspec.structs.astuple(call), strict=True):
+        if isinstance(value, str):
+            changed[name] = change(value)
+        elif isinstance(value, list):
+            changed[name] = [change(one) for one in value]
+    return msgspec.structs.replace(call, **changed)
 
 
 async def record_calls(connection: Connection, schema: str, calls: Sequence[Call]) -> None:

@@ -22,12 +22,20 @@ Source: the file formats of BEIR (Thakur et al., 2021) and trec_eval.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from cdcsync.errors import UsageError
+from cdcsync.postgres.texts import storable
+
+MOST = 1_000_000
+"""The best grade: what measures nDCG takes memory for each grade up to the best one."""
+
+_GRADE = re.compile(r"-?[0-9]{1,7}")
 
 HINT = "give a directory with queries.jsonl and qrels/test.tsv (BEIR), or queries.tsv and qrels.txt (TREC)"
 
@@ -46,7 +54,7 @@ class Judgment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: str
     document: str
     content: str = ""
-    grade: int | None = None
+    grade: Annotated[int, msgspec.Meta(ge=-MOST, le=MOST)] | None = None
 
 
 class Collection(msgspec.Struct, frozen=True):
@@ -82,7 +90,11 @@ def read_collection(directory: Path) -> Collection:
         raise UsageError(
             "no query has an answer in the judgements", where=str(queries), hint="check that the ids agree"
         )
-    return Collection(directory.resolve().name, texts, {query: grades[query] for query in texts})
+    return Collection(_name(directory), texts, {query: grades[query] for query in texts})
+
+
+def _name(directory: Path) -> str:
+    return storable(directory.resolve().name)
 
 
 def _judged(path: Path) -> Collection:
@@ -97,7 +109,7 @@ def _judged(path: Path) -> Collection:
         raise UsageError(
             "no document answers a question", where=str(path), hint="set the grade of those that do to 1 or 2"
         )
-    return Collection(path.resolve().parent.name, {query: texts[query] for query in answered}, answered)
+    return Collection(_name(path.parent), {query: texts[query] for query in answered}, answered)
 
 
 def read_judgments(path: Path) -> list[Judgment]:
@@ -164,14 +176,20 @@ def _judgements(path: Path) -> Iterator[tuple[str, str, int]]:
     beir = path.suffix == ".tsv"
     for number, line in _lines(path):
         fields = line.split("\t") if beir else line.split()
-        if beir and number == 1 and not fields[-1].strip().lstrip("-").isdigit():
+        if beir and number == 1 and any(one.isalpha() for one in fields[-1]):
             continue  # the heading
         if beir and len(fields) == 3:
             fields.insert(1, "0")
-        if len(fields) != 4 or not fields[3].strip().lstrip("-").isdigit():
+        if len(fields) != 4:
             expected = "query, document and grade" if beir else "query, 0, document and grade"
             raise _malformed(path, number, f"expected {expected}")
-        yield fields[0].strip(), fields[2].strip(), int(fields[3])
+        yield fields[0].strip(), fields[2].strip(), _grade(fields[3].strip(), path, number)
+
+
+def _grade(text: str, path: Path, number: int) -> int:
+    if _GRADE.fullmatch(text) is None or abs(int(text)) > MOST:
+        raise _malformed(path, number, f"a grade is a whole number, at most {MOST:,}")
+    return int(text)
 
 
 def _malformed(path: Path, number: int, problem: str) -> UsageError:

@@ -20,6 +20,9 @@ from cdcsync.flows.evaluate.intervals import difference
 from cdcsync.flows.evaluate.judged import MEASURES, parse_measures
 from cdcsync.target.judged_runs import MODES, Figure, JudgedMode, Run
 
+LONGEST_RUN = 18
+"""Digits of a run's number: all numbers that are as long fit into a bigint of PostgreSQL."""
+
 _FLOOR = re.compile(r"(?:(\w+)\s+)?(\S+?)\s*=\s*(\d*\.?\d+)")
 
 
@@ -103,6 +106,10 @@ def parse_run(text: str | None) -> int | None:
         return None
     if not text.isdecimal():
         raise UsageError(f"{text!r} is not a run", where="--against", hint="give LAST, or a run's number")
+    if len(text) > LONGEST_RUN:
+        raise UsageError(
+            f"there is no run {text[:LONGEST_RUN]}…", where="--against", hint="give LAST, or a run's number"
+        )
     return int(text)
 
 

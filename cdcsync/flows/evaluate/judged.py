@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 DEPTH = 100
 """Documents that each search returns: as deep as the deepest usual measure looks (R@100)."""
 
+DEEPEST = 1_000_000
+"""The most documents that a measure looks at; beyond the range of a C integer trec_eval ends the process."""
+
 MEASURES = ("nDCG@10", "R@100", "RR@10")
 """The measures taken by default; the first decides."""
 
@@ -65,8 +68,10 @@ def parse_measures(names: Sequence[str]) -> list[ir_measures.Measure]:
     for name in names:
         try:
             measure = ir_measures.parse_measure(name)
+            if not 1 <= measure.params.get("cutoff", 1) <= DEEPEST:
+                raise ValueError
             ir_measures.evaluator([measure], [ir_measures.Qrel("q", "d", 1)])
-        except (NameError, ValueError, RuntimeError, AssertionError):
+        except (NameError, ValueError, TypeError, OverflowError, RuntimeError, AssertionError):
             raise UsageError(
                 f"{name} is not a measure that can be taken",
                 where="--measure",

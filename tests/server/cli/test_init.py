@@ -265,3 +265,28 @@ def test_in_a_terminal_it_asks_and_takes_the_answers(database: Database, tmp_pat
     assert (index["text"], index["columns"], index["indexed"]) == ("{subject}: {body}", ["status"], [])
     assert "[tenant,status]" in said
     assert output.startswith("-- For an administrator")
+
+
+def test_names_of_others_do_not_act_on_the_terminal_of_who_is_asked(database: Database, tmp_path: Path) -> None:
+    database.execute(
+        sql.SQL("CREATE TABLE tickets (id int PRIMARY KEY, subject text, {} int NOT NULL)").format(
+            sql.Identifier("tenant\x1b[2J\r\n-- forged")
+        )
+    )
+    ours, theirs = pty.openpty()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cdcsync", "init", database.dsn, "--table", "tickets", "--embedder", "hash"],
+            cwd=tmp_path,
+            stdin=theirs,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        os.write(ours, b"{subject}\n\n-\n")
+        _, said = process.communicate(timeout=60)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "tenant·[2J -- forged" in said.decode()
+    assert b"\x1b" not in said
+    assert b"\r" not in said

@@ -236,6 +236,17 @@ async def test_over_standard_input_and_output_the_token_is_in_the_environment(ti
     assert {hit["key"]["id"] % 3 for hit in found["hits"]} == {1}
 
 
+@pytest.mark.parametrize("token", [None, "cdcsync_unknown"])
+async def test_over_standard_input_and_output_a_client_without_a_token_is_told_where_to_put_it(
+    tickets: Office, tmp_path: Path, token: str | None
+) -> None:
+    new_token(tmp_path / "tokens.json", "desktop", {"tenant": "t1"}, None)
+    async with Client(over_stdio(tickets, tmp_path, token, tokens_file=str(tmp_path / "tokens.json"))) as client:
+        told = await refusal(client, "list_indexes")
+    assert told.endswith("Set CDCSYNC_TOKEN in the environment of the program that starts `cdcsync serve --stdio`.")
+    assert "Authorization" not in told
+
+
 async def test_over_standard_input_and_output_a_client_is_answered_before_the_target_is(
     tickets: Office, tmp_path: Path
 ) -> None:

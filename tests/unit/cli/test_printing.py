@@ -14,6 +14,7 @@ from cdcsync.cli.printing import (
     plain,
     print_hits,
     print_json,
+    print_line,
     print_verdict,
     shares,
     three_lines,
@@ -26,6 +27,21 @@ HIT = Hit({"id": 7}, {"tenant": 3}, 0, "First line\n\nsecond line", 0.0325, 0.25
 
 def test_a_text_cannot_take_over_the_terminal() -> None:
     assert plain("a\x1b[2Jb\x07\nc\r") == "a·[2Jb·\nc·"
+
+
+def test_a_record_is_one_line_whatever_its_parts_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    print_line("a\nb", "c\r\nd", "e\x1b[2J\x9bf", "[bold]g", "")
+    assert capsys.readouterr().out == "a b  c d  e·[2J·f  [bold]g  \n"
+
+
+@pytest.mark.parametrize("indent", [True, False])
+def test_json_holds_no_character_that_a_terminal_acts_on(capsys: pytest.CaptureFixture[str], indent: bool) -> None:
+    value = {"a\x9b": "".join(map(chr, [*range(32), *range(126, 161), 0x2028, 0x202E, 0x2066])) + "é€\U0001f600"}
+    print_json(value, indent=indent)
+    shown = capsys.readouterr().out
+    assert [one for one in shown if not one.isprintable() and one not in "\n\xa0"] == []
+    assert "é€\U0001f600" in shown
+    assert json.loads(shown) == value
 
 
 def test_an_excerpt_is_cut_by_lines_and_by_characters_and_says_so() -> None:

@@ -47,14 +47,16 @@ def test_what_is_not_a_filter_is_refused_with_the_form_of_one(given: list[str]) 
     assert refused.value.hint
 
 
-@pytest.mark.parametrize(("arguments", "where"), [(["a \udcff"], "TEXT"), (["a", "--filter", "b=\udcff"], "--filter")])
+@pytest.mark.parametrize(
+    ("arguments", "where"), [(["a \udcff"], "[INDEX]... TEXT"), (["a", "--filter", "b=\udcff"], "--filter")]
+)
 def test_bytes_that_are_not_text_are_refused_by_where_they_are(
     arguments: list[str], where: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["search", "articles", *arguments])
     assert ended.value.code == UsageError.exit_code
-    assert f"where: {where}\n" in capsys.readouterr().err
+    assert f"Invalid value for '{where}': it is not valid text" in capsys.readouterr().err
 
 
 def test_a_text_that_begins_with_a_dash_is_told_how_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from cdcsync.serve.identity import (
     KEYS_GOOD_S,
     PREFIX,
     REFUSED,
+    REFUSED_OVER_STDIO,
     Authenticator,
     Principal,
     _Keys,
@@ -166,6 +167,33 @@ async def test_a_token_without_the_tenants_claim_is_not_allowed(path: Path, clai
 async def test_a_number_is_a_claim_too(path: Path) -> None:
     token = new_token(path, "ana", {"tenant": 7}, None)
     assert await authenticator(path, tenant=TENANT).principal(f"Bearer {token}") == Principal("ana", "7")
+
+
+@pytest.mark.parametrize(("subject", "tenant"), [("bo\0b", "t1"), ("bob", "t\0")])
+async def test_a_caller_whom_no_text_can_name_is_not_known(path: Path, subject: str, tenant: str) -> None:
+    token = new_token(path, "bob", {"tenant": tenant}, None)
+    content = json.loads(path.read_bytes())  # noqa: ASYNC240
+    content["tokens"][0]["subject"] = subject
+    replace(path, json.dumps(content))
+    with pytest.raises(Problem) as refused:
+        await authenticator(path, tenant=TENANT).principal(f"Bearer {token}")
+    assert refused.value is REFUSED
+
+
+@pytest.mark.parametrize("subject", ["", " ", "bo\0b", "bo\udcffb", "bo\nb", "bo\x1b[2Jb"])
+def test_no_token_is_made_for_a_subject_that_a_list_could_not_show(path: Path, subject: str) -> None:
+    with pytest.raises(UsageError, match="the subject is empty or holds control characters"):
+        new_token(path, subject, {}, None)
+    assert not path.exists()
+
+
+async def test_a_caller_without_a_header_to_send_is_told_of_the_environment(path: Path) -> None:
+    made = authenticator(path)
+    made.refused = REFUSED_OVER_STDIO
+    for authorization in (None, "Bearer cdcsync_x"):
+        with pytest.raises(Problem) as refused:
+            await made.principal(authorization)
+        assert refused.value is REFUSED_OVER_STDIO
 
 
 async def test_anonymous_callers_are_let_in_where_the_configuration_says_so(path: Path) -> None:

@@ -37,6 +37,21 @@ def test_beir_and_trec_layouts_are_read_without_queries_that_nothing_answers(tmp
     assert (trec.queries, trec.grades) == (beir.queries, {"q1": {"ab": 1, "c": 0}, "q2": {"d": 2}})
 
 
+def test_a_grade_may_be_as_far_from_0_as_the_best_one(tmp_path: Path) -> None:
+    qrels = "q1\ta\t1000000\nq1\tb\t-1000000\n"
+    found = read_collection(write(tmp_path, {**BEIR, "qrels/test.tsv": qrels}))
+    assert found.grades == {"q1": {"a": 1_000_000, "b": -1_000_000}}
+
+
+def test_a_directory_whose_name_is_no_text_names_a_collection_that_can_be_stored(tmp_path: Path) -> None:
+    directory = tmp_path / "qu\udcffestions"
+    directory.mkdir()
+    assert read_collection(write(directory, BEIR)).name == "qu?estions"
+    graded = tmp_path / "gr\udcffaded"
+    graded.mkdir()
+    assert read_collection(write(graded, {"judgments.jsonl": LINE % 1})).name == "gr?aded"
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -48,6 +63,18 @@ def test_beir_and_trec_layouts_are_read_without_queries_that_nothing_answers(tmp
         ({"queries.jsonl": '{"_id": "other", "text": "t"}\n'}, "no query has an answer"),
         ({"qrels/test.tsv": "q1\ta\t1\nq2\tb\n"}, "line 2: expected query, document and grade"),
         ({"qrels/test.tsv": None, "qrels.txt": "q1 0 a\n"}, "line 1: expected query, 0, document and grade"),
+        *(
+            ({"qrels/test.tsv": f"q1\ta\t1\nq2\tb\t{grade}\n"}, "test.tsv, line 2: a grade is a whole number")
+            for grade in ("--5", "-", "", "²", "٣", "1.5", "1000001", "-1000001", "9" * 20, "9" * 5000)
+        ),
+        *(
+            ({"qrels/test.tsv": f"q1\ta\t{grade}\n"}, "test.tsv, line 1: a grade is a whole number")
+            for grade in ("--5", "²", "9" * 20)
+        ),
+        *(
+            ({"qrels/test.tsv": None, "qrels.txt": f"q1 0 a {grade}\n"}, "qrels.txt, line 1: a grade is a whole number")
+            for grade in ("--5", "²", "9" * 20, "high")
+        ),
         ({"queries.jsonl": None, "queries.tsv": "no tab\n"}, "line 1: expected an id, a tab and a text"),
     ],
 )
@@ -84,6 +111,8 @@ def test_graded_lines_of_judgments_are_a_collection(tmp_path: Path) -> None:
         (LINE % 0, "no document answers a question"),
         (LINE % "null", "no document answers a question"),
         (LINE % 1 + LINE % '"yes"', "line 2: .*grade"),
+        (LINE % 1 + LINE % "1000001", "line 2: .*grade"),
+        (LINE % 1 + LINE % ("9" * 20), "line 2: .*grade"),
         ("nonsense", "line 1"),
     ],
 )

@@ -73,3 +73,9 @@ def test_an_earlier_run_is_the_last_one_or_a_number() -> None:
     assert (parse_run(None), parse_run("LAST"), parse_run("17")) == (None, None, 17)
     with pytest.raises(UsageError, match="'-3' is not a run"):
         parse_run("-3")
+
+
+@pytest.mark.parametrize("text", ["9999999999999999999", "9" * 5000])
+def test_a_number_that_no_run_can_have_is_that_of_no_run(text: str) -> None:
+    with pytest.raises(UsageError, match="there is no run 999999999999999999…"):
+        parse_run(text)

@@ -52,7 +52,14 @@ def test_a_document_is_named_by_its_key() -> None:
     assert document_id({"module": "heapq", "name": "merge"}) == "heapq,merge"
 
 
-@pytest.mark.parametrize("name", ["nonsense", "nDCG@x", "import os", "P"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("nonsense", "nDCG@x", "import os", "P"),
+        *("P@0", "nDCG@-1", "P@1000001", "R@99999999999999999999", "nDCG@99999999999999999999"),
+        "R(rel=99999999999999999999)@10",
+    ],
+)
 def test_a_measure_that_cannot_be_taken_is_a_wrong_argument(name: str) -> None:
     with pytest.raises(UsageError, match="is not a measure that can be taken") as refused:
         parse_measures([name])
