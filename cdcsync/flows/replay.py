@@ -19,7 +19,7 @@ import psycopg
 from psycopg import sql
 
 from cdcsync.config import Config
-from cdcsync.config.names import quote
+from cdcsync.config.names import beside_name, quote
 from cdcsync.errors import SetupError, UsageError
 from cdcsync.model.requests import Request, RequestAction
 from cdcsync.model.rows import Key
@@ -208,14 +208,10 @@ async def ask(target: Connection, schema: str, spec: IndexSpec, replay: Replay) 
     :raises SetupError: the index has been dropped meanwhile; or vectors of equal texts would be taken over from the
         chunks beside it, of which nobody makes new ones.
     """
-    if replay.force_embed and spec.beside is not None:
-        raise SetupError(
-            "a migration to other chunks is under way, whose vectors would not be made anew",
-            where=f"index {spec.name}",
-            hint=f"end it first: cdcsync migrate {spec.name} drop",
-        )
     with speaking_of("target", where=f"index {spec.name}"):
         async with target.transaction():
+            if replay.force_embed:
+                await _require_alone(target, schema, spec.name)
             return await Requests(schema).add(
                 target,
                 spec.name,
@@ -226,6 +222,24 @@ async def ask(target: Connection, schema: str, spec: IndexSpec, replay: Replay) 
                 keys=replay.keys,
                 max_rows_per_s=replay.max_rows_per_s,
             )
+
+
+async def _require_alone(target: Connection, schema: str, index: str) -> None:
+    """See that no chunks stand beside an index, and that none will until the caller's transaction ends.
+
+    :raises SetupError: some do; or the index has been dropped meanwhile.
+    """
+    registry = Registry(schema)
+    if await registry.find(target, index, lock=True) is None:
+        raise SetupError(
+            "the index is being dropped", where=f"index {index}", hint="`cdcsync status` shows what is there"
+        )
+    if await registry.find(target, beside_name(index)) is not None:
+        raise SetupError(
+            "a migration to other chunks is under way, whose vectors would not be made anew",
+            where=f"index {index}",
+            hint=f"end it first: cdcsync migrate {index} drop",
+        )
 
 
 async def change(target: Connection, schema: str, index: str, action: RequestAction) -> tuple[list[int], list[int]]:

@@ -122,6 +122,9 @@ PUBLISHING_WAITS = (*WRITERS_WAIT, "ShareUpdateExclusiveLock")
 BUILDING_WAITS = (*PUBLISHING_WAITS, "RowExclusiveLock")
 """Those whose transactions CREATE INDEX CONCURRENTLY waits for: of everybody who writes, too."""
 
+REPLACING_WAITS = (*BUILDING_WAITS, "RowShareLock", "AccessShareLock")
+"""Those that keep a table or view from being dropped or replaced: of everybody who reads it, too."""
+
 LOCKED: LiteralString = (
     "(SELECT array_agg(relation) FROM pg_locks WHERE locktype = 'relation' AND mode = 'AccessExclusiveLock'"
     " AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"

@@ -71,7 +71,7 @@ DDL: tuple[LiteralString, ...] = (
     "COMMENT ON COLUMN {schema}.generations.quantise IS 'What the HNSW index keeps of numbers: binary, a bit.'",
     "ALTER TABLE {schema}.generations ADD COLUMN IF NOT EXISTS reason text",
     "COMMENT ON COLUMN {schema}.generations.reason IS"
-    " 'Why the generation could not be filled or built when it was last tried; the worker tries again.'",
+    " 'Why the generation could not be filled, built or dropped when that was last tried.'",
     # Those of the versions before this table.
     """
     INSERT INTO {schema}.generations
@@ -255,19 +255,24 @@ class Generations:
 
     async def drop_asked(self, connection: Connection, index: str, generation: int) -> None:
         """Ask the holder of the pipeline's lock to drop a generation."""
+        # `keep` has to know whether it was ready: nothing has noted since when the first generation of an index is.
         await connection.execute(
-            sql.SQL("UPDATE {} SET state = 'dropping' WHERE index_name = %s AND generation = %s").format(self._table),
+            sql.SQL(
+                "UPDATE {} SET state = 'dropping', reason = NULL,"
+                " ready_at = CASE WHEN state = 'ready' THEN coalesce(ready_at, clock_timestamp()) ELSE ready_at END"
+                " WHERE index_name = %s AND generation = %s"
+            ).format(self._table),
             [index, generation],
         )
 
-    async def keep(self, connection: Connection, index: str, generation: int) -> None:
-        """Note that a generation that was to be dropped stays."""
+    async def keep(self, connection: Connection, index: str, generation: int, reason: str | None) -> None:
+        """Note that a generation that was to be dropped stays, and why."""
         await connection.execute(
             sql.SQL(
-                "UPDATE {} SET state = CASE WHEN ready_at IS NULL THEN 'filling' ELSE 'ready' END"
+                "UPDATE {} SET state = CASE WHEN ready_at IS NULL THEN 'filling' ELSE 'ready' END, reason = %s"
                 " WHERE index_name = %s AND generation = %s AND state = 'dropping'"
             ).format(self._table),
-            [index, generation],
+            [reason, index, generation],
         )
 
     async def limit(self, connection: Connection, index: str, generation: int, max_rows_per_s: int | None) -> None:

@@ -29,6 +29,7 @@ from cdcsync.target.beside import is_met_by
 from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Registry
+from cdcsync.target.requests.history import History
 from cdcsync.target.requests.submission import Requests
 
 LONGEST_SUFFIX = len("~12_vectors_12_fresh_near")
@@ -87,6 +88,14 @@ async def start_beside(
                     "somebody else began or ended a migration just now",
                     where=where,
                     hint=f"cdcsync migrate {index} status",
+                )
+            if (forced := await History(schema).forced(connection, index)) is not None:
+                # Whoever asks for one looks for other chunks under the same lock.
+                raise SetupError(
+                    f"request {forced} makes vectors anew, and the new chunks would take over those of before",
+                    where=where,
+                    hint=f"wait until it is done (`cdcsync status` shows how far it is), or cancel it:"
+                    f" cdcsync replay {index} --cancel",
                 )
             hnsw = wanted.index.hnsw
             new = Generation(

@@ -11,10 +11,11 @@ from cdcsync.flows.migrate.present import opened, other_generation
 from cdcsync.flows.setup.exchange import do_what_was_asked
 from cdcsync.flows.setup.indexes import drop_generations
 from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.beside import asks_for_others
 from cdcsync.target.entries import Entry
-from cdcsync.target.generations import Generations
+from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
@@ -28,8 +29,8 @@ async def drop(config: Config, index: str, generation: int) -> int:
 
     A running worker has to release it first; without one, it is dropped here.
 
-    :raises SetupError: there is no such generation, or it is live by now; or the index is paused, so that a running
-        worker lets go of it only later.
+    :raises SetupError: there is no such generation, or it is live by now; or others use it or have built on it; or the
+        index is paused, so that a running worker lets go of it only later.
     """
     schema = config.target.schema
     async with opened(config, index) as (connection, _):
@@ -56,12 +57,7 @@ async def drop(config: Config, index: str, generation: int) -> int:
                 one for one in await generations.around(connection, index) if one.generation == other.generation
             ]:
                 if left[0].state != "dropping":
-                    entry = await Registry(schema).find(connection, other.index_name)
-                    raise SetupError(
-                        f"generation {generation} could not be dropped: {entry.reason if entry is not None else ''}",
-                        where=f"index {index}",
-                        hint=f"see what is there now: cdcsync migrate {index} status",
-                    )
+                    raise await _refusal(connection, schema, index, left[0])
                 if await pipelines.try_lock(connection):
                     await do_what_was_asked(connection, config)
                     spec = await stored_spec(connection, schema, index, config.index_named(index))
@@ -73,6 +69,20 @@ async def drop(config: Config, index: str, generation: int) -> int:
                         _require_followed(entry, generation)
                     await anyio.sleep(POLL_S)
     return other.generation
+
+
+async def _refusal(connection: Connection, schema: str, index: str, kept: Generation) -> SetupError:
+    """Return the error of a generation that stays."""
+    reason = kept.reason
+    if kept.of_other_chunks:
+        entry = await Registry(schema).find(connection, kept.index_name)
+        reason = None if entry is None else entry.reason
+    # A fill that has gone on since then took the reason back.
+    return SetupError(
+        f"generation {kept.generation} could not be dropped: {reason or 'something uses its tables'}",
+        where=f"index {index}",
+        hint=f"see what is there now: cdcsync migrate {index} status",
+    )
 
 
 def _require_followed(entry: Entry | None, generation: int) -> None:

@@ -16,16 +16,17 @@ from cdcsync.config import Config
 from cdcsync.embedders import Embedder
 from cdcsync.errors import SetupError
 from cdcsync.flows.migrate.present import opened, other_generation
+from cdcsync.flows.setup.attempts import attempt
 from cdcsync.flows.setup.exchange import do_what_was_asked
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
-from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight import build_embedders
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.generations import embedder_of
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.status.counting import Counts, count_index
+from cdcsync.target.ddl.chunks_view import chunks_view_name
 from cdcsync.target.ddl.generations import switch_relations
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.entries import Entry
@@ -130,8 +131,8 @@ async def switch(config: Config, index: str, generation: int, *, confirmed: bool
     """Make a generation the live one, in one transaction; returns which was live before.
 
     :param confirmed: whether it may have fewer vectors than the one that is live.
-    :raises SetupError: it is not ready, no embedder makes its vectors, it has fewer vectors and may not, or something
-        is built on the view that would have to be dropped; nothing was changed.
+    :raises SetupError: it is not ready, no embedder makes its vectors, it has fewer vectors and may not, something is
+        built on the view that would have to be dropped, or others have the view locked; nothing was changed.
     """
     schema = config.target.schema
     findings: list[Finding] = []
@@ -168,7 +169,9 @@ async def switch(config: Config, index: str, generation: int, *, confirmed: bool
 
     async with opened(config, index) as (connection, _):
         with speaking_of("target", where=f"index {index}"):
-            before = await until_locked(lambda: once(connection), table=str(config.index_named(index).view_name))
+            view = config.index_named(index).view_name
+            relations = [view, chunks_view_name(view)]
+            before = await attempt(connection, lambda: once(connection), relations, where=f"index {index}")
         await _answered(connection, config, index, generation)
         return before
 

@@ -9,28 +9,27 @@ from __future__ import annotations
 
 import msgspec
 
-from cdcsync.config import Config
+from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import beside_name, own_name
 from cdcsync.errors import SetupError
+from cdcsync.flows.setup.attempts import attempt, withdraw
 from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.autovacuums import Vacuumed
-from cdcsync.postgres.errors import LOCKED_OUT, speaking_of
-from cdcsync.postgres.locking import until_locked
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.beside import contents_asked_for
+from cdcsync.target.ddl.chunks_view import chunks_view_name
 from cdcsync.target.ddl.generations import drop_beside, exchange_relations
 from cdcsync.target.ddl.grants import settings_to_note
+from cdcsync.target.ddl.names import Names
 from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generations
 from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
 
 log = get_logger()
-
-ATTEMPTS = 6
-"""How often an exchange is tried, some seconds together: no index of the pipeline is followed meanwhile."""
 
 
 async def do_what_was_asked(connection: Connection, config: Config) -> bool:
@@ -56,7 +55,7 @@ async def do_what_was_asked(connection: Connection, config: Config) -> bool:
             # Nothing of it was done. The worker goes on with both, and the command says why.
             log.error("migration_refused", index=index, error=error.message, fix=error.hint)
             with speaking_of("target", where=f"index {index}"):
-                await _withdraw(connection, config, other, error.with_fix)
+                await withdraw(connection, schema, other.name, other.generation, error.with_fix)
     return done
 
 
@@ -65,38 +64,25 @@ async def _do(connection: Connection, config: Config, other: Entry, *, ends: boo
 
     :raises SetupError: that cannot be done; nothing was changed.
     """
-    index, table = own_name(other.name), f"{other.relations}_chunks"
+    index, schema = own_name(other.name), config.target.schema
+    section = config.indexes[index]
     with speaking_of("target", where=f"index {index}"):
-        vacuumed = Vacuumed(connection, [(config.target.schema, one) for one in (index, other.relations)])
-        try:
-            if ends:
-                await until_locked(
-                    lambda: _drop(connection, config, index), table=table, attempts=ATTEMPTS, vacuumed=vacuumed
-                )
-            else:
-                await until_locked(
-                    lambda: _exchange(connection, config, index), table=table, attempts=ATTEMPTS, vacuumed=vacuumed
-                )
-        except LOCKED_OUT as error:
-            raise SetupError(
-                "other transactions have locked its view or tables for some seconds, a dump for one",
-                where=f"index {index}",
-                hint="see pg_locks and pg_stat_activity; when they are over, try again",
-            ) from error
+        await attempt(
+            connection,
+            lambda: _drop(connection, config, index) if ends else _exchange(connection, config, index),
+            [
+                *Names(schema, other.relations).written(other.generation),
+                QualifiedName(schema, f"{other.relations}_words"),
+            ]
+            if ends
+            else [section.view_name, chunks_view_name(section.view_name)],
+            where=f"index {index}",
+            vacuumed=Vacuumed(connection, [(schema, one) for one in (index, other.relations)]),
+        )
     if ends:
         log.info("generation_dropped", index=index, generation=other.generation)
     else:
         log.info("generation_live", index=index, generation=other.generation)
-
-
-async def _withdraw(connection: Connection, config: Config, other: Entry, reason: str) -> None:
-    """Note that what was asked of the chunks beside an index cannot be done, and why."""
-    schema = config.target.schema
-    async with connection.transaction():
-        await Registry(schema).withdraw(connection, other.name, reason)
-        await Generations(schema).keep(connection, other.name, other.generation)
-        crash_point("request withdrawn")
-    crash_point("withdrawn request committed")
 
 
 def exchanged(spec: IndexSpec) -> IndexSpec:

@@ -16,6 +16,7 @@ from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import beside_name
 from cdcsync.documents.related import TableFacts
 from cdcsync.errors import SchemaChanged, SetupError, TablesChanged
+from cdcsync.flows.setup.attempts import attempt, withdraw
 from cdcsync.flows.setup.differences import (
     as_followed,
     ask_for,
@@ -54,8 +55,8 @@ from cdcsync.target.requests.submission import Requests
 log = structlog.get_logger()
 
 LOCK_ATTEMPTS = 30
-"""How often a change of an index's relations is tried while somebody uses them: for two minutes. Then that index is
-paused, because no other one is followed meanwhile."""
+"""How often a change that an index needs of its relations is tried while somebody uses them: for two minutes. Then that
+index is paused, because no other one is followed meanwhile."""
 
 
 def outdated(catalog: Catalog, specs: Sequence[IndexSpec]) -> bool:
@@ -219,7 +220,8 @@ async def _as_examined(target: Connection, config: Config, spec: IndexSpec) -> E
 async def drop_generations(target: Connection, schema: str, spec: IndexSpec) -> None:
     """Drop the generations of an index that somebody asked to be dropped.
 
-    Only the holder of the pipeline's lock may, and only before it writes: see `target/generations`.
+    If others use one, or have built on it, it stays and says why: the index can be followed with it. Only the holder of
+    the pipeline's lock may do this, and only before it writes: see `target/generations`.
     """
     generations = Generations(schema)
     kept = {one.generation for one in spec.generations}
@@ -234,14 +236,21 @@ async def drop_generations(target: Connection, schema: str, spec: IndexSpec) -> 
 
     for one in await generations.of(target, spec.name):
         if one.state == "dropping" and one.generation not in kept:
-            table = f"{spec.relations}_vectors_{one.generation}"
-            await until_locked(
-                lambda: drop(one.generation),  # noqa: B023 - awaited here
-                table=table,
-                attempts=LOCK_ATTEMPTS,
-                vacuumed=Vacuumed(target, [(schema, table)]),
-            )
-            log.info("generation_dropped", index=spec.name, generation=one.generation)
+            table = QualifiedName(schema, f"{spec.relations}_vectors_{one.generation}")
+            try:
+                with speaking_of("target", where=f"index {spec.name}"):
+                    await attempt(
+                        target,
+                        lambda: drop(one.generation),  # noqa: B023 - awaited here
+                        [table],
+                        where=f"index {spec.name}",
+                        vacuumed=Vacuumed(target, [(table.schema, table.name)]),
+                    )
+            except SetupError as error:
+                log.error("migration_refused", index=spec.name, error=error.message, fix=error.hint)
+                await withdraw(target, schema, spec.name, one.generation, error.with_fix)
+            else:
+                log.info("generation_dropped", index=spec.name, generation=one.generation)
 
 
 async def let_go(target: Connection, config: Config) -> None:

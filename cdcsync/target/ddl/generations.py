@@ -81,13 +81,19 @@ async def _switch(connection: Connection, schema: str, spec: IndexSpec) -> None:
 
 
 async def drop_relations(connection: Connection, schema: str, spec: IndexSpec, generation: int) -> None:
-    """Drop the vectors of a generation that the spec does not have any more. The caller's transaction commits."""
+    """Drop the vectors of a generation that the spec does not have any more. The caller's transaction commits.
+
+    :raises SetupError: something is built on them.
+    """
     names = Names(schema, spec.relations)
     await connection.execute(BRIEFLY)
     # What searches are made of first: from here on none begins that could look for these vectors.
     async with settings_kept(connection, schema, spec.name):
         await put_search(connection, schema, spec)
-    await connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(names.vectors(generation)))
+    try:
+        await connection.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(names.vectors(generation)))
+    except psycopg.errors.DependentObjectsStillExist as error:
+        raise _built_on(spec.name, error) from error
     await Rebuild(connection, schema, msgspec.structs.replace(spec, generation=generation)).forget()
     await connection.execute(
         sql.SQL("DELETE FROM {} WHERE generation = {}").format(names.backlog, sql.Literal(generation))
@@ -146,11 +152,13 @@ async def drop_beside(connection: Connection, schema: str, spec: IndexSpec) -> N
     try:
         await drop_all(connection, "TABLE", list(tables.values()))
     except psycopg.errors.DependentObjectsStillExist as error:
-        detail = " ".join((error.diag.message_detail or "").split())
-        raise SetupError(
-            "something of your own is built on its tables", where=f"index {spec.name}", hint=f"drop it: {detail}"
-        ) from error
+        raise _built_on(spec.name, error) from error
     await drop_functions(connection, schema, marker(beside))
+
+
+def _built_on(index: str, error: psycopg.errors.DependentObjectsStillExist) -> SetupError:
+    detail = " ".join((error.diag.message_detail or "").split())
+    return SetupError("something of your own is built on its tables", where=f"index {index}", hint=f"drop it: {detail}")
 
 
 async def _guarded(connection: Connection, schema: str, spec: IndexSpec) -> bool:

@@ -109,6 +109,17 @@ class History:
         )
         return row is not None
 
+    async def forced(self, connection: Connection, index: str) -> int | None:
+        """Return the first open request of an index that makes vectors anew whatever their text; None without one."""
+        row = await fetch_row(
+            connection,
+            sql.SQL(
+                "SELECT id FROM {} WHERE index_name = %s AND force_embed AND state = ANY(%s) ORDER BY id LIMIT 1"
+            ).format(self._table),
+            [index, list(OPEN)],
+        )
+        return None if row is None else cast(int, row[0])
+
     async def last_loads(self, connection: Connection) -> dict[str, Request]:
         """Return `last_load` of every index that has one."""
         cursor = await connection.execute(

@@ -347,6 +347,24 @@ def test_texts_that_both_have_are_not_embedded_again(
     assert (done.returncode, "cdcsync migrate articles drop" in done.stderr) == (2, True), done.stderr
 
 
+def test_other_chunks_are_not_begun_while_vectors_are_made_anew(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = make_pipeline(configuration(database.dsn))
+    loaded(pipeline, "articles", rows=20)
+    ((request,),) = pipeline.target.execute(
+        "INSERT INTO cdcsync.backfills (index_name, kind, force_embed, state)"
+        " VALUES ('articles', 'replay', true, 'paused') RETURNING id"
+    ).fetchall()
+    pipeline.configure(configuration(database.dsn, indexes={"articles": {"chunking": PIECES}}))
+    told = refused(pipeline, "start")
+    assert f"request {request} makes vectors anew" in told
+    assert "cdcsync replay articles --cancel" in told
+    assert pipeline.command("replay", "articles", "--cancel").returncode == 0
+    migrate(pipeline, "start")
+    ready(pipeline, 2)
+
+
 def test_other_chunks_are_activated_rolled_back_and_dropped_while_the_source_is_away(
     make_cluster: Callable[..., Cluster], database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

@@ -1,0 +1,37 @@
+"""A change of what others use is given up after a few attempts, and its refusal names one of them."""
+
+from __future__ import annotations
+
+import psycopg
+import pytest
+
+from cdcsync.config import QualifiedName
+from cdcsync.errors import SetupError
+from cdcsync.flows.setup.attempts import attempt
+from cdcsync.postgres.locking import BRIEFLY
+from tests.support.indexes import LiveIndex
+from tests.support.servers import Database
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+
+@pytest.mark.parametrize("use", ["SELECT FROM", "DELETE FROM", "LOCK TABLE"])
+async def test_a_change_is_given_up_while_somebody_uses_the_table_and_made_afterwards(
+    index: LiveIndex, target: Database, use: str
+) -> None:
+    table = QualifiedName("cdcsync", "articles_chunks")
+
+    async def change() -> str:
+        async with index.connection.transaction():
+            await index.connection.execute(BRIEFLY)
+            await index.connection.execute("ALTER TABLE cdcsync.articles_chunks ADD COLUMN more int")
+        return "made"
+
+    with psycopg.connect(target.dsn, application_name="a dump") as other:
+        other.execute(f"{use} cdcsync.articles_chunks".encode())
+        with pytest.raises(SetupError) as refused:
+            await attempt(index.connection, change, [table], where="index articles")
+        pid = other.info.backend_pid
+    assert f"cdcsync.articles_chunks is locked by pid {pid} (a dump" in str(refused.value)
+    assert f"pg_terminate_backend({pid})" in str(refused.value.hint)
+    assert await attempt(index.connection, change, [table], where="index articles") == "made"
