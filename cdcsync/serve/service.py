@@ -123,7 +123,10 @@ class Service:
         """
 
         async def work(who: Principal) -> list[IndexInfo]:
-            return [await index.info(who) for index in self.reader.indexes.values()]
+            until = anyio.current_time() + self.serve.deadline_s / 4
+            return [
+                await index.info(who, examples=anyio.current_time() < until) for index in self.reader.indexes.values()
+            ]
 
         return await self._call("list_indexes", caller, _Noted(), work)
 
@@ -283,23 +286,28 @@ class Service:
         if who is None:
             return
         query = noted.query
-        kept = query.replace("\0", "") if query is not None and self.serve.audit_queries else None
+        kept = query if self.serve.audit_queries else None
         self.recorder.record(
             Call(
                 at,
-                who.subject,
-                who.tenant,
+                _as_text(who.subject),
+                None if who.tenant is None else _as_text(who.tenant),
                 tool,
                 noted.index if noted.index in self.reader.indexes else None,
                 outcome,
                 noted.hits,
                 None if query is None else query_hash(query),
-                None if kept is None else kept.encode("utf-8", "replace").decode(),
-                [name for name in noted.filters if "\0" not in name][:20],
+                None if kept is None else _as_text(kept),
+                [_as_text(name) for name in noted.filters][:20],
                 took_s * 1000,
                 caller.trace_id,
             )
         )
+
+
+def _as_text(value: str) -> str:
+    """Return a text without what PostgreSQL cannot hold, so that no call keeps the others from being stored."""
+    return value.replace("\0", "").encode("utf-8", "replace").decode()
 
 
 def caller_of(headers: Mapping[str, str]) -> Caller:
