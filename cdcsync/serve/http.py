@@ -58,6 +58,15 @@ _PAGE = resources.files(__package__).joinpath("page.html").read_text(encoding="u
 
 HEADERS = security_headers(_PAGE)
 
+ALLOWED_HEADERS = (
+    *("Authorization", "Content-Type", "If-None-Match", "traceparent", "tracestate"),
+    *("MCP-Protocol-Version", "Mcp-Session-Id", "Last-Event-ID", "Mcp-Method", "Mcp-Name"),
+)
+"""The headers that a page of `cors_origins` may send: clients of MCP in browsers send those of the second line. This
+server has neither sessions nor streams, so no answer names one.
+
+Source: Model Context Protocol, "Transports" (Streamable HTTP)."""
+
 STOPPING = Problem(503, "Stopping", "the server is stopping", "call again", retry_after_s=1)
 
 
@@ -139,7 +148,7 @@ def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
                 CORSMiddleware,
                 allow_origins=list(serve.cors_origins),
                 allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type", "If-None-Match", "traceparent"],
+                allow_headers=ALLOWED_HEADERS,
                 expose_headers=["ETag", "Retry-After"],
             )
         )

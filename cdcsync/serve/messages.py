@@ -47,9 +47,9 @@ class Found(msgspec.Struct, frozen=True):
 class Answer(msgspec.Struct, frozen=True):
     """The result of a search.
 
-    :ivar as_of_lsn: the index holds everything that the source had committed up to here.
-    :ivar lag_seconds: how long ago the index was last known to hold everything.
-    :ivar warning: what the search had to do without.
+    :ivar as_of_lsn: the index holds everything that the source had committed up to here; null if that is not known.
+    :ivar lag_seconds: how long ago the index was last known to hold everything; null if that is not known.
+    :ivar warning: what the search had to do without, and why `as_of_lsn` is not known.
     :ivar left_out: hits that were found and cut to keep the answer short.
     :ivar generation: the generation of vectors that was searched.
     """
@@ -83,7 +83,10 @@ class ColumnInfo(msgspec.Struct, frozen=True):
 
 
 class IndexInfo(msgspec.Struct, frozen=True):
-    """An index that can be searched."""
+    """An index that can be searched.
+
+    :ivar warning: why `as_of_lsn` and `lag_seconds` are not known: it is paused, being built or no longer followed.
+    """
 
     name: str
     table: str
@@ -93,6 +96,7 @@ class IndexInfo(msgspec.Struct, frozen=True):
     state: str
     as_of_lsn: str | None
     lag_seconds: float | None
+    warning: str | None = None
 
 
 class EmbedRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -19,7 +19,6 @@ from cdcsync.embedders import Vectors
 from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedError, SetupError, TargetUnavailable, TextRejected
 from cdcsync.index import Index, Resources
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.comparisons import comparisons
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session
@@ -28,10 +27,10 @@ from cdcsync.serve.budget import shortened
 from cdcsync.serve.identity import Principal
 from cdcsync.serve.messages import Answer, ColumnInfo, Document, Found, IndexInfo, SearchRequest
 from cdcsync.serve.problems import Problem
-from cdcsync.serve.visibility import Visibility
-from cdcsync.target.ddl.filters import read_columns
+from cdcsync.serve.visibility import Visibility, is_text
+from cdcsync.target.ddl.filters import Column, read_columns
 from cdcsync.target.ddl.names import Names
-from cdcsync.target.pipelines import Pipelines
+from cdcsync.target.freshness import Freshness, read_freshness
 from cdcsync.target.registry import Registry
 from cdcsync.target.search import Hit, load_values
 from cdcsync.tracing import Tracing
@@ -47,10 +46,18 @@ EXAMPLES = 3
 EXAMPLE_CHARACTERS = 100
 """How much of a value is enough for that."""
 
+EXAMPLES_LOCK_MS = 100
+EXAMPLES_MS = 500
+"""How long examples may wait for a lock on an index's chunks, and be looked for: the list goes without them then."""
+
 UNDEFINED_TABLE = "42P01"
 
+TOO_LATE = ("55P03", "57014")
+"""The SQLSTATEs of a lock that was waited for too long, and of a statement that took too long."""
+
 UNHELD = (
-    "have serve.dsn log in as serve.role, not as the owner of the tables, and start the worker with this [serve] too"
+    "set serve.role, have serve.dsn log in as that role, not as the owner of the tables, and start the worker with this"
+    " [serve] too"
 )
 """The fix if row-level security does not apply to this server's sessions."""
 
@@ -60,8 +67,8 @@ class _Known(msgspec.Struct, frozen=True):
 
     read_at: float
     spec: IndexSpec
-    lsn: str | None
-    lag_s: float | None
+    columns: Mapping[str, Column]
+    freshness: Freshness
 
 
 class Offered(Index):
@@ -74,6 +81,7 @@ class Offered(Index):
         self.serve = resources.config.serve
         self.visible = Visibility(self.serve)
         self._known: _Known | None = None
+        self._columns: tuple[IndexSpec, Mapping[str, Column]] | None = None
         self._fault: str | None = None
         """Why it could not be listed the last time."""
 
@@ -110,6 +118,7 @@ class Offered(Index):
                     f"the vector has {len(request.vector)} dimensions, the index has {dimensions}",
                     "POST /v1/embed makes vectors of the index's model",
                 )
+        who = await self._held(who, known)
         hits = await self.search(
             request.query,
             k=request.k,
@@ -124,7 +133,10 @@ class Offered(Index):
             generation=request.generation,
         )
         found = [self._found(hit) for hit in hits]
-        return Answer(self.name, found, known.lsn, known.lag_s, hits.warning, generation=hits.generation)
+        fresh, warning = known.freshness, hits.warning
+        if fresh.warning is not None and fresh.warning not in (warning or ""):  # the search may have said so itself
+            warning = "; ".join(filter(None, [warning, fresh.warning]))
+        return Answer(self.name, found, fresh.lsn, fresh.lag_s, warning, generation=hits.generation)
 
     async def embed_queries(self, texts: Sequence[str]) -> tuple[Vectors, int]:
         """Return the vectors of queries, and the generation of the index's vectors that they can be compared with.
@@ -149,10 +161,11 @@ class Offered(Index):
         :raises Problem: 404, there is none, or the caller may not see it; 403, the index does not have the tenants.
         """
         missing = Problem(404, "No such document", "the index has no document of this key")
-        if any("\0" in part for part in (key.values() if isinstance(key, Mapping) else key)):
+        if not all(map(is_text, key.values() if isinstance(key, Mapping) else key)):
             raise missing
-        async with self._session(who) as (connection, spec):
-            mine = self.visible.condition(who, spec)
+        async with self._session(who) as (connection, known, who):
+            spec = known.spec
+            mine = self.visible.condition(who, spec, known.columns)
             names = self.visible.shown(spec.shape.key)
             if isinstance(key, Mapping):
                 values_of, fix = key, "give a value for each"
@@ -163,13 +176,7 @@ class Offered(Index):
                 )
             if len(key) != len(names) or set(values_of) != set(names):
                 raise Problem(422, "The key is incomplete", f"the key has the columns {', '.join(names)}", fix)
-            types = dict(zip(spec.shape.key, spec.key_types, strict=True))
-            equal = await comparisons(connection, [types[name] for name in names])
-            conditions = [
-                sql.SQL("{} {} {}::").format(sql.Identifier(name), one.equal, sql.Literal(values_of[name]))
-                + sql.SQL(types[name])
-                for name, one in zip(names, equal, strict=True)
-            ]
+            conditions = [known.columns[name].equals(name, sql.Literal(values_of[name])) for name in names]
             shown = self.visible.shown(spec.shape.key + spec.shape.carried)
             statement = sql.SQL(
                 "SELECT {}, content, encode(document_hash, 'hex'), commit_lsn::text FROM {} WHERE {} ORDER BY chunk_no"
@@ -197,14 +204,14 @@ class Offered(Index):
             f'"{mark[:24]}"',
         )
 
-    async def info(self, who: Principal) -> IndexInfo:
+    async def info(self, who: Principal, *, examples: bool = True) -> IndexInfo:
         """Return what a filter can say of the index, and how fresh it is; of one that cannot be read, its state alone.
 
-        :raises Problem: the caller may not see it.
+        :param examples: look for examples of values.
         :raises TargetUnavailable: the target does not answer now.
         """
         try:
-            info = await self._info(who)
+            info = await self._info(who, examples=examples)
         except SetupError as error:
             if str(error) != self._fault:
                 log.warning("index_not_searchable", index=self.name, error=str(error), fix=error.hint)
@@ -215,18 +222,26 @@ class Offered(Index):
         self._fault = None
         return info
 
-    async def _info(self, who: Principal) -> IndexInfo:
+    async def _info(self, who: Principal, *, examples: bool) -> IndexInfo:
         known = await self._facts()
-        async with self._session(who) as (connection, spec):
-            stored = await Registry(self.schema).find(connection, self.name)
-            examples = await self._examples(connection, who, spec)
+        spec, fresh = known.spec, known.freshness
+        values = await self._examples(who, known) if examples else {}
         types = dict(zip(spec.shape.key + spec.shape.carried, spec.key_types + spec.carried_types, strict=True))
         key, columns = (
-            [ColumnInfo(one, types[one], examples[one]) for one in self.visible.shown(names)]
+            [ColumnInfo(one, types[one], values.get(one, [])) for one in self.visible.shown(names)]
             for names in (spec.shape.key, spec.shape.carried)
         )
-        keywords, state = spec.config.search is not None, "gone" if stored is None else stored.state
-        return IndexInfo(self.name, str(spec.config.table_name), key, columns, keywords, state, known.lsn, known.lag_s)
+        return IndexInfo(
+            self.name,
+            str(spec.config.table_name),
+            key,
+            columns,
+            spec.config.search is not None,
+            fresh.state,
+            fresh.lsn,
+            fresh.lag_s,
+            fresh.warning,
+        )
 
     def _found(self, hit: Hit) -> Found:
         key, columns = (
@@ -253,29 +268,44 @@ class Offered(Index):
         return self._resources.config.target.schema
 
     @asynccontextmanager
-    async def _session(self, who: Principal) -> AsyncIterator[tuple[Connection, IndexSpec]]:
-        """Lend a session for reading as the caller, and what the index is made of now."""
+    async def _session(self, who: Principal) -> AsyncIterator[tuple[Connection, _Known, Principal]]:
+        """Lend a session for reading as the caller, what the index is made of now, and the caller as `_held` has it.
+
+        :raises Problem: the caller's claim is no value of the bound column.
+        """
+        known = await self._facts()
+        who = await self._held(who, known)
         async with self._resources.pool.connection() as connection:
             with speaking_of("target", where=f"index {self.name}"):
-                spec = await self._spec(connection)
                 async with connection.transaction():
                     for name, value in self.visible.settings(who).items():
                         await connection.execute("SELECT pg_catalog.set_config(%s, %s, true)", [name, value])
-                    yield connection, spec
+                    yield connection, known, who
+
+    async def _held(self, who: Principal, known: _Known) -> Principal:
+        """Return a caller with the tenant as the index writes it, so that all that compares it finds the same rows.
+
+        :raises Problem: the caller's claim is no value of the bound column.
+        """
+        column = self.visible.bound(known.columns)
+        if column is None:  # nothing is bound, or the index is refused for want of the column
+            return who
+        with speaking_of("target", where=f"index {self.name}"):
+            return await self.visible.held_to(who, self.name, column, self._resources.pool.connection)
 
     async def _facts(self) -> _Known:
         """Return what the index is made of and how fresh it is, read again after `FRESHNESS_S`."""
         now = anyio.current_time()
         known = self._known
         if known is None or now - known.read_at > FRESHNESS_S:
-            lsn, lag_s = None, None
             async with self._resources.pool.connection() as connection:
                 with speaking_of("target", where=f"index {self.name}"):
                     spec = await self._spec(connection)
-                    stored = await Registry(self.schema).find(connection, self.name)
-                    if stored is not None:
-                        lsn, lag_s = await Pipelines(self.schema, stored.slot).freshness(connection)
-            self._known = known = _Known(now, spec, lsn, lag_s)
+                    if self._columns is None or self._columns[0] is not spec:
+                        self._columns = spec, await read_columns(connection, spec)
+                    columns = self._columns[1]
+                    fresh = await read_freshness(connection, self.schema, self.name)
+            self._known = known = _Known(now, spec, columns, fresh)
         return known
 
     async def load(self) -> None:
@@ -286,13 +316,15 @@ class Offered(Index):
         await self._resources.models.embedder(await self._live()).open()
 
     async def is_held(self) -> bool:
-        """Say whether the database holds this server to its callers' tenants, where the configuration says so.
+        """Say whether the database holds this server to its callers' tenants, if a column is bound at all.
 
         :raises TargetUnavailable, SetupError: it does not answer.
         """
         role = self.serve.role
-        if self.serve.tenant.column is None or role is None:
+        if self.serve.tenant.column is None:
             return True
+        if role is None:
+            return False
         async with self._resources.pool.connection() as connection:
             with speaking_of("target", where=f"index {self.name}"):
                 entry = await Registry(self.schema).find(connection, self.name)
@@ -305,21 +337,38 @@ class Offered(Index):
                     )
                 )
 
-    async def _examples(self, connection: Connection, who: Principal, spec: IndexSpec) -> dict[str, list[Any]]:
-        """Return a few values of each column, out of the first rows: those that a filter takes as they are."""
+    async def _examples(self, who: Principal, known: _Known) -> dict[str, list[Any]]:
+        """Return a few values of each column, out of the first rows: those that a filter takes as they are.
+
+        There are none if the caller may see none, and of chunks that cannot be read soon: one index that somebody has
+        locked keeps nobody from the others.
+        """
+        spec = known.spec
         names = [*spec.shape.key, *spec.shape.carried]
         if not self.visible.divides(spec):
-            return {name: [] for name in names}
-        condition = self.visible.condition(who, spec)
-        cursor = connection.cursor()
-        load_values(cursor, for_json=True)
-        await cursor.execute(
-            sql.SQL("SELECT {} FROM {} WHERE {} LIMIT 20").format(
-                sql.SQL(", ").join(map(sql.Identifier, names)), Names(self.schema, spec.relations).chunks, condition
-            )
-        )
-        rows = await cursor.fetchall()
-        comparable = {name for name, column in (await read_columns(connection, spec)).items() if column.takes_values}
+            return {}
+        try:
+            async with self._session(who) as (connection, known, who):
+                cursor = connection.cursor()
+                load_values(cursor, for_json=True)
+                await connection.execute(
+                    f"SET LOCAL lock_timeout = {EXAMPLES_LOCK_MS}; SET LOCAL statement_timeout = {EXAMPLES_MS}"
+                )
+                await cursor.execute(
+                    sql.SQL("SELECT {} FROM {} WHERE {} LIMIT 20").format(
+                        sql.SQL(", ").join(map(sql.Identifier, names)),
+                        Names(self.schema, spec.relations).chunks,
+                        self.visible.condition(who, spec, known.columns),
+                    )
+                )
+                rows = await cursor.fetchall()
+        except Problem:
+            return {}
+        except TargetUnavailable as error:
+            if error.sqlstate not in TOO_LATE:
+                raise
+            return {}
+        comparable = {name for name, column in known.columns.items() if column.takes_values}
         seen: dict[str, list[Any]] = {name: [] for name in names}
         for row in rows:
             for name, value in zip(names, row, strict=True):
@@ -344,9 +393,7 @@ def _refuse_costly(request: SearchRequest, serve: Serve) -> None:
         wrong, fix = "skip is out of range", "skip 0 to 1000 hits"
     elif len(request.query) > serve.max_query_characters:
         wrong, fix = "the query is too long", f"use at most {serve.max_query_characters} characters"
-    elif b"\\u0000" in msgspec.json.encode(request.filter, enc_hook=str):
-        wrong, fix = "the filter holds characters that no text can hold", "leave out NUL"
-    elif "\0" in request.query or any("\ud800" <= one <= "\udfff" for one in request.query):
+    elif not is_text(request.query):
         wrong, fix = "the query holds characters that no text can hold", "leave out NUL and lone surrogates"
     else:
         fix = ""

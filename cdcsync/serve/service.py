@@ -123,7 +123,10 @@ class Service:
         """
 
         async def work(who: Principal) -> list[IndexInfo]:
-            return [await index.info(who) for index in self.reader.indexes.values()]
+            until = anyio.current_time() + self.serve.deadline_s / 4
+            return [
+                await index.info(who, examples=anyio.current_time() < until) for index in self.reader.indexes.values()
+            ]
 
         return await self._call("list_indexes", caller, _Noted(), work)
 

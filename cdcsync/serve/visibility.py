@@ -6,16 +6,47 @@ target (`target/ddl/policies`), for which the caller's tenant is set in each tra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+import msgspec
+import psycopg
+import structlog
 from psycopg import sql
 
 from cdcsync.config.serving import Serve
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_value
+from cdcsync.postgres.sessions import Connection
 from cdcsync.serve.identity import Principal
 from cdcsync.serve.problems import Problem
+from cdcsync.target.ddl.filters import Column
 from cdcsync.target.ddl.policies import SETTING
+
+log = structlog.get_logger()
+
+CLAIMS = 10_000
+"""Claims of which an index remembers what they are as values: some hundred bytes each."""
+
+
+def is_text(value: str) -> bool:
+    """Say whether PostgreSQL can hold a text: it has neither NUL nor lone surrogates."""
+    return "\0" not in value and not any("\ud800" <= one <= "\udfff" for one in value)
+
+
+async def read_claim(connection: Connection, column: Column, claim: str) -> str | None:
+    """Return the text of the value that a claim is of a column's type, such as `1` for `01`; None if it is none.
+
+    :param connection: in autocommit.
+    """
+    if not is_text(claim):
+        return None
+    statement = sql.SQL("SELECT ({}::{})::pg_catalog.text").format(sql.Literal(claim), sql.SQL(column.type))
+    try:
+        return str(await fetch_value(connection, statement))
+    except psycopg.DataError:
+        return None
 
 
 class Visibility:
@@ -23,6 +54,41 @@ class Visibility:
 
     def __init__(self, serve: Serve) -> None:
         self._column = serve.tenant.column
+        self._claim = serve.tenant.claim
+        self._read: dict[tuple[str, str], str | None] = {}
+
+    def bound(self, columns: Mapping[str, Column]) -> Column | None:
+        """Return the bound column, out of those that an index has; None if none is bound, or it does not have it."""
+        return None if self._column is None else columns.get(self._column)
+
+    async def held_to(
+        self, who: Principal, index: str, column: Column, lend: Callable[[], AbstractAsyncContextManager[Connection]]
+    ) -> Principal:
+        """Return a caller whose tenant is written as the server writes values of the bound column's type.
+
+        :param lend: lends a session in autocommit, if the claim is a new one.
+        :raises Problem: the claim is no value of this type; the log tells that once.
+        """
+        claim = who.tenant or ""
+        if (column.type, claim) in self._read:
+            value = self._read[column.type, claim]
+        else:
+            async with lend() as connection:
+                value = await read_claim(connection, column, claim)
+            if len(self._read) >= CLAIMS:
+                self._read.clear()
+            self._read[column.type, claim] = value
+            if value is None:
+                fix = f"give the caller a token whose {self._claim} is a value of that type"
+                log.warning("claim_not_a_value", index=index, column=self._column, type=column.shown, fix=fix)
+        if value is None:
+            raise Problem(
+                403,
+                "Not allowed",
+                f"the token's {self._claim} is none that the index {index} can have",
+                "ask for a token with another one",
+            )
+        return msgspec.structs.replace(who, tenant=value)
 
     def shown(self, columns: Iterable[str]) -> list[str]:
         """Return those of some columns that callers may know of."""
@@ -32,15 +98,15 @@ class Visibility:
         """Return the settings by which row-level security knows the caller's tenant."""
         return {SETTING: who.tenant or ""} if self._column is not None else {}
 
-    def condition(self, who: Principal, spec: IndexSpec) -> sql.Composable:
-        """Return the condition that a row is the caller's.
+    def condition(self, who: Principal, spec: IndexSpec, columns: Mapping[str, Column]) -> sql.Composable:
+        """Return the condition that a row is the caller's, as the caller's filter and the policy compare it.
 
         :raises Problem: the index does not have the bound column.
         """
         if self._column is None:
             return sql.SQL("true")
         self._refuse_undivided(spec)
-        return sql.SQL("{}::pg_catalog.text = {}").format(sql.Identifier(self._column), sql.Literal(who.tenant))
+        return columns[self._column].equals(self._column, sql.Literal(who.tenant))
 
     def filter(self, who: Principal, spec: IndexSpec, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """Return the caller's filter along with what its claims add.

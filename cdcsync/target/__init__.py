@@ -5,6 +5,7 @@
     registry      the table `indexes`
     pipelines     the table `pipelines`: lease, fence, checkpoint
     generations   the table `generations`
+    freshness     how far an index is, as readers see it
     approvals     the table `approvals`
     audits        the table `audits`
     calls         the record of calls of the tool server

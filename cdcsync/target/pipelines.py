@@ -108,15 +108,6 @@ class Pipelines:
         statement = sql.SQL("SELECT FROM {} WHERE slot = %s AND checkpoint IS NOT NULL").format(self._table)
         return await fetch_row(connection, statement, [self._slot]) is not None
 
-    async def freshness(self, connection: Connection) -> tuple[str | None, float | None]:
-        """Return the checkpoint, and for how many seconds it may have been behind; None for what is not known."""
-        statement = sql.SQL(
-            "SELECT checkpoint::text, extract(epoch FROM now() - greatest(commit_time, caught_up_at))::float8"
-            " FROM {} WHERE slot = %s"
-        ).format(self._table)
-        lsn, lag_s = await fetch_row(connection, statement, [self._slot]) or (None, None)
-        return lsn, None if lag_s is None else round(max(0.0, lag_s), 3)
-
     async def try_lock(self, connection: Connection) -> bool:
         """Take the pipeline's lock for this session, if no other session holds it."""
         row = await fetch_one(connection, "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", [self._lock])

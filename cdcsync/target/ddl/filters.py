@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import cast
 
 import msgspec
+from psycopg import sql
 
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
@@ -40,6 +41,14 @@ class Column(msgspec.Struct, frozen=True):
         Arrays and jsonb are compared with their text.
         """
         return "eq" in self.operators and not self.array and self.type != "pg_catalog.jsonb"
+
+    def equals(self, name: str, value: sql.Composable) -> sql.Composed:
+        """Return the condition that the column has a value, whose text is SQL, as a filter compares it."""
+        if "eq" not in self.operators:
+            return sql.SQL("{}::pg_catalog.text OPERATOR(pg_catalog.=) {}").format(sql.Identifier(name), value)
+        return sql.SQL("{} {} {}::{}").format(
+            sql.Identifier(name), sql.SQL(self.operators["eq"]), value, sql.SQL(self.type)
+        )
 
 
 async def read_columns(connection: Connection, spec: IndexSpec) -> dict[str, Column]:

@@ -1,7 +1,8 @@
 """Row-level security on the chunks of an index: what the tool server's role sees is held to its caller's tenant.
 
 The server adds a filter to every search. The policy holds the same a second time, in the database, so that a mistake
-there leaks nothing. Other roles see what they saw; the worker owns the table, and policies do not concern an owner.
+there leaks nothing. It compares as a filter does, by the column's own type, so both find the same rows. Other roles see
+what they saw; the worker owns the table, and policies do not concern an owner.
 
 Source: PostgreSQL, "Row Security Policies".
 """
@@ -16,6 +17,7 @@ from cdcsync.config.serving import Serve
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.filters import read_columns
 from cdcsync.target.ddl.names import Names
 
 SETTING = "cdcsync.tenant"
@@ -23,6 +25,8 @@ SETTING = "cdcsync.tenant"
 
 POLICY: LiteralString = "cdcsync_tenant"
 
+_TEXTS = ("pg_catalog.text", "pg_catalog.varchar", "pg_catalog.bpchar")
+"""Types of which any text is a value. A session without a tenant has none of a value of another type."""
 
 GUARDED: LiteralString = f"""(
     c.relrowsecurity AND NOT EXISTS (SELECT FROM pg_policy p WHERE p.polrelid = c.oid AND p.polname = '{POLICY}'
@@ -42,28 +46,33 @@ async def put_policy(connection: Connection, schema: str, spec: IndexSpec, serve
     if bound is None or serve.role is None or bound not in spec.shape.key + spec.shape.carried:
         await release_policy(connection, schema, spec)
         return
-    wanted = f"cdcsync: {serve.role} sees the rows whose {bound} is the setting {SETTING}"
+    column = (await read_columns(connection, spec))[bound]
+    wanted = f"cdcsync: {serve.role} sees the rows whose {bound} is the setting {SETTING}, as {column.type}"
     enabled, guarded, present = await _read_policy(connection, schema, spec)
     if enabled and present == (wanted, not guarded):
         return
     await connection.execute(sql.SQL("DROP POLICY IF EXISTS {} ON {}").format(sql.Identifier(POLICY), chunks))
     await connection.execute(
         sql.SQL(
-            "CREATE POLICY {policy} ON {chunks} AS {kind} USING (current_user OPERATOR(pg_catalog.<>) {role}"
-            " OR {column}::pg_catalog.text OPERATOR(pg_catalog.=) pg_catalog.current_setting({setting}, true))"
+            "CREATE POLICY {policy} ON {chunks} AS {kind} USING (current_user OPERATOR(pg_catalog.<>) {role} OR {mine})"
         ).format(
             policy=sql.Identifier(POLICY),
             chunks=chunks,
             kind=sql.SQL("RESTRICTIVE" if guarded else "PERMISSIVE"),
             role=sql.Literal(serve.role),
-            column=sql.Identifier(bound),
-            setting=sql.Literal(SETTING),
+            mine=column.equals(bound, _setting(column.type)),
         )
     )
     await connection.execute(
         sql.SQL("COMMENT ON POLICY {} ON {} IS {}").format(sql.Identifier(POLICY), chunks, sql.Literal(wanted))
     )
     await connection.execute(sql.SQL("ALTER TABLE {} ENABLE ROW LEVEL SECURITY").format(chunks))
+
+
+def _setting(type_: str) -> sql.Composed:
+    """Return the text of the session's tenant: after a transaction that had one, the setting is there and empty."""
+    setting = sql.SQL("pg_catalog.current_setting({}, true)").format(sql.Literal(SETTING))
+    return setting if type_ in _TEXTS else sql.SQL("NULLIF({}, '')").format(setting)
 
 
 async def release_policy(connection: Connection, schema: str, spec: IndexSpec) -> None:

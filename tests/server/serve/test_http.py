@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.to_thread
+import httpx2
 import jwt
 import msgspec
 import pytest
@@ -33,6 +34,13 @@ pytestmark = [pytest.mark.server, pytest.mark.anyio]
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
     return tmp_path / "tokens.json"
+
+
+@pytest.fixture
+async def with_pages(tickets: Office) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of a server that answers pages of one origin."""
+    async with served(tickets.serving(anonymous=True, cors_origins=("https://app.example.org",))) as client:
+        yield client
 
 
 # -- answers ----------------------------------------------------------------------------------------------------
@@ -455,6 +463,55 @@ async def test_unknown_indexes_paths_and_methods_are_problems(tickets: Office) -
         ]
     assert [one.status_code for one in answers] == [404, 404, 404, 405, 415]
     assert all(one.headers["content-type"] == "application/problem+json" for one in answers)
+
+
+@pytest.mark.parametrize("depth", [10_000, 100_000])
+@pytest.mark.parametrize("of", ["{}", '{{"query": {}}}', '{{"query": "a", "filter": {{"id": {}}}}}'])
+async def test_lists_in_lists_without_an_end_are_a_problem(tickets: Office, of: str, depth: int) -> None:
+    body = of.format("[" * depth + "]" * depth).encode()
+    async with served(tickets.serving(anonymous=True, max_body_bytes=10**6)) as client:
+        answer = await client.post(SEARCH, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (400, 422)
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+async def test_six_characters_that_only_look_like_an_escape_are_a_text(tickets: Office) -> None:
+    async with served(tickets.serving(anonymous=True)) as client:
+        answers = [
+            await ask(client, text, filter={column: text})
+            for text, column in (("\\u0000", "status"), ("a\0", "status"))
+        ]
+        document = await client.get("/v1/indexes/tickets/documents/%5Cu0000")
+    assert [answer.status_code for answer in answers] == [200, 422]
+    assert document.status_code == 404
+
+
+SENT = ("Authorization", "Content-Type", "If-None-Match", "traceparent", "tracestate")
+SENT_BY_MCP = ("MCP-Protocol-Version", "Mcp-Session-Id", "Last-Event-ID", "Mcp-Method", "Mcp-Name")
+
+
+@pytest.mark.parametrize("origin", ["https://app.example.org", "https://elsewhere.example.org"])
+@pytest.mark.parametrize(
+    ("path", "method", "header"),
+    [
+        *((SEARCH, "POST", header) for header in SENT),
+        *(("/mcp", method, header) for method in ("POST", "GET") for header in SENT + SENT_BY_MCP),
+    ],
+)
+async def test_a_page_of_a_known_origin_may_send_the_headers_of_the_api_and_of_mcp(
+    with_pages: httpx2.AsyncClient, origin: str, path: str, method: str, header: str
+) -> None:
+    asked = {
+        "Origin": origin,
+        "Access-Control-Request-Method": method,
+        "Access-Control-Request-Headers": f"content-type,{header.lower()}",
+    }
+    answer = await with_pages.options(path, headers=asked)
+    known = origin == "https://app.example.org"
+    assert (answer.status_code == 200, "access-control-allow-origin" in answer.headers) == (known, known)
+    if known:
+        assert answer.headers["access-control-allow-origin"] == origin
+        assert header.lower() in answer.headers["access-control-allow-headers"].lower()
 
 
 async def test_the_statement_of_a_client_that_left_is_cancelled(tickets: Office) -> None:

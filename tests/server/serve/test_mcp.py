@@ -155,6 +155,24 @@ async def test_a_message_is_bounded_as_every_request_is(tickets: Office) -> None
     assert [answer.status_code for answer in answers] == [200, 413]
 
 
+MODERN = "2026-07-28"
+"""A version of the protocol that has no sessions, whose messages another part of the SDK reads."""
+
+
+@pytest.mark.parametrize("modern", [False, True])
+@pytest.mark.parametrize("arguments", ['"query": "a", "filter": {{"id": {}}}', '"query": {}'])
+async def test_lists_in_lists_without_an_end_are_refused(tickets: Office, arguments: str, modern: bool) -> None:
+    nested = arguments.format("[" * 100_000 + "]" * 100_000)
+    body = (
+        '{"jsonrpc": "2.0", "id": 1, "method": "tools/call",'
+        f' "params": {{"name": "search", "arguments": {{"index": "tickets", {nested}}}}}}}'
+    )
+    headers = SPOKEN | ({"MCP-Protocol-Version": MODERN, "Mcp-Method": "tools/call"} if modern else {})
+    async with served(tickets.serving(anonymous=True, max_body_bytes=10**6)) as plain:
+        answer = await plain.post("/mcp", content=body.encode(), headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, -32700)
+
+
 @pytest.mark.parametrize("method", ["GET", "DELETE", "PUT"])
 async def test_there_is_no_stream_to_listen_to_and_no_session_to_end(tickets: Office, method: str) -> None:
     async with served(tickets.serving(anonymous=True)) as plain:

@@ -1,9 +1,15 @@
-"""Indexes as callers see them: each its own tenant's rows."""
+"""Indexes as callers see them: each its own tenant's rows, and how fresh they are."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
+import anyio
+import anyio.to_thread
+import httpx2
 import msgspec
 import pytest
 import structlog
@@ -15,7 +21,10 @@ from cdcsync.serve.identity import new_token
 from cdcsync.serve.reader import UNHELD, Reader
 from cdcsync.serve.service import Service
 from cdcsync.tracing import Tracing
-from tests.support.serving import Office, ask, bearer, served, with_tokens
+from tests.support.configs import Section
+from tests.support.servers import Server, fresh_database
+from tests.support.serving import Office, ask, bearer, office, served, with_tokens
+from tests.support.workers import until
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -23,6 +32,233 @@ pytestmark = [pytest.mark.server, pytest.mark.anyio]
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
     return tmp_path / "tokens.json"
+
+
+class Kind(msgspec.Struct, frozen=True):
+    """A type of the tenant's column.
+
+    :ivar mine: how rows 1 to 3 have the one tenant, and `other` how rows 4 to 6 have the other one.
+    :ivar claims: how tokens may write the one tenant.
+    :ivar nobody: claims that are values of the type, and no tenant's.
+    :ivar wrong: claims that are no values of the type.
+    """
+
+    type: str
+    mine: tuple[str, str, str]
+    other: str
+    claims: tuple[str | int, ...]
+    nobody: tuple[str | int, ...] = ()
+    wrong: tuple[str, ...] = ("abc", "", "1\0")
+
+
+ID = "5f0c2a1e-8f4b-4c55-9f0e-0a6b1c2d3e4f"
+KINDS = {
+    "of_integer": Kind("integer", ("1",) * 3, "2", ("1", 1, "01", " 1 "), (3,), ("abc", "", "1.5", "99999999999")),
+    "of_bigint": Kind("bigint", ("1",) * 3, "2", ("1", 1, "+1"), (99999999999,), ("abc", "1e3")),
+    "of_uuid": Kind("uuid", (ID,) * 3, ID.replace("5", "6"), (ID, ID.upper(), f"{{{ID}}}"), (ID.replace("5", "7"),)),
+    "of_money": Kind("numeric(10, 2)", ("1",) * 3, "1.01", ("1", 1, "1.00", "01.0"), ("1.004",)),
+    "of_numeric": Kind("numeric", ("1", "1.0", "1.00"), "1.001", ("1", "1.0", "1.000"), (2,)),
+    "of_text": Kind("text", ("1",) * 3, "01", ("1", 1), ("1 ", "", "A"), ("1\0",)),
+    "of_varchar": Kind("varchar(5)", ("abcde",) * 3, "abc", ("abcde",), ("abcdef", "ABCDE"), ("abcde\0",)),
+    "of_boolean": Kind("boolean", ("true",) * 3, "false", ("true", "t", "Yes"), (), ("maybe", "2")),
+}
+OWN, OTHERS = [1, 2, 3], [4, 5, 6]
+
+
+@pytest.fixture(scope="module")
+def kinds(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
+    """Live indexes, each with a tenant's column of another type."""
+    tables, indexes = "", dict[str, Section]()
+    for name, kind in KINDS.items():
+        tenants = ", ".join(
+            f"({at}, '{one}', 'note {at}')" for at, one in enumerate([*kind.mine, *[kind.other] * 3], 1)
+        )
+        tables += f"CREATE TABLE {name} (id int PRIMARY KEY, tenant {kind.type}, title text);"
+        tables += f"INSERT INTO {name} VALUES {tenants};"
+        indexes[name] = {"columns": ["tenant"], "indexed": ["tenant"], "search": "english"}
+    with (
+        fresh_database(server) as database,
+        office(server, database, tmp_path_factory.mktemp("kinds"), tables=tables, indexes=indexes) as made,
+    ):
+        yield made
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """What a caller is answered: statuses, and the rows that are shown."""
+
+    search: int
+    found: list[int]
+    fetched: list[int]
+    by_mcp: list[int]
+    examples: list[int]
+
+
+async def seen(client: httpx2.AsyncClient, index: str, token: str) -> Seen:
+    """Ask every tool."""
+    path, headers = f"/v1/indexes/{index}", bearer(token)
+    answer = await client.post(f"{path}/search", json={"query": "note", "k": 50}, headers=headers)
+    statuses, by_mcp = [], []
+    for key in (*OWN, *OTHERS):
+        statuses.append((await client.get(f"{path}/documents/{key}", headers=headers)).status_code)
+        arguments = {"index": index, "key": {"id": key}}
+        call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "fetch", "arguments": arguments}}
+        accept = {"Accept": "application/json, text/event-stream"}
+        fetched = (await client.post("/mcp", json=call, headers={**headers, **accept})).json()["result"]
+        if not fetched.get("isError"):
+            by_mcp.append(fetched["structuredContent"]["key"]["id"])
+    (listed,) = (await client.get("/v1/indexes", headers=headers)).json()["indexes"]
+    found = sorted(hit["key"]["id"] for hit in answer.json().get("hits", ()))
+    return Seen(answer.status_code, found, statuses, by_mcp, listed["key"][0]["examples"])
+
+
+def of_kind(kinds: Office, tokens: Path, index: str, *, held: bool) -> Any:
+    """Return the configuration of a server of one index, which row-level security holds to its tenants or not."""
+    more = {"indexes": (index,), "requests_per_s": 10**6, "burst": 10**6}
+    config = with_tokens(kinds, tokens, role=kinds.reader if held else None, **more)
+    if held:
+        return config
+    return msgspec.structs.replace(config, serve=msgspec.structs.replace(config.serve, dsn=kinds.database.dsn))
+
+
+@contextlib.asynccontextmanager
+async def told(config: Any) -> AsyncIterator[tuple[httpx2.AsyncClient, list[Any]]]:
+    """Serve, and yield a client and the log."""
+    with structlog.testing.capture_logs() as logs:
+        async with served(config) as client:
+            yield client, logs
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["with a role", "without one"])
+@pytest.mark.parametrize("index", KINDS)
+async def test_every_tool_finds_the_same_rows_for_a_claim_however_it_is_written(
+    kinds: Office, tokens: Path, index: str, held: bool
+) -> None:
+    kind = KINDS[index]
+    async with told(of_kind(kinds, tokens, index, held=held)) as (client, logs):
+        for claim in kind.claims:
+            token = new_token(tokens, "ana", {"tenant": claim}, None)
+            own = Seen(200, OWN, [200] * 3 + [404] * 3, OWN, OWN)
+            assert await seen(client, index, token) == own, claim
+        for claim in kind.nobody:
+            token = new_token(tokens, "ben", {"tenant": claim}, None)
+            assert await seen(client, index, token) == Seen(200, [], [404] * 6, [], []), claim
+        assert [line for line in logs if line["event"] == "claim_not_a_value"] == []
+        for number, claim in enumerate(kind.wrong, 1):
+            token = new_token(tokens, "cleo", {"tenant": claim}, None)
+            assert await seen(client, index, token) == Seen(403, [], [403] * 6, [], []), claim
+            assert len([line for line in logs if line["event"] == "claim_not_a_value"]) == number
+            refused = await client.post(f"/v1/indexes/{index}/search", json={"query": "note"}, headers=bearer(token))
+            assert refused.json() == {
+                "title": "Not allowed",
+                "status": 403,
+                "detail": f"the token's tenant is none that the index {index} can have",
+                "fix": "ask for a token with another one",
+            }
+
+
+@pytest.mark.parametrize("index", KINDS)
+async def test_the_policy_alone_finds_the_same_rows(kinds: Office, tokens: Path, index: str) -> None:
+    def without_filter(service: Service) -> None:
+        service.reader.index(index).visible.filter = lambda who, spec, wanted: dict(wanted)  # type: ignore[method-assign]
+
+    kind = KINDS[index]
+    async with served(of_kind(kinds, tokens, index, held=True), before=without_filter) as client:
+        for claim in (*kind.claims, *kind.nobody):
+            token = new_token(tokens, "ana", {"tenant": claim}, None)
+            assert (await seen(client, index, token)).found == (OWN if claim in kind.claims else []), claim
+
+
+async def test_calls_of_a_claim_that_no_text_can_hold_are_recorded_too(kinds: Office, tokens: Path) -> None:
+    async with served(of_kind(kinds, tokens, "of_text", held=True)) as client:
+        token = new_token(tokens, "odd", {"tenant": "a\0b"}, None)
+        await client.post("/v1/indexes/of_text/search", json={"query": "note"}, headers=bearer(token))
+    with kinds.database.connect() as connection:
+        recorded = connection.execute("SELECT tenant, outcome FROM cdcsync.calls WHERE subject = 'odd'").fetchall()
+    assert recorded == [("ab", "refused")]
+
+
+async def test_an_index_that_somebody_has_locked_is_listed_without_examples_beside_the_others(kinds: Office) -> None:
+    config = kinds.serving(anonymous=True, indexes=("of_text", "of_uuid"))
+    with kinds.database.connect() as holder, holder.transaction():
+        holder.execute("LOCK TABLE cdcsync.of_text_chunks IN ACCESS EXCLUSIVE MODE")
+        async with served(config) as client:
+            answer = await client.get("/v1/indexes")
+    assert answer.status_code == 200
+    locked, other = answer.json()["indexes"]
+    assert [(one["name"], one["examples"]) for one in (*locked["key"], *locked["columns"])] == [
+        ("id", []),
+        ("tenant", []),
+    ]
+    assert (locked["state"], bool(locked["as_of_lsn"])) == ("live", True)
+    assert other["key"][0]["examples"] == OWN
+
+
+@pytest.mark.parametrize("index", ["of_integer", "of_uuid"])
+async def test_examples_of_a_tenant_are_found_by_the_index_on_its_column(
+    kinds: Office, tokens: Path, index: str
+) -> None:
+    def scans() -> int:
+        with kinds.database.connect() as connection:
+            row = connection.execute(
+                "SELECT sum(s.idx_scan)::int FROM pg_stat_user_indexes AS s JOIN pg_indexes AS i ON i.indexname ="
+                " s.indexrelname AND i.schemaname = s.schemaname WHERE s.relname = %s AND i.indexdef LIKE '%%(tenant)'",
+                [f"{index}_chunks"],
+            ).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    token = new_token(tokens, "ana", {"tenant": KINDS[index].claims[0]}, None)
+    before = scans()
+    kinds.database.execute(f"ALTER ROLE {kinds.reader} SET enable_seqscan = off")  # these tables are small
+    try:
+        async with served(of_kind(kinds, tokens, index, held=True)) as client:
+            (listed,) = (await client.get("/v1/indexes", headers=bearer(token))).json()["indexes"]
+    finally:
+        kinds.database.execute(f"ALTER ROLE {kinds.reader} RESET enable_seqscan")
+    assert listed["key"][0]["examples"] == OWN
+    await anyio.to_thread.run_sync(until, lambda: scans() > before, "the index to be counted")
+
+
+NOT_IN_STEP = {
+    "paused": "state = 'paused', reason = 'row 7 is too long', paused_at = now()",
+    "no longer followed": "unfollowed_at = now()",
+    "being built": "state = 'building'",
+}
+
+
+@pytest.mark.parametrize("said", [*NOT_IN_STEP, "being completed"])
+async def test_the_position_of_an_index_that_is_not_kept_in_step_is_null_and_the_answer_says_why(
+    kinds: Office, said: str
+) -> None:
+    names = ("of_text", "of_uuid")
+    execute = kinds.database.execute
+    async with served(kinds.serving(anonymous=True, indexes=names)) as client:
+        try:
+            if said in NOT_IN_STEP:
+                execute(f"UPDATE cdcsync.indexes SET {NOT_IN_STEP[said]} WHERE name = 'of_text'")
+            else:
+                execute(
+                    "INSERT INTO cdcsync.backfills (index_name, kind, state) VALUES ('of_text', 'resync', 'running')"
+                )
+            found, beside = [
+                (await client.post(f"/v1/indexes/{name}/search", json={"query": "note"})).json() for name in names
+            ]
+            listed = (await client.get("/v1/indexes")).json()["indexes"]
+        finally:
+            execute(
+                "UPDATE cdcsync.indexes SET state = 'live', reason = NULL, paused_at = NULL, unfollowed_at = NULL"
+                " WHERE name = 'of_text'; DELETE FROM cdcsync.backfills WHERE state = 'running'"
+            )
+    for answer in (found, listed[0]):
+        assert (answer["as_of_lsn"], answer["lag_seconds"]) == (None, None)
+        assert f"the index 'of_text' is {said}" in answer["warning"]
+        assert answer["warning"].count("of_text") == 1
+        assert "row 7" not in answer["warning"]
+    assert len(found["hits"]) == 6
+    for answer in (beside, listed[1]):
+        assert answer["as_of_lsn"]
+        assert answer["lag_seconds"] >= 0
+        assert answer["warning"] is None
 
 
 async def test_a_tenant_finds_its_own_rows_and_never_sees_the_column(tickets: Office, tokens: Path) -> None:
@@ -42,7 +278,7 @@ async def test_a_tenant_finds_its_own_rows_and_never_sees_the_column(tickets: Of
     assert "tenant" not in [column["name"] for column in index["columns"]]
 
 
-@pytest.mark.parametrize("logs_in_as", ["the role", "another role", "the owner"])
+@pytest.mark.parametrize("logs_in_as", ["the role", "another role", "the owner", "the role, which is not set"])
 async def test_a_server_that_row_level_security_does_not_concern_says_so(
     tickets: Office, tokens: Path, logs_in_as: str
 ) -> None:
@@ -50,6 +286,8 @@ async def test_a_server_that_row_level_security_does_not_concern_says_so(
     if logs_in_as == "the owner":
         owner = conninfo.conninfo_to_dict(tickets.database.dsn)["user"]
         serve = msgspec.structs.replace(serve, dsn=tickets.database.dsn, role=owner)
+    if logs_in_as == "the role, which is not set":
+        serve = msgspec.structs.replace(serve, role=None)
     reader = Reader(msgspec.structs.replace(tickets.config, serve=serve), Tracing())
     with structlog.testing.capture_logs() as logs:
         await reader.load()
@@ -72,6 +310,14 @@ async def test_nothing_is_shown_while_the_index_does_not_have_the_bound_column_y
     assert {(one.status_code, one.json()["detail"]) for one in answers} == {
         (403, "the index tickets is not divided by tenants")
     }
+
+
+@pytest.mark.parametrize("tenant", [Tenant(), Tenant(column="tenant")])
+async def test_a_server_whose_callers_are_of_no_tenant_has_none_to_hold(tickets: Office, tenant: Tenant) -> None:
+    serve = msgspec.structs.replace(tickets.serving(anonymous=True).serve, tenant=tenant)
+    reader = Reader(msgspec.structs.replace(tickets.config, serve=serve), Tracing())
+    assert await reader.index("tickets").is_held() == (tenant.column is None)
+    await reader.aclose()
 
 
 @pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])

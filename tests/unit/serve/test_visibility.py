@@ -7,19 +7,22 @@ import pytest
 from cdcsync.config.serving import Serve, Tenant
 from cdcsync.serve.identity import Principal
 from cdcsync.serve.problems import Problem
-from cdcsync.serve.visibility import Visibility
+from cdcsync.serve.visibility import Visibility, is_text
+from cdcsync.target.ddl.filters import Column
 from cdcsync.target.ddl.policies import SETTING
 from tests.support.indexes import make_spec
 
 ANA = Principal("ana", "3")
 SPEC = make_spec()
+COLUMNS = {"tenant": Column("pg_catalog.int4", "integer", {"eq": "OPERATOR(pg_catalog.=)"})}
 
 
 def test_without_a_bound_column_everything_is_shown_and_asked_for_as_it_is() -> None:
     visible = Visibility(Serve())
     assert visible.shown(["id", "tenant"]) == ["id", "tenant"]
     assert visible.settings(ANA) == {}
-    assert visible.condition(ANA, SPEC).as_string(None) == "true"
+    assert visible.condition(ANA, SPEC, COLUMNS).as_string(None) == "true"
+    assert visible.bound(COLUMNS) is None
     assert visible.filter(ANA, SPEC, {"anything": 1}) == {"anything": 1}
     assert visible.divides(SPEC)
 
@@ -28,7 +31,9 @@ def test_a_bound_column_is_hidden_and_decided_by_the_claim() -> None:
     visible = Visibility(Serve(tenant=Tenant(column="tenant")))
     assert visible.shown(["id", "tenant"]) == ["id"]
     assert visible.settings(ANA) == {SETTING: "3"}
-    assert visible.condition(ANA, SPEC).as_string(None) == "\"tenant\"::pg_catalog.text = '3'"
+    own = visible.condition(ANA, SPEC, COLUMNS).as_string(None)
+    assert own == "\"tenant\" OPERATOR(pg_catalog.=) '3'::pg_catalog.int4"
+    assert visible.bound(COLUMNS) is COLUMNS["tenant"]
     assert visible.filter(ANA, SPEC, {"id": 7}) == {"id": 7, "tenant": "3"}
 
 
@@ -44,6 +49,14 @@ def test_a_filter_on_the_bound_column_is_told_the_same_as_one_on_none(column: st
 def test_an_index_without_the_bound_column_is_refused_whatever_is_asked() -> None:
     visible = Visibility(Serve(tenant=Tenant(column="room")))
     assert not visible.divides(SPEC)
-    for ask in (lambda: visible.filter(ANA, SPEC, {}), lambda: visible.condition(ANA, SPEC)):
+    assert visible.bound(COLUMNS) is None
+    for ask in (lambda: visible.filter(ANA, SPEC, {}), lambda: visible.condition(ANA, SPEC, COLUMNS)):
         with pytest.raises(Problem, match="not divided by tenants"):
             ask()
+
+
+@pytest.mark.parametrize(
+    ("text", "held"), [("", True), ("\\u0000", True), ("\U0001f600", True), ("a\0", False), ("\udfff", False)]
+)
+def test_a_text_is_what_postgresql_can_hold(text: str, held: bool) -> None:
+    assert is_text(text) == held

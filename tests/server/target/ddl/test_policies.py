@@ -45,7 +45,22 @@ async def seen(connection: Connection, role: str | None, tenant: str) -> int:
 
 async def test_the_role_sees_the_rows_of_its_tenant_and_nothing_without_one(index: LiveIndex, serve: Serve) -> None:
     await put_policy(index.connection, SCHEMA, index.spec, serve)
-    assert [await seen(index.connection, serve.role, tenant) for tenant in ("0", "1", "2", "")] == [2, 2, 0, 0]
+    assert [await seen(index.connection, serve.role, tenant) for tenant in ("0", "1", "2", "", "01")] == [2, 2, 0, 0, 2]
+
+
+async def test_a_policy_of_an_earlier_version_which_compares_texts_is_replaced(index: LiveIndex, serve: Serve) -> None:
+    await put_policy(index.connection, SCHEMA, index.spec, serve)
+    wanted = await index.rows("SELECT pg_get_expr(polqual, polrelid) FROM pg_policy")
+    text = f"current_user <> '{serve.role}' OR tenant::text = current_setting('{SETTING}', true)"
+    comment = f"cdcsync: {serve.role} sees the rows whose tenant is the setting {SETTING}"
+    await index.connection.execute(
+        f"ALTER POLICY {POLICY} ON cdcsync.articles_chunks USING ({text});"
+        f" COMMENT ON POLICY {POLICY} ON cdcsync.articles_chunks IS '{comment}'".encode()
+    )
+    assert await seen(index.connection, serve.role, "01") == 0
+    await put_policy(index.connection, SCHEMA, index.spec, serve)
+    assert await index.rows("SELECT pg_get_expr(polqual, polrelid) FROM pg_policy") == wanted
+    assert await seen(index.connection, serve.role, "01") == 2
 
 
 async def test_others_see_what_they_saw(index: LiveIndex, serve: Serve) -> None:

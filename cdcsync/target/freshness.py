@@ -1,0 +1,68 @@
+"""How far an index holds what its source committed, as those see it who only read the target.
+
+The checkpoint is of a pipeline. An index that is paused, being built, read again or no longer followed does not keep up
+with it, and then nothing can be said of how far it is. `wait_for` decides that here too, so that a position which is
+told and one which is waited for mean the same.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+import psycopg
+from psycopg import sql
+
+from cdcsync.postgres.queries import fetch_row
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.entries import TABLE, State
+
+
+class Freshness(msgspec.Struct, frozen=True):
+    """The state of an index, and its position if it has one.
+
+    :ivar state: as it is registered; `gone` if it is not.
+    :ivar lsn: the index holds everything that the source had committed up to here; None if that is not known.
+    :ivar lag_s: for how many seconds it may have been behind; None likewise.
+    :ivar warning: why the position is not known, for callers of any kind; None if it is, or nothing was followed yet.
+    """
+
+    state: State | Literal["gone"] = "gone"
+    lsn: str | None = None
+    lag_s: float | None = None
+    warning: str | None = None
+
+
+async def read_freshness(connection: Connection, schema: str, index: str) -> Freshness:
+    """Return how fresh an index is, in one statement."""
+    statement = sql.SQL(
+        "SELECT i.state, i.unfollowed_at IS NOT NULL, p.checkpoint::text,"
+        " extract(epoch FROM now() - greatest(p.commit_time, p.caught_up_at))::float8,"
+        " CASE WHEN i.state = 'live' AND i.unfollowed_at IS NULL AND p.checkpoint IS NOT NULL"
+        " THEN {}(i.name, p.checkpoint, '0 s') END"
+        " FROM {} AS i JOIN {} AS p USING (slot) WHERE i.name = %s"
+    ).format(sql.Identifier(schema, "wait_for"), sql.Identifier(schema, TABLE), sql.Identifier(schema, "pipelines"))
+    try:
+        row = await fetch_row(connection, statement, [index])
+    except psycopg.errors.RaiseException:  # paused between our look at its row and that of wait_for
+        row = await fetch_row(connection, statement, [index])
+    if row is None:
+        return Freshness()
+    state, unfollowed, lsn, lag_s, whole = row
+    if whole:
+        return Freshness(state, lsn, None if lag_s is None else round(max(0.0, lag_s), 3))
+    return Freshness(state, warning=_warning(index, state, unfollowed=unfollowed, whole=whole))
+
+
+def _warning(index: str, state: State, *, unfollowed: bool, whole: bool | None) -> str | None:
+    """Return why nothing is known of an index's position. The reason of a pause may name a row, so it is not told."""
+    of = f"the index '{index}'"
+    if unfollowed:
+        return f"{of} is no longer followed"
+    match state:
+        case "paused":
+            return f"{of} is paused"
+        case "building":
+            return f"{of} is being built: it may lack rows"
+        case "live":
+            return None if whole is None else f"{of} is being completed: it may lack rows, or hold older ones"

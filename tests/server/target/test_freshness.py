@@ -1,0 +1,84 @@
+"""How fresh an index is: known of one that is kept in step, and of no other."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.shared import create_shared
+from cdcsync.target.freshness import Freshness, read_freshness
+from tests.support.indexes import SCHEMA, make_spec, register
+
+pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+OF = "the index 'articles'"
+SET = "UPDATE cdcsync.indexes SET {} WHERE name = 'articles'"
+ASK = "INSERT INTO cdcsync.backfills (index_name, kind, state, owed) VALUES ('articles', '{}', '{}', {})"
+
+UNKNOWN: dict[str, tuple[str, Freshness]] = {
+    "paused": (
+        SET.format("state = 'paused', reason = 'row 7'"),
+        Freshness("paused", warning=f"{OF} is paused"),
+    ),
+    "unfollowed": (
+        SET.format("unfollowed_at = now()"),
+        Freshness("live", warning=f"{OF} is no longer followed"),
+    ),
+    "building": (
+        SET.format("state = 'building'"),
+        Freshness("building", warning=f"{OF} is being built: it may lack rows"),
+    ),
+    **{
+        f"{kind}, {state}": (
+            ASK.format(kind, state, owed),
+            Freshness("live", warning=f"{OF} is being completed: it may lack rows, or hold older ones"),
+        )
+        for kind, state, owed in (
+            ("initial", "running", False),
+            ("resync", "paused", False),
+            ("related", "requested", False),
+            ("replay", "requested", True),
+        )
+    },
+    "gone": ("DELETE FROM cdcsync.indexes WHERE name = 'articles'", Freshness()),
+    "no position yet": ("UPDATE cdcsync.pipelines SET checkpoint = NULL WHERE slot = 's'", Freshness("live")),
+}
+"""What happens to the index, and what is known of its freshness then."""
+
+
+@pytest.fixture
+async def connection(connect_target: Callable[[], Awaitable[Connection]]) -> Connection:
+    """A session on a target with two live indexes of two pipelines."""
+    connection = await connect_target()
+    await create_shared(connection, SCHEMA)
+    for slot, name in (("s", "articles"), ("t", "notes")):
+        await connection.execute(
+            "INSERT INTO cdcsync.pipelines (slot, publication, checkpoint, caught_up_at)"
+            " VALUES (%s, 'p', '1/10', now() - interval '1 hour')",
+            [slot],
+        )
+        await register(connection, make_spec(name=name), slot=slot)
+    return connection
+
+
+@pytest.mark.parametrize("happens", UNKNOWN)
+async def test_the_position_of_an_index_that_is_not_kept_in_step_is_not_known(
+    connection: Connection, happens: str
+) -> None:
+    statement, known = UNKNOWN[happens]
+    await connection.execute(statement.encode())
+    assert await read_freshness(connection, SCHEMA, "articles") == known
+    other = await read_freshness(connection, SCHEMA, "notes")
+    assert (other.state, other.lsn, other.warning) == ("live", "1/10", None)
+    assert other.lag_s is not None
+    assert 3600 <= other.lag_s < 7200
+
+
+@pytest.mark.parametrize(("kind", "state"), [("initial", "done"), ("replay", "running"), ("verify", "running")])
+async def test_a_request_that_owes_the_index_nothing_leaves_its_position_known(
+    connection: Connection, kind: str, state: str
+) -> None:
+    await connection.execute(ASK.format(kind, state, False).encode())
+    assert (await read_freshness(connection, SCHEMA, "articles")).lsn == "1/10"
