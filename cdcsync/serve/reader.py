@@ -23,11 +23,12 @@ from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session
 from cdcsync.postgres.settings import CONNECT_TIMEOUT_S
+from cdcsync.postgres.texts import is_text
 from cdcsync.serve.budget import shortened
 from cdcsync.serve.identity import Principal
 from cdcsync.serve.messages import Answer, ColumnInfo, Document, Found, IndexInfo, SearchRequest
 from cdcsync.serve.problems import Problem
-from cdcsync.serve.visibility import Visibility, is_text
+from cdcsync.serve.visibility import Visibility
 from cdcsync.target.ddl.filters import Column, read_columns
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.freshness import Freshness, read_freshness

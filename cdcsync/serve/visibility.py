@@ -19,6 +19,7 @@ from cdcsync.config.serving import Serve
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
+from cdcsync.postgres.texts import is_text
 from cdcsync.serve.identity import Principal
 from cdcsync.serve.problems import Problem
 from cdcsync.target.ddl.filters import Column
@@ -28,11 +29,6 @@ log = structlog.get_logger()
 
 CLAIMS = 10_000
 """Claims of which an index remembers what they are as values: some hundred bytes each."""
-
-
-def is_text(value: str) -> bool:
-    """Say whether PostgreSQL can hold a text: it has neither NUL nor lone surrogates."""
-    return "\0" not in value and not any("\ud800" <= one <= "\udfff" for one in value)
 
 
 async def read_claim(connection: Connection, column: Column, claim: str) -> str | None:

@@ -7,7 +7,7 @@ import pytest
 from cdcsync.config.serving import Serve, Tenant
 from cdcsync.serve.identity import Principal
 from cdcsync.serve.problems import Problem
-from cdcsync.serve.visibility import Visibility, is_text
+from cdcsync.serve.visibility import Visibility
 from cdcsync.target.ddl.filters import Column
 from cdcsync.target.ddl.policies import SETTING
 from tests.support.indexes import make_spec
@@ -53,10 +53,3 @@ def test_an_index_without_the_bound_column_is_refused_whatever_is_asked() -> Non
     for ask in (lambda: visible.filter(ANA, SPEC, {}), lambda: visible.condition(ANA, SPEC, COLUMNS)):
         with pytest.raises(Problem, match="not divided by tenants"):
             ask()
-
-
-@pytest.mark.parametrize(
-    ("text", "held"), [("", True), ("\\u0000", True), ("\U0001f600", True), ("a\0", False), ("\udfff", False)]
-)
-def test_a_text_is_what_postgresql_can_hold(text: str, held: bool) -> None:
-    assert is_text(text) == held
