@@ -63,7 +63,7 @@ class Metrics:
         )
         self.dropped = Counter(
             "cdcsync_serve_dropped_records_total",
-            "Calls that are not in the record, because it could not keep up.",
+            "Calls that are not in the record: it could not keep up, or the target refused them.",
             registry=self.registry,
         )
         self.waiting = Gauge("cdcsync_serve_waiting_calls", "Calls that wait for their turn.", registry=self.registry)
