@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import psycopg
@@ -27,6 +27,9 @@ from cdcsync.target.ddl.policies import SETTING
 
 log = structlog.get_logger()
 
+CUT = ("pg_catalog.name", 'pg_catalog."char"')
+"""The types that take a longer text than they hold, and cut it."""
+
 CLAIMS = 10_000
 """Claims of which an index remembers what they are as values: some hundred bytes each."""
 
@@ -40,9 +43,11 @@ async def read_claim(connection: Connection, column: Column, claim: str) -> str 
         return None
     statement = sql.SQL("SELECT ({}::{})::pg_catalog.text").format(sql.Literal(claim), sql.SQL(column.type))
     try:
-        return str(await fetch_value(connection, statement))
+        value = str(await fetch_value(connection, statement))
     except psycopg.DataError:
         return None
+    # These types cut a text that is too long for them, without a word: it would be the value of somebody else.
+    return None if column.type in CUT and value != claim else value
 
 
 class Visibility:
@@ -51,7 +56,8 @@ class Visibility:
     def __init__(self, serve: Serve) -> None:
         self._column = serve.tenant.column
         self._claim = serve.tenant.claim
-        self._read: dict[tuple[str, str], str | None] = {}
+        self._read: dict[tuple[str, str], str] = {}
+        self._told: set[tuple[str, str]] = set()
 
     def bound(self, columns: Mapping[str, Column]) -> Column | None:
         """Return the bound column, out of those that an index has; None if none is bound, or it does not have it."""
@@ -65,26 +71,32 @@ class Visibility:
         :param lend: lends a session in autocommit, if the claim is a new one.
         :raises Problem: the claim is no value of this type; the log tells that once.
         """
-        claim = who.tenant or ""
-        if (column.type, claim) in self._read:
-            value = self._read[column.type, claim]
-        else:
+        asked = column.type, who.tenant or ""
+        value = self._read.get(asked)
+        if value is None:
             async with lend() as connection:
-                value = await read_claim(connection, column, claim)
+                value = await read_claim(connection, column, asked[1])
+            if value is None:  # now: a value may be added to an enum
+                self._refuse(index, column, asked)
             if len(self._read) >= CLAIMS:
                 self._read.clear()
-            self._read[column.type, claim] = value
-            if value is None:
-                fix = f"give the caller a token whose {self._claim} is a value of that type"
-                log.warning("claim_not_a_value", index=index, column=self._column, type=column.shown, fix=fix)
-        if value is None:
-            raise Problem(
-                403,
-                "Not allowed",
-                f"the token's {self._claim} is none that the index {index} can have",
-                "ask for a token with another one",
-            )
+            self._read[asked] = value
         return msgspec.structs.replace(who, tenant=value)
+
+    def _refuse(self, index: str, column: Column, asked: tuple[str, str]) -> NoReturn:
+        """Refuse a claim that is no value of the bound column's type; the log tells of each once."""
+        if asked not in self._told:
+            if len(self._told) >= CLAIMS:
+                self._told.clear()
+            self._told.add(asked)
+            fix = f"give the caller a token whose {self._claim} is a value of that type"
+            log.warning("claim_not_a_value", index=index, column=self._column, type=column.shown, fix=fix)
+        raise Problem(
+            403,
+            "Not allowed",
+            f"the token's {self._claim} is none that the index {index} can have",
+            "ask for a token with another one",
+        )
 
     def shown(self, columns: Iterable[str]) -> list[str]:
         """Return those of some columns that callers may know of."""

@@ -1,8 +1,8 @@
 """How far an index holds what its source committed, as those see it who only read the target.
 
 The checkpoint is of a pipeline. An index that is paused, being built, read again or no longer followed does not keep up
-with it, and then nothing can be said of how far it is. `wait_for` decides that here too, so that a position which is
-told and one which is waited for mean the same.
+with it, and then nothing can be said of how far it is. For an index that is live `wait_for` decides that here too, so
+that a position which is told and one which is waited for mean the same.
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ async def read_freshness(connection: Connection, schema: str, index: str) -> Fre
         row = await fetch_row(connection, statement, [index])
     except psycopg.errors.RaiseException:  # paused between our look at its row and that of wait_for
         row = await fetch_row(connection, statement, [index])
+    except psycopg.errors.InsufficientPrivilege:  # somebody has taken EXECUTE from PUBLIC
+        row = await fetch_row(
+            connection, sql.SQL("SELECT state FROM {} WHERE name = %s").format(sql.Identifier(schema, TABLE)), [index]
+        )
+        unseen = f"how fresh the index '{index}' is cannot be seen: the server's role may not execute wait_for"
+        return Freshness() if row is None else Freshness(row[0], warning=unseen)
     if row is None:
         return Freshness()
     state, unfollowed, lsn, lag_s, whole = row
@@ -63,6 +69,6 @@ def _warning(index: str, state: State, *, unfollowed: bool, whole: bool | None) 
         case "paused":
             return f"{of} is paused"
         case "building":
-            return f"{of} is being built: it may lack rows"
+            return f"{of} is being built: a search may not find all of it"
         case "live":
             return None if whole is None else f"{of} is being completed: it may lack rows, or hold older ones"

@@ -112,7 +112,9 @@ def test_vectors_that_cannot_be_stored_are_kept_and_take_no_connection_from_anot
     notes = '\n[indexes.notes]\ntable = "notes"\ntext = "{body}"\nembedder = "hosted"\n'
     pipeline.configure(pipeline.path.read_text() + notes)
     # What is to be stored is kept by who made it, not by a memory that others fill.
-    pipeline.hurry = {"cdcsync.flows.embed.dispatcher.REMEMBERED_BYTES": 1, "cdcsync.status.stream.LOCKED_S": 0.1}
+    dispatcher = "cdcsync.flows.embed.dispatcher"
+    pipeline.hurry = {f"{dispatcher}.REMEMBERED_BYTES": 1, f"{dispatcher}.REMEMBERED_VECTORS": 1}
+    pipeline.hurry |= {"cdcsync.status.stream.LOCKED_S": 0.1}
     waiting_for_vectors(pipeline, provider)
     let, asked = threading.Event(), threading.Event()
 

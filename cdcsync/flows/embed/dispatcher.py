@@ -32,6 +32,9 @@ REMEMBERED_BYTES = 24 * 1024 * 1024
 """Memory for vectors of texts that come back: rows skipped while apply held them, late inline results, rows that were
 read newer than the stream and come again in their turn. It holds some 13,000 vectors of 384 dimensions."""
 
+REMEMBERED_VECTORS = 4_096
+"""So many are remembered in any case, of however many dimensions: what is under way in a window, and some more."""
+
 ENTRY_BYTES = 300
 """What the memory takes for each of them besides the vector."""
 
@@ -321,6 +324,7 @@ class Dispatcher:
         self._day.use(datetime.now(UTC), tokens)
         self.pace.succeeded(len(texts), tokens, elapsed)
         self._made.update(vectors)
-        most = REMEMBERED_BYTES // (ENTRY_BYTES + max((vector.nbytes for vector in vectors.values()), default=0))
+        size = ENTRY_BYTES + max((vector.nbytes for vector in vectors.values()), default=0)
+        most = max(REMEMBERED_VECTORS, REMEMBERED_BYTES // size)
         while len(self._made) > most:
             self._made.popitem(last=False)

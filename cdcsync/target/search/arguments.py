@@ -16,6 +16,7 @@ from psycopg.types.multirange import Multirange
 from psycopg.types.range import Range
 
 from cdcsync.errors import UsageError
+from cdcsync.postgres.texts import is_text
 from cdcsync.target.ddl.nearness import MAX_HITS
 
 NESTED = 2
@@ -64,7 +65,7 @@ def check_arguments(
         )
     for value in _within([*texts, settings, plain_filter(filter)]):
         match value:
-            case str() if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            case str() if not is_text(value):
                 raise UsageError(
                     "the query or its filter holds a character that no text can hold",
                     where="search",

@@ -60,6 +60,9 @@ KINDS = {
     "of_numeric": Kind("numeric", ("1", "1.0", "1.00"), "1.001", ("1", "1.0", "1.000"), (2,)),
     "of_text": Kind("text", ("1",) * 3, "01", ("1", 1), ("1 ", "", "A"), ("1\0",)),
     "of_varchar": Kind("varchar(5)", ("abcde",) * 3, "abc", ("abcde",), ("abcdef", "ABCDE"), ("abcde\0",)),
+    # These cut what is too long for them.
+    "of_name": Kind("name", ("a" * 63,) * 3, "b", ("a" * 63,), ("c",), ("a" * 64,)),
+    "of_letter": Kind('"char"', ("a",) * 3, "b", ("a",), ("c",), ("ab",)),
     "of_boolean": Kind("boolean", ("true",) * 3, "false", ("true", "t", "Yes"), (), ("maybe", "2")),
 }
 OWN, OTHERS = [1, 2, 3], [4, 5, 6]

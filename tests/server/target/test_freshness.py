@@ -6,10 +6,12 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from cdcsync.postgres.sessions import Connection
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.freshness import Freshness, read_freshness
 from tests.support.indexes import SCHEMA, make_spec, register
+from tests.support.roles import Roles
+from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -28,7 +30,7 @@ UNKNOWN: dict[str, tuple[str, Freshness]] = {
     ),
     "building": (
         SET.format("state = 'building'"),
-        Freshness("building", warning=f"{OF} is being built: it may lack rows"),
+        Freshness("building", warning=f"{OF} is being built: a search may not find all of it"),
     ),
     **{
         f"{kind}, {state}": (
@@ -74,6 +76,23 @@ async def test_the_position_of_an_index_that_is_not_kept_in_step_is_not_known(
     assert (other.state, other.lsn, other.warning) == ("live", "1/10", None)
     assert other.lag_s is not None
     assert 3600 <= other.lag_s < 7200
+
+
+async def test_a_role_that_may_not_ask_is_told_so_and_reads_all_the_same(
+    roles: Roles, target: Database, connection: Connection
+) -> None:
+    reader = roles.create("reader")
+    for statement in (
+        f"GRANT USAGE ON SCHEMA {SCHEMA} TO {reader}",
+        f"GRANT SELECT ON ALL TABLES IN SCHEMA {SCHEMA} TO {reader}",
+        f"REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA {SCHEMA} FROM PUBLIC",
+    ):
+        await connection.execute(statement.encode())
+    async with await connect(roles.dsn(target, reader), "target") as its:
+        seen = await read_freshness(its, SCHEMA, "articles")
+        assert (seen.state, seen.lsn, seen.lag_s) == ("live", None, None)
+        assert "may not execute wait_for" in (seen.warning or "")
+        assert await read_freshness(its, SCHEMA, "nothing") == Freshness()
 
 
 @pytest.mark.parametrize(("kind", "state"), [("initial", "done"), ("replay", "running"), ("verify", "running")])

@@ -61,6 +61,7 @@ async def test_a_text_that_was_made_recently_is_not_made_again() -> None:
 async def test_the_memory_for_vectors_is_bounded_by_bytes_and_forgets_the_oldest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(dispatcher_module, "REMEMBERED_VECTORS", 2)
     monkeypatch.setattr(dispatcher_module, "REMEMBERED_BYTES", 3 * (dispatcher_module.ENTRY_BYTES + 4 * 8) + 1)
     embedder = HashEmbedder("h", config.HashEmbedder(dimensions=8))
     async with opened(embedder) as dispatcher:
