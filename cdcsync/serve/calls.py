@@ -8,12 +8,13 @@ the call that it refuses.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import anyio
 import structlog
 from prometheus_client import Counter
 
-from cdcsync.errors import CdcsyncError
+from cdcsync.errors import CdcsyncError, TargetUnavailable
 from cdcsync.postgres.errors import REFUSALS, speaking_of
 from cdcsync.postgres.sessions import IDLE_S, Session
 from cdcsync.target.calls import Call, ascii_call, forget_calls, record_calls, storable_call
@@ -25,6 +26,9 @@ MOST = 10_000
 
 BATCH = 500
 FORGET_S = 3_600.0
+
+STORE_S = 5.0
+"""How long storing a batch may take, and how long the end of the server may wait for it."""
 
 NOT_OURS = ("25006", "3F000", "42501", "42P01")
 """The errors of a target in which this server may delete nothing: a standby, a role that only reads, or no record."""
@@ -83,8 +87,7 @@ class Recorder:
         at_once = BATCH
         while batch := self._waiting[:at_once]:
             try:
-                with speaking_of("target", where=f"{self._schema}.calls"):
-                    await record_calls(await self._session.connection(), self._schema, batch)
+                await self._store_batch(batch)
             except Exception as error:
                 if isinstance(error, CdcsyncError) and not isinstance(error.__cause__, REFUSALS):
                     await self._wait(error)
@@ -100,6 +103,17 @@ class Recorder:
                 self._stored, self._trouble = True, None
             del self._waiting[: len(batch)]
             at_once = min(2 * at_once, BATCH)
+
+    async def _store_batch(self, batch: Sequence[Call]) -> None:
+        """Store some calls; also if the server is stopped meanwhile: they would be stored a second time at its end."""
+        with speaking_of("target", where=f"{self._schema}.calls"):
+            try:
+                with anyio.fail_after(STORE_S, shield=True):
+                    await record_calls(await self._session.connection(), self._schema, batch)
+            except TimeoutError as error:
+                raise TargetUnavailable(
+                    f"the calls were not stored within {STORE_S:.0f} s", where=f"{self._schema}.calls"
+                ) from error
 
     async def _wait(self, error: CdcsyncError) -> None:
         """Have the calls stored a little later, and tell why if that is not known yet."""
