@@ -243,28 +243,33 @@ def test_a_file_that_is_there_is_kept(database: Database, tmp_path: Path) -> Non
     assert (tmp_path / "cdcsync.toml").read_text() == "mine"
 
 
-def test_in_a_terminal_it_asks_and_takes_the_answers(database: Database, tmp_path: Path) -> None:
-    database.execute(TABLE)
+def asked(database: Database, folder: Path, answers: bytes) -> tuple[int, bytes, bytes]:
+    """Answer what `init` asks in a terminal; returns its exit status, its output and what it said."""
     ours, theirs = pty.openpty()
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "cdcsync", "init", database.dsn, "--table", "tickets", "--embedder", "hash"],
-            cwd=tmp_path,
+            cwd=folder,
             stdin=theirs,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
         )
-        os.write(ours, b"{subject}: {body}\nstatus\n-\n")
+        os.write(ours, answers)
         output, said = process.communicate(timeout=60)
     finally:
         os.close(ours)
         os.close(theirs)
-    assert process.returncode == 0, said
+    return process.returncode, output, said
+
+
+def test_in_a_terminal_it_asks_and_takes_the_answers(database: Database, tmp_path: Path) -> None:
+    database.execute(TABLE)
+    status, output, said = asked(database, tmp_path, b"{subject}: {body}\nstatus\n-\n")
+    assert status == 0, said
     index = written(tmp_path)["indexes"]["tickets"]
     assert (index["text"], index["columns"], index["indexed"]) == ("{subject}: {body}", ["status"], [])
-    assert "[tenant,status]" in said
-    assert output.startswith("-- For an administrator")
+    assert b"[tenant,status]" in said
+    assert output.startswith(b"-- For an administrator")
 
 
 def test_names_of_others_do_not_act_on_the_terminal_of_who_is_asked(database: Database, tmp_path: Path) -> None:
@@ -273,20 +278,7 @@ def test_names_of_others_do_not_act_on_the_terminal_of_who_is_asked(database: Da
             sql.Identifier("tenant\x1b[2J\r\n-- forged")
         )
     )
-    ours, theirs = pty.openpty()
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cdcsync", "init", database.dsn, "--table", "tickets", "--embedder", "hash"],
-            cwd=tmp_path,
-            stdin=theirs,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        os.write(ours, b"{subject}\n\n-\n")
-        _, said = process.communicate(timeout=60)
-    finally:
-        os.close(ours)
-        os.close(theirs)
+    _, _, said = asked(database, tmp_path, b"{subject}\n\n-\n")
     assert "tenant·[2J -- forged" in said.decode()
     assert b"\x1b" not in said
     assert b"\r" not in said
