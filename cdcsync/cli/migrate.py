@@ -309,6 +309,7 @@ def _print_generations(index: str, generations: Sequence[GenerationStatus]) -> N
     from rich.table import Table
 
     from cdcsync.cli.printing import console, plain
+    from cdcsync.status.generations import hindrance
 
     table = Table(box=None, pad_edge=False)
     for heading in ("generation", "state", "embedder", "vectors", "distance", "graph", "filled", "failed", "size"):
@@ -346,8 +347,7 @@ def _print_generations(index: str, generations: Sequence[GenerationStatus]) -> N
             out.print(text, markup=False, highlight=False)
     for one in generations:
         if one.reason is not None:
-            text = f"generation {one.generation} could not be filled, which is tried again: {plain(one.reason)}"
-            out.print(text, markup=False, highlight=False)
+            out.print(plain(hindrance(one.generation, one.state, one.reason)), markup=False, highlight=False)
 
 
 def _size(amount: float) -> str:

@@ -2,6 +2,7 @@
 
     durations     sizes and durations as people read them
     counting      how many chunks, vectors and waiting chunks an index has
+    builds        the builds of search indexes that are under way
     generations   the sets of vectors of an index, side by side
     model         what a status says: `Status` and its parts
     progress      how far loads are, and how much time they have left

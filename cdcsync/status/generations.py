@@ -9,6 +9,7 @@ import msgspec
 from cdcsync.config.differences import KeyChange, contents_of, differences
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
+from cdcsync.status.builds import Builds, waits
 from cdcsync.status.counting import count_index
 from cdcsync.target import evaluations
 from cdcsync.target.ddl.names import Names
@@ -26,10 +27,10 @@ class GenerationStatus(msgspec.Struct, frozen=True):
     `state` is `live`, or else `filling`, `ready`, `activating` or `dropping`. Of `chunks`, `vectors` have a vector,
     `waiting` wait for one, and `failed` cannot have one. `rate` is in chunks a second over the whole fill, `eta_s` in
     seconds; both are None unless it is being filled. `bytes` is the disk space of its tables and indexes. `reason` says
-    why it could not be filled when that was last tried. `own_chunks` says in which keys a generation that has chunks of
-    its own is unlike the live one; it is empty for one that shares the live one's chunks. `read` is the share of the
-    table's rows that it was made of so far, while it is filled. `failed_documents` is how many rows at least no
-    document could be made of, in a generation that has chunks of its own.
+    why it cannot be filled or built now, or else why what was asked of it was not done. `own_chunks` says in which keys
+    a generation that has chunks of its own is unlike the live one; it is empty for one that shares the live one's
+    chunks. `read` is the share of the table's rows that it was made of so far, while it is filled. `failed_documents`
+    is how many rows at least no document could be made of, in a generation that has chunks of its own.
     """
 
     generation: int
@@ -61,6 +62,7 @@ async def read_generations(
     schema: str,
     entry: Entry,
     generations: Sequence[Generation],
+    builds: Builds,
     *,
     other: Entry | None = None,
     left_out: Listed = NONE_LEFT_OUT,
@@ -75,7 +77,9 @@ async def read_generations(
     found = []
     for one in generations:
         of = other if other is not None and one.of_other_chunks else entry
+        tables = [Names(schema, of.relations).settled_name(one.generation)]
         status = await _read(connection, schema, of, one, live=one.generation == entry.generation, evaluated=evaluated)
+        status = msgspec.structs.replace(status, reason=waits(builds, tables, one.reason))
         if other is not None and of is other:
             load = await History(schema).last_load(connection, other.name)
             share = None if load is None or not load.rows_total else min(1.0, load.rows_done / load.rows_total)
@@ -86,10 +90,17 @@ async def read_generations(
                 state=_state_beside(other, status.state),
                 failed_documents=left_out.at_least,
                 own_chunks=[str(change) for change in _unlike(entry, other)],
-                reason=other.reason or status.reason,
+                reason=waits(builds, [*tables, Names(schema, of.relations).chunks_name], other.reason) or one.reason,
             )
         found.append(status)
     return found
+
+
+def hindrance(generation: int, state: str, reason: str) -> str:
+    """Return a sentence of what could not be done to a generation, and why."""
+    if state == "filling":
+        return f"generation {generation} cannot be filled or built now, which is tried again: {reason}"
+    return f"what was asked of generation {generation} was not done: {reason}"
 
 
 def _state_beside(other: Entry, state: str) -> str:
@@ -147,5 +158,4 @@ async def _read(
         recall=None if recall is None else recall.recall,
         rate=None if rate is None else round(rate, 1),
         eta_s=None if rate is None else round(max(0, chunks - vectors - failed) / rate, 1),
-        reason=one.reason,
     )

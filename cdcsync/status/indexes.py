@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import cast
 
@@ -12,8 +12,9 @@ from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import own_name
 from cdcsync.errors import CdcsyncError
 from cdcsync.postgres.sessions import Connection
+from cdcsync.status.builds import Build, Builds, read_builds, waits
 from cdcsync.status.counting import count_index
-from cdcsync.status.generations import read_generations
+from cdcsync.status.generations import hindrance, read_generations
 from cdcsync.status.model import (
     BackfillState,
     BackfillStatus,
@@ -51,7 +52,6 @@ class _Noted(msgspec.Struct, frozen=True):
     :ivar left_out: rows without a document; None if they cannot be read. The other chunks of an index have a name of
         their own.
     :ivar recalls: None if this role may not know them.
-    :ivar builds: by the name of the table.
     """
 
     beside: dict[str, Entry]
@@ -62,7 +62,7 @@ class _Noted(msgspec.Struct, frozen=True):
     judged: dict[str, list[judged_runs.Outcome]]
     audited: dict[str, Audit]
     generations: dict[str, list[Generation]]
-    builds: dict[str, _Build]
+    builds: Builds
 
 
 async def read_indexes(
@@ -113,7 +113,7 @@ async def _read_noted(
     notes = Notes(target, schema, present, problems)
     backfills: dict[str, BackfillStatus] = {}
     generations: dict[str, list[Generation]] = {}
-    builds: dict[str, _Build] = {}
+    builds: Builds = {}
 
     def tell(error: CdcsyncError) -> None:
         problems.append(f"{error.where} cannot be read, and what it tells is left out: {error.with_fix}")
@@ -122,9 +122,10 @@ async def _read_noted(
         backfills = await _read_backfills(target, schema, names, now, problems)
     with telling(target, tell, where=f"{schema}.generations"):
         generations = await Generations(schema).all(target)
-    if any(entry.state == "building" for entry in (*entries, *beside.values())):
+    filling = any(one.state == "filling" for some in generations.values() for one in some)
+    if filling or any(entry.state == "building" for entry in (*entries, *beside.values())):
         with telling(target, tell, where="pg_stat_progress_create_index"):
-            builds = await _builds(target, schema)
+            builds = await read_builds(target, schema)
     numbers = {entry.name: entry.generation for entry in entries}
     return _Noted(
         beside=beside,
@@ -181,16 +182,16 @@ async def _read_index(
             entry,
             other,
             (noted.left_out or {}).get(other.name, Listed()),
-            _waits(other, _builds_of(noted.builds, other)),
+            _waits(other, noted.builds),
         )
     live = next((one for one in own if one.generation == generation), None)
     if live is not None and live.embedder is not None:
         status = msgspec.structs.replace(status, embedder=live.embedder)
-    problems += _of_other_generations(config, name, generation, own)
+    problems += _of_other_generations(config, entry, own, noted.builds)
     if entry.pause is not None:
         problems.append(f"index {name} is paused: {entry.pause}")
     if entry.state == "building":
-        status = msgspec.structs.replace(status, reason=_waits(entry, _builds_of(noted.builds, entry)))
+        status = msgspec.structs.replace(status, reason=_waits(entry, noted.builds))
         if status.reason is not None:
             problems.append(f"index {name} waits to be built: {status.reason}")
     stem = entry.relations
@@ -222,7 +223,7 @@ async def _counted(
         of_other = (noted.left_out or {}).get(other.name, Listed()) if other is not None else Listed()
         measured = noted.recalls is not None
         generations = await read_generations(
-            target, schema, entry, own, other=other, left_out=of_other, evaluated=measured
+            target, schema, entry, own, noted.builds, other=other, left_out=of_other, evaluated=measured
         )
         status = msgspec.structs.replace(status, generations=generations)
     counts = await count_index(target, Names(schema, entry.relations), entry.generation)
@@ -233,12 +234,21 @@ async def _counted(
         fresh_scan_ms=None if seen is None else _rounded(seen.scan_ms),
         settle_rate=None if seen is None else _rounded(seen.per_s),
     )
-    built = noted.builds.get(f"{entry.relations}_vectors_{entry.generation}_settled", _Build())
+    built = noted.builds.get(Names(schema, entry.relations).settled_name(entry.generation), Build())
     return msgspec.structs.replace(status, progress=progress(status, built.blocks))
 
 
-def _of_other_generations(config: Config, name: str, live: int, generations: Sequence[Generation]) -> Iterator[str]:
+def _waits(entry: Entry, builds: Builds) -> str | None:
+    """Return why what searches of an index need cannot be built right now, and how to help."""
+    names = Names("", entry.relations)
+    return waits(builds, [names.settled_name(entry.generation), names.chunks_name], entry.reason)
+
+
+def _of_other_generations(
+    config: Config, entry: Entry, generations: Sequence[Generation], builds: Builds
+) -> Iterator[str]:
     """Say what an operator should do about the vectors that an index has beside those that searches use."""
+    name, live = entry.name, entry.generation
     wanted, names = config.indexes[name].embedder, {one.generation: one.embedder for one in generations}
     for one in generations:
         if one.generation != live and one.embedder not in config.embedders and one.state != "dropping":
@@ -246,11 +256,12 @@ def _of_other_generations(config: Config, name: str, live: int, generations: Seq
                 f"index {name}: no [embedders] section makes the vectors of generation {one.generation} ({one.model}),"
                 f" so what changes gets none there; put it back, or free it: cdcsync migrate {name} drop"
             )
-        if one.reason is not None:
-            yield (
-                f"index {name}: generation {one.generation} could not be filled, which is tried again: {one.reason}; to"
-                f" give it up: cdcsync migrate {name} drop"
-            )
+        if one.of_other_chunks:
+            continue
+        reason = waits(builds, [Names("", entry.relations).settled_name(one.generation)], one.reason)
+        if reason is not None:
+            give_up = f"; to give it up: cdcsync migrate {name} drop" if one.state == "filling" else ""
+            yield f"index {name}: {hindrance(one.generation, one.state, reason)}{give_up}"
     if names.get(live) not in (None, wanted) and wanted not in names.values():
         yield (
             f"index {name}: the configuration asks for the embedder {wanted}, and the index continues with"
@@ -258,63 +269,18 @@ def _of_other_generations(config: Config, name: str, live: int, generations: Seq
         )
 
 
-class _Build(msgspec.Struct, frozen=True):
-    """The build of a search index that is under way.
-
-    :ivar blocks: how many blocks it has read, and how many there are.
-    :ivar waits_for: the process ID of the session whose transaction it waits for.
-    """
-
-    blocks: tuple[int, int] | None = None
-    waits_for: int | None = None
-
-
-def _builds_of(builds: Mapping[str, _Build], entry: Entry) -> list[_Build]:
-    """Return the builds of an index's tables that are under way."""
-    tables = f"{entry.relations}_vectors_{entry.generation}_settled", f"{entry.relations}_chunks"
-    return [builds[table] for table in tables if table in builds]
-
-
-def _waits(entry: Entry, builds: Sequence[_Build]) -> str | None:
-    """Return why a building index cannot be built right now, and how to help."""
-    for build in builds:
-        if build.waits_for is not None:
-            return (
-                f"the build waits for the open transaction of the target's session with pid {build.waits_for}; end"
-                " that transaction, or wait for it"
-            )
-    return None if builds else entry.reason
-
-
-async def _builds(target: Connection, schema: str) -> dict[str, _Build]:
-    """Return the builds of search indexes that are under way, by the name of the table.
-
-    Source: PostgreSQL, "CREATE INDEX Progress Reporting"; pgvector, "Indexing Progress".
-    """
-    cursor = await target.execute(
-        "SELECT c.relname, p.blocks_done, p.blocks_total,"
-        " CASE WHEN starts_with(p.phase, 'waiting for ') THEN nullif(p.current_locker_pid, 0) END"
-        " FROM pg_stat_progress_create_index AS p JOIN pg_class AS c ON c.oid = p.relid"
-        " WHERE p.datname = current_database()"
-        " AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s)",
-        [schema],
-    )
-    return {
-        cast(str, name): _Build((done, total) if total else None, pid)
-        for name, done, total, pid in await cursor.fetchall()
-    }
-
-
-def _of_other_chunks(name: str, entry: Entry, other: Entry, listed: Listed, waits: str | None) -> Iterator[str]:
+def _of_other_chunks(name: str, entry: Entry, other: Entry, listed: Listed, why: str | None) -> Iterator[str]:
     """Say what an operator should do about the chunks that stand beside an index; what both have is said once.
 
-    :param waits: why they cannot be built now.
+    :param why: why they cannot be built now, where that is so.
     """
     which = f"generation {other.generation}, which has chunks of its own,"
     if other.pause is not None and (entry.pause is None or other.pause.reason != entry.pause.reason):
         yield f"index {name}: {which} is paused: {other.pause}"
-    elif other.state == "building" and waits is not None:
-        yield f"index {name}: {which} waits to be built: {waits}"
+    elif other.state == "building" and why is not None:
+        yield f"index {name}: {which} waits to be built: {why}"
+    elif other.state == "live" and other.reason is not None:
+        yield f"index {name}: {hindrance(other.generation, other.state, other.reason)}"
     yield from _left_out(name, listed, of=f" of generation {other.generation}")
 
 

@@ -33,7 +33,7 @@ from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.process.crashpoints import crash_point
-from cdcsync.target.ddl.building import build_hnsw
+from cdcsync.target.ddl.building import HELD_S, build_hnsw
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.filling import Filling, Stored
 from cdcsync.target.generations import Generation, Generations
@@ -135,7 +135,7 @@ class Fill:
         """Say in the target why the generation cannot be filled now, if the target can be asked."""
         with contextlib.suppress(CdcsyncError), speaking_of("target"):
             connection = await session.connection()
-            await self._generations.note_reason(connection, self._spec.name, self._spec.generation, error.message)
+            await self._generations.note_reason(connection, self._spec.name, self._spec.generation, error.with_fix)
             crash_point("reason of a migration noted")
 
     async def _entry(self, connection: Connection) -> Generation | None:
@@ -151,6 +151,7 @@ class Fill:
         entry = await self._entry(connection)
         if entry is None:
             return
+        stamped = entry.filled_at is not None
         log.info("migration_fills", index=name, generation=generation, after=entry.cursor, embedder=entry.embedder)
         while True:
             if not await self._pages(connection, filling):
@@ -162,11 +163,13 @@ class Fill:
             log.error("migration_incomplete", index=name, generation=generation, chunks=lacking)
             await self._generations.begin_again(connection, name, generation)
             crash_point("fill begun again")
-        await self._generations.stamp(connection, name, generation, "filled_at")
-        crash_point("generation filled")
+            stamped = False
+        if not stamped:
+            await self._generations.stamp(connection, name, generation, "filled_at")
+            crash_point("generation filled")
         await settle_all(connection, self._schema, self._spec)
         log.info("hnsw_building", index=name, generation=generation)
-        await build_hnsw(connection, self._schema, self._spec)
+        await build_hnsw(connection, self._schema, self._spec, patience_s=HELD_S)
         vectors = Names(self._schema, self._spec.relations).vectors(generation)
         await connection.execute(sql.SQL("ANALYZE {}").format(vectors))
         await self._generations.stamp(connection, name, generation, "ready_at")

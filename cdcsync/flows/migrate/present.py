@@ -13,6 +13,7 @@ from cdcsync.errors import SetupError
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.preflight.generations import live_generation
+from cdcsync.status.builds import read_builds
 from cdcsync.status.generations import GenerationStatus, read_generations
 from cdcsync.target.entries import Entry
 from cdcsync.target.failures.documents import Listed, count_failed, has_list
@@ -81,7 +82,8 @@ async def status(config: Config, index: str) -> list[GenerationStatus]:
             lost = Listed()
             if other is not None and await has_list(connection, schema):
                 lost = (await count_failed(connection, schema)).get(other.name, lost)
-            return await read_generations(connection, schema, entry, generations, other=other, left_out=lost)
+            builds = await read_builds(connection, schema)
+            return await read_generations(connection, schema, entry, generations, builds, other=other, left_out=lost)
 
 
 def other_generation(entry: Entry, generations: Sequence[Generation]) -> Generation:

@@ -58,6 +58,11 @@ class Names:
         """Return the table that a search reads: the settled tier alone, or both."""
         return self.settled(generation) if settled else self.vectors(generation)
 
+    @property
+    def chunks_name(self) -> str:
+        """Return the bare name of the chunks table."""
+        return f"{self._prefix[1]}_chunks"
+
     def settled_name(self, generation: int) -> str:
         """Return the bare name of the settled tier."""
         return f"{self._prefix[1]}_vectors_{generation}_settled"

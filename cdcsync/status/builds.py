@@ -1,0 +1,59 @@
+"""The builds of search indexes that are under way, and whom they wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import msgspec
+
+from cdcsync.postgres.sessions import Connection
+
+
+class Build(msgspec.Struct, frozen=True):
+    """The build of a search index that is under way.
+
+    :ivar blocks: how many blocks it has read, and how many there are.
+    :ivar waits_for: the process ID of the session whose transaction it waits for.
+    """
+
+    blocks: tuple[int, int] | None = None
+    waits_for: int | None = None
+
+
+Builds = Mapping[str, Build]
+"""By the name of the table."""
+
+
+async def read_builds(target: Connection, schema: str) -> dict[str, Build]:
+    """Return the builds of search indexes of a schema that are under way.
+
+    Source: PostgreSQL, "CREATE INDEX Progress Reporting"; pgvector, "Indexing Progress".
+    """
+    cursor = await target.execute(
+        "SELECT c.relname, p.blocks_done, p.blocks_total,"
+        " CASE WHEN starts_with(p.phase, 'waiting for ') THEN nullif(p.current_locker_pid, 0) END"
+        " FROM pg_stat_progress_create_index AS p JOIN pg_class AS c ON c.oid = p.relid"
+        " WHERE p.datname = current_database()"
+        " AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s)",
+        [schema],
+    )
+    return {
+        cast(str, name): Build((done, total) if total else None, pid)
+        for name, done, total, pid in await cursor.fetchall()
+    }
+
+
+def waits(builds: Builds, tables: Iterable[str], noted: str | None) -> str | None:
+    """Return why what is built on some tables cannot be completed right now, and how to help.
+
+    :param noted: why nothing could be built when that was last tried; a build that is under way is past that.
+    """
+    under_way = [builds[table] for table in tables if table in builds]
+    for build in under_way:
+        if build.waits_for is not None:
+            return (
+                f"the build waits for the open transaction of the target's session with pid {build.waits_for}; end"
+                " that transaction, or wait for it"
+            )
+    return None if under_way else noted
