@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,23 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 # A slow machine is not a failing property; and a failure must be repeatable elsewhere from what it printed.
 settings.register_profile("cdcsync", deadline=None, print_blob=True)
 settings.load_profile("cdcsync")
+
+
+CASES = pytest.StashKey[Counter[str]]()
+"""How many cases of each test marked `proof_from` were collected."""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Make a proof of a later case of a test marked `proof_from`: here they come in the order of their definition."""
+    marker = item.get_closest_marker("proof_from")
+    if marker is None or item.get_closest_marker("proof") is not None:
+        return
+    (first,) = marker.args
+    cases = item.session.stash.setdefault(CASES, Counter())
+    test = item.nodeid.partition("[")[0]
+    if cases[test] >= first:
+        item.add_marker(pytest.mark.proof)
+    cases[test] += 1
 
 
 @pytest.fixture(scope="session")

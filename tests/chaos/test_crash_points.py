@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 from tests import ROOT
 from tests.chaos import commits
 from tests.chaos.scenes import ELSEWHERE, SCENES
@@ -32,6 +34,7 @@ def test_a_point_that_no_history_comes_to_is_one_that_a_test_kills_at() -> None:
         assert point in text or f"points({module})" in text, (point, file)
 
 
+@pytest.mark.proof
 def test_a_crash_point_that_is_taken_away_is_missed() -> None:
     files = commits.sources()
     unnoticed = []

@@ -129,6 +129,7 @@ def notes(
     return Notes(make_pipeline(CONFIG.format(source=source.dsn, target=target.dsn, name=source.name)), directory)
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("seed", range(2))
 def test_kill_9_at_any_moment_leaves_each_index_with_exactly_the_rows_that_fail_in_its_list(
     notes: Notes, seed: int

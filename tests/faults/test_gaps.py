@@ -52,6 +52,7 @@ def advance(pipeline: Pipeline) -> None:
     pipeline.source.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_flush_lsn())", [pipeline.released()])
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(
     ("mishap", "reason", "status"),
     [
@@ -146,6 +147,7 @@ def test_a_slot_that_loses_its_wal_under_a_worker_is_a_gap(
     assert indexed(pipeline) == before
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("recovered", [False, True], ids=["files put back", "recovered to a new timeline"])
 def test_a_source_restored_from_an_older_backup_is_a_gap(
     make_cluster: Callable[..., Cluster],

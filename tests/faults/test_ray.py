@@ -100,6 +100,7 @@ def backlog(pipeline: Pipeline) -> int:
     return int(count)
 
 
+@pytest.mark.proof
 async def test_a_call_that_no_actor_survives_is_given_up_and_others_go_on(
     rays: RayCluster, provider: FakeProvider
 ) -> None:

@@ -73,6 +73,7 @@ def test_after_a_gap_resync_heals_updates_inserts_and_deletes_alike(
     assert [event for event in pipeline.events() if event.get("event") == "gap"]
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(
     "statements",
     [

@@ -15,6 +15,7 @@ from tests.support.workers import PATIENCE_S, Pipeline, until
 pytestmark = pytest.mark.server
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(("point", "budget"), [("vectors moved", 25), ("move committed", 25), ("vectors moved#2", 0.1)])
 def test_each_vector_is_in_one_tier_after_a_kill_and_settles_in_the_end(
     make_pipeline: Callable[[str], Pipeline], database: Database, point: str, budget: float

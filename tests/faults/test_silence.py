@@ -47,6 +47,7 @@ def change(pipeline: Pipeline, word: str) -> None:
     pipeline.source.execute("UPDATE articles SET title = title || %s", [word])
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("how", ["freeze", pytest.param("drop", marks=pytest.mark.proof)])
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_a_connection_that_falls_silent_is_noticed_told_of_and_made_again(
@@ -88,6 +89,7 @@ def test_a_connection_that_falls_silent_is_noticed_told_of_and_made_again(
         assert pipeline.times("old_session_ended") > 0
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("how", ["the process stands still", "the host is cut off"])
 def test_a_standby_takes_over_from_a_worker_whose_sessions_nobody_has_any_more(
     make_cluster: Callable[..., Cluster],
@@ -159,6 +161,7 @@ def test_a_worker_that_has_nothing_to_do_keeps_its_place(
     assert (worker.poll(), heir.poll(), second.times("silent_session_ended")) == (None, None, 0)
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_a_start_waits_for_a_server_that_is_starting_up_and_says_so(
     make_cluster: Callable[..., Cluster], make_database: Callable[[], Database], make_simple: MakeSimple, side: str

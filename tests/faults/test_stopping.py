@@ -168,6 +168,7 @@ def test_a_worker_whose_set_up_waits_for_a_lock_ends_at_once(make: Callable[[str
         until(lambda: not waiting(pipeline), lambda: f"no session that waits: {waiting(pipeline)}")
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_a_worker_at_once_that_waits_for_a_lock(
     number: signal.Signals, make: Callable[[str], Pipeline]

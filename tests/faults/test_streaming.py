@@ -80,6 +80,7 @@ def senders(pipeline: Pipeline) -> list[tuple[object, ...]]:
     return pipeline.source.execute("SELECT pid, backend_start FROM pg_stat_replication").fetchall()
 
 
+@pytest.mark.proof
 @pytest.mark.timeout(3 * BIG_PATIENCE_S)
 def test_a_big_transaction_takes_little_memory_and_the_server_always_hears_of_the_worker(pipeline: Pipeline) -> None:
     if not Path("/proc/self/status").exists():
@@ -270,6 +271,7 @@ def test_a_worker_without_descriptors_for_its_spool_goes_on_without_one(pipeline
     assert worker.poll() is None
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("version", [None, *OTHER_VERSIONS])
 def test_columns_join_a_list_beside_a_transaction_that_is_streamed(
     make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple, version: int | None

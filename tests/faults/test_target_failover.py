@@ -45,6 +45,7 @@ def change(pipeline: Pipeline, word: str) -> None:
     pipeline.source.execute("DELETE FROM articles WHERE id = (SELECT min(id) FROM articles)")
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("on_gap", ["stop", "resync"])
 @pytest.mark.parametrize("how", ["a standby that lagged is promoted", "a backup is restored"])
 def test_a_target_that_lost_confirmed_changes_under_a_worker_is_a_gap(
@@ -98,6 +99,7 @@ def test_a_target_that_lost_confirmed_changes_under_a_worker_is_a_gap(
         assert worker.poll() is None
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("edit", ["commits = commits - 1", "checkpoint = NULL"])
 def test_an_edited_row_of_the_pipeline_is_noticed_and_what_may_be_missing_is_read(
     make_database: Callable[[], Database], make_simple: MakeSimple, edit: str

@@ -109,6 +109,7 @@ def far_enough(pipeline: Pipeline, wanted: int, lsn: str) -> bool:
     return batches(pipeline) >= wanted or pipeline.processes[-1].poll() is not None or pipeline.reached("articles", lsn)
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(3))
 def test_kill_9_in_the_middle_of_a_stream_of_changes_loses_nothing(

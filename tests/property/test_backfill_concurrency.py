@@ -172,6 +172,7 @@ def follow(pipeline: Pipeline) -> None:
     )
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("seed", range(3))
 def test_the_index_equals_the_source_whatever_was_written_during_load_replay_and_resync(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], seed: int
@@ -201,6 +202,7 @@ def test_a_resync_during_which_the_table_is_emptied_goes_on_and_ends(
     pipeline.in_step()
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("seed", range(2))
 def test_kill_9_during_a_backfill_repeats_at_most_what_was_in_flight_and_loses_nothing(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], seed: int

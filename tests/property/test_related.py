@@ -302,6 +302,7 @@ def documents_follow(
         assert pipeline.times("index_paused") == 0, f"seed {seed}: {pipeline.tail()}"
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("seed", range(3))
 def test_documents_are_what_one_statement_says(
     make_pipeline: Callable[[str], Pipeline], database: Database, tmp_path: Path, seed: int

@@ -197,6 +197,7 @@ def test_the_page_shows_a_first_load_live_rates_failures_and_a_paused_index(
     browser.screenshot("status-no-answer")
 
 
+@pytest.mark.proof
 def test_the_page_shows_both_generations_of_an_index_whichever_of_them_searches_use(
     pipeline: Pipeline, browser: Browser
 ) -> None:

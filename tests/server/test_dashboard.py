@@ -104,6 +104,7 @@ def scrape(tmp_path: Path) -> Iterator[Callable[[int], Prometheus]]:
         process.wait(timeout=30)
 
 
+@pytest.mark.proof
 def test_every_panel_shows_something_of_a_worker_at_work(
     database: Database,
     make_pipeline: Callable[[str], Pipeline],

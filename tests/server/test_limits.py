@@ -75,6 +75,7 @@ def connections(database: Database) -> dict[str, int]:
     return dict(rows)
 
 
+@pytest.mark.proof
 def test_fifty_indexes_share_one_workers_connections(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

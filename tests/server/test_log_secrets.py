@@ -280,6 +280,7 @@ NASTY = "x%y'z z\\y \"$ {}@:/?#[]&=+,;`~|<>*!^\u00e9\u6771\U0001f600"
 PROVEN_WAYS = ("pairs", "service file", "password file")
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(
     "way", ["URI", "environment", *(pytest.param(one, marks=pytest.mark.proof) for one in PROVEN_WAYS)]
 )

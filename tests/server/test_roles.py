@@ -189,6 +189,7 @@ def test_a_lost_slot_is_made_again_under_the_same_roles(
     pipeline.in_step()
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("table", ["chunks", "backlog", "vectors_1", "vectors_1_fresh", "vectors_1_settled"])
 def test_policies_that_an_operator_forces_on_the_worker_pause_that_index_and_hide_nothing(
     roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], table: str

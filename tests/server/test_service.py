@@ -141,6 +141,7 @@ def test_a_reload_changes_the_pace_of_a_load_under_way_and_the_manager_hears_of_
     assert pipeline.stop(worker) == 0
 
 
+@pytest.mark.proof_from(1)
 def test_a_worker_whose_log_is_not_taken_goes_on_and_ends_in_order(
     database: Database, make_pipeline: Callable[[str], Pipeline], log: int
 ) -> None:

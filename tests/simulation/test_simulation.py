@@ -11,6 +11,7 @@ from tests.simulation.history import run, schedule, shrink
 BLOCK = 500
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("block", range(4))
 def test_the_target_equals_the_source_after_any_history(block: int) -> None:
     for seed in range(block * BLOCK, (block + 1) * BLOCK):

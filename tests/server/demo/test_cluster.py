@@ -248,6 +248,7 @@ def test_what_a_dead_owner_left_is_removed_and_what_a_live_one_has_is_kept(clust
         shutil.rmtree(young)
 
 
+@pytest.mark.proof
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the server as another user")
 def test_root_runs_a_copy_of_programs_that_the_servers_user_cannot_reach(place: Path) -> None:
     home = place / "home"

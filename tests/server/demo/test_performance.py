@@ -100,6 +100,7 @@ def test_the_demo_answers_follows_changes_and_leaves_nothing_behind(temporary: P
     assert server_processes(temporary) == []
 
 
+@pytest.mark.proof
 @pytest.mark.server
 @pytest.mark.model
 @pytest.mark.slow

@@ -206,6 +206,7 @@ HELD = [
 """Tables that another session holds, and how: who builds an index waits for those who write, too."""
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(("table", "mode"), HELD)
 async def test_an_index_whose_tables_are_held_waits_to_be_built_and_others_go_live(
     open_index: OpenIndex,

@@ -192,6 +192,7 @@ def test_requests_are_queued_paused_resumed_and_cancelled(live: Pipeline) -> Non
     assert live.target.execute(states, [first]).fetchone() == (["cancelled", "cancelled", "done"],)
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("kind", ["related", "compare"])
 def test_a_request_that_the_index_is_owed_is_not_cancelled_with_the_others(live: Pipeline, kind: str) -> None:
     (owed,) = live.target.execute(
@@ -277,6 +278,7 @@ AND query LIKE 'SELECT%backfills%WHERE id = %'
 """
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(("choice", "state"), [("leave", "running"), ("cancel", "cancelled")])
 def test_ctrl_c_leaves_the_request_or_cancels_it_as_asked(live: Pipeline, choice: str, state: str) -> None:
     arguments = ["replay", "articles", "--max-rows-per-s", "2", "--on-interrupt", choice, "-c", str(live.path)]
@@ -375,6 +377,7 @@ def test_the_key_of_several_columns_is_a_json_array(
     pipeline.in_step()
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("kind", ["related", "replay"])
 def test_what_the_index_is_owed_is_read_in_another_way_if_its_request_fails(both: Pipeline, kind: str) -> None:
     both.target.execute("DELETE FROM cdcsync.articles_chunks WHERE id = 5")

@@ -263,6 +263,7 @@ class Users:
             self.over = True
 
 
+@pytest.mark.proof
 @pytest.mark.timeout(300)
 async def test_indexes_of_every_kind_migrate_to_other_chunks_at_once_and_nobody_notices(
     database: Database, make_pipeline: Callable[[str], Pipeline]

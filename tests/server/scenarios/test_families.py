@@ -244,6 +244,7 @@ def test_a_table_that_is_followed_and_can_be_no_longer_pauses_its_index_alone(fa
     families.heals("followed")
 
 
+@pytest.mark.proof
 def test_a_worker_that_is_killed_while_tables_appear_and_go_reads_them_when_it_comes_back(families: Scene) -> None:
     for at in range(3):
         families.execute(*made(f"appears__killed{at}.items"))

@@ -77,6 +77,7 @@ def keyed(make_scene: MakeScene, request: pytest.FixtureRequest) -> Scene:
     )
 
 
+@pytest.mark.proof_from(1)
 def test_a_row_is_found_by_its_key_whatever_type_that_has(keyed: Scene) -> None:
     """Inserted, changed, moved and deleted, each in a transaction of its own and all in one."""
 

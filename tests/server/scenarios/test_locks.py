@@ -141,6 +141,7 @@ def test_the_stream_goes_on_without_what_is_to_be_read_from_a_locked_table(locke
     assert locked.pipeline.times("stream_waits") == 0
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(("index", "table"), [("big", "big"), ("parted", "parted_low"), ("orders", "customers")])
 def test_who_holds_a_table_locked_is_told_by_readiness_and_the_page(locked: Scene, index: str, table: str) -> None:
     with held(locked, table) as holder:
@@ -179,6 +180,7 @@ def test_nothing_waits_for_a_lock_on_what_no_index_is_about(locked: Scene, comma
     assert not [one for one in locked.pipeline.events() if one["event"] == "table_locked" and one["index"] == "sound"]
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("table", ["big", "parted_low", "chosen", "orders", "customers"])
 def test_a_start_beside_a_locked_table_follows_every_index_at_once(locked: Scene, table: str) -> None:
     pipeline = locked.pipeline
@@ -199,6 +201,7 @@ NEW = {
 }
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("why", NEW)
 def test_a_new_index_whose_table_is_locked_waits_alone_and_the_reason_is_the_lock(
     make_scene: MakeScene, why: str
@@ -242,6 +245,7 @@ SOON_PAUSED = {
 }
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("broken", [False, True], ids=["", "the connection breaks meanwhile"])
 @pytest.mark.parametrize("relation", ["chunks", "backlog", "vectors_1_fresh"])
 def test_tables_of_one_index_in_the_target_that_stay_locked_pause_that_index_alone(
@@ -290,6 +294,7 @@ def test_vectors_that_cannot_be_discarded_for_a_request_pause_that_index_alone_a
     assert len(made.pipeline.processes) == 1
 
 
+@pytest.mark.proof
 def test_requests_and_audits_of_the_others_go_on_beside_an_index_whose_tables_in_the_target_are_locked(
     make_cluster: Callable[..., Cluster], database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
@@ -329,6 +334,7 @@ def test_requests_and_audits_of_the_others_go_on_beside_an_index_whose_tables_in
     until(partial(answered, "chosen"), pipeline.tail)
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("mode", ["ACCESS EXCLUSIVE", "SHARE UPDATE EXCLUSIVE"])
 def test_a_first_start_whose_only_table_is_locked_follows_it_once_it_is_free(
     make_pipeline: Callable[[str], Pipeline], database: Database, mode: str

@@ -235,6 +235,7 @@ def test_a_migration_goes_on_after_a_kill_at_every_step(
     assert left == (0,)
 
 
+@pytest.mark.proof
 @pytest.mark.model
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # the model on a busy machine

@@ -180,6 +180,7 @@ def _the_other_index_is_as_it_was(pipeline: Pipeline) -> None:
     assert [one["action"] for one in plan["indexes"]] == ["unchanged", "unchanged"]
 
 
+@pytest.mark.proof
 def test_a_migration_to_other_chunks_goes_on_after_a_kill_at_every_step(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
@@ -254,6 +255,7 @@ def test_a_migration_to_other_chunks_goes_on_after_a_kill_at_every_step(
     made(pipeline, "articles~2", 2, framed)
 
 
+@pytest.mark.proof
 def test_chunks_that_are_given_up_are_not_made_in_place(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
@@ -395,6 +397,7 @@ def test_other_chunks_are_activated_rolled_back_and_dropped_while_the_source_is_
     pipeline.in_step("notes")
 
 
+@pytest.mark.proof
 def test_other_chunks_that_cannot_be_set_up_hold_up_nothing_and_are_made_once_they_can_be(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

@@ -244,6 +244,7 @@ $$ BEGIN IF id > 500 THEN RETURN id > (SELECT least FROM public.limits); END IF;
 FILLED, EMPTIED = "REFRESH MATERIALIZED VIEW limits", "REFRESH MATERIALIZED VIEW limits WITH NO DATA"
 
 
+@pytest.mark.proof
 def test_a_load_that_the_source_ends_pauses_its_index_alone_and_is_made_once_it_can_be(make_scene: MakeScene) -> None:
     # The condition holds for the rows that it is tried on. Of later ones the source cannot tell, and not because of any
     # of them: the load ends, the first one as well as one that a doubt asked for.

@@ -28,6 +28,7 @@ def needs_filters(server: Server) -> None:
             pytest.skip("PostgreSQL 15 has row filters, column lists and publications of schemas")
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(
     ("publication", "apart"),
     [

@@ -348,6 +348,7 @@ def test_a_row_that_takes_part_in_more_documents_than_a_batch_takes_is_a_request
     restore(tickets, before)
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(
     ("alter", "back"),
     [
@@ -405,6 +406,7 @@ separator = " "
 """
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(
     "later",
     [

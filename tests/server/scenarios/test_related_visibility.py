@@ -23,6 +23,7 @@ HIDDEN = {
 }
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("restarted", [False, True], ids=["", "restarted"])
 @pytest.mark.parametrize("statement", HIDDEN.values(), ids=HIDDEN)
 def test_what_waits_for_a_standby_is_not_undone_by_a_related_row_and_holds_no_other_index_up(

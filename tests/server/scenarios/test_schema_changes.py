@@ -246,6 +246,7 @@ def test_a_publication_that_stops_sending_updates_pauses_its_indexes_until_it_se
     assert len(scene.pipeline.processes) == 1
 
 
+@pytest.mark.proof
 def test_a_table_that_is_made_anew_again_and_again_is_read_again_each_time_without_a_wait(
     make_scene: MakeScene,
 ) -> None:
@@ -258,6 +259,7 @@ def test_a_table_that_is_made_anew_again_and_again_is_read_again_each_time_witho
     assert len(scene.pipeline.processes) == 1
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("down", [False, True], ids=["worker up", "worker down"])
 def test_a_publication_that_somebody_drops_comes_back(make_scene: MakeScene, down: bool) -> None:
     scene = make_scene([one.format(t="bereft") for one in (TABLE, ROWS)], {"bereft": Followed("bereft")})

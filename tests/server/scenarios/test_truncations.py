@@ -41,6 +41,7 @@ HIDING = {
 """A comparison is owed, or made in doubt: of a subtransaction, stream and catalog name different transactions."""
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("down", [False, True], ids=["worker up", "worker down"])
 def test_a_truncate_that_the_stream_carries_has_nothing_compared_and_whatever_may_hide_a_rewrite_has(
     make_scene: MakeScene, down: bool
@@ -69,6 +70,7 @@ def test_a_truncate_that_the_stream_carries_has_nothing_compared_and_whatever_ma
     assert scene.pipeline.times("index_paused") == 0
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(
     ("statements", "kinds"),
     [

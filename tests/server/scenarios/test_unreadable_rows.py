@@ -109,6 +109,7 @@ def costs_only(scene: Scene, name: str, bad: set[str]) -> bool:
     return seen.keys() == expected and listed(scene, name).keys() == bad
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(
     "name",
     [
@@ -193,6 +194,7 @@ FITS = """CREATE OR REPLACE FUNCTION public.fits(n int) RETURNS boolean IMMUTABL
 $$ BEGIN IF n < 0 THEN {what}; END IF; RETURN n > 0; END $$"""
 
 
+@pytest.mark.proof
 def test_verify_the_audit_and_status_agree_about_rows_that_became_unreadable_without_an_event(
     make_scene: MakeScene,
 ) -> None:

@@ -83,6 +83,7 @@ def edited(scene: Scene, name: str, edit: tuple[str, str], *, at_once: bool) -> 
     run(*statements((edit[0], *CHANGES, edit[1]), name))
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("kind", EDITS)
 def test_what_a_publication_did_not_send_for_a_moment_reaches_the_index(make_scene: MakeScene, kind: str) -> None:
     cases = {f"e{at}{how}": (edit, how) for at, edit in enumerate(EDITS[kind].values()) for how in ("apart", "atonce")}
@@ -169,6 +170,7 @@ def rewritten(make_scene: MakeScene, *, partitioned: bool, down: bool) -> None:
     scene.heals()
 
 
+@pytest.mark.proof
 def test_what_ddl_makes_of_old_values_reaches_the_index(make_scene: MakeScene) -> None:
     rewritten(make_scene, partitioned=False, down=False)
 

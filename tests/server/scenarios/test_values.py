@@ -104,6 +104,7 @@ def test_values_arrive_as_they_are_by_the_first_load_and_by_the_stream(things: S
     things.follows()
 
 
+@pytest.mark.proof_from(1)
 def test_each_value_may_become_null_and_another_again(things: Scene) -> None:
     things.execute("DELETE FROM things", inserted(0))
     for name, (type_, options) in zip(COLUMNS, VALUES.items(), strict=True):

@@ -307,6 +307,7 @@ def test_vectors_of_half_precision_cannot_become_exact_again() -> None:
     assert not Filling(nobody, SCHEMA, exact, halves).takes_over
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("seed", range(3))
 async def test_a_generation_is_whole_after_a_fill_beside_random_changes(migration: Migration, seed: int) -> None:
     randomly = random.Random(seed)

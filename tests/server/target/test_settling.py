@@ -228,6 +228,7 @@ async def test_before_hnsw_is_built_a_look_searches_nothing_and_counts_no_more_t
 KEYS, TEXTS, ROUNDS = 40, 25, 60
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("seed", range(2))
 async def test_whoever_writes_at_the_same_time_each_chunk_has_one_vector_in_one_tier(
     open_index: OpenIndex, target: Any, seed: int

@@ -133,6 +133,7 @@ async def test_calls_at_the_same_time_do_not_disturb_each_other(minilm: OnnxEmbe
     assert (await minilm.embed([])).shape == (0, 384)
 
 
+@pytest.mark.proof
 @pytest.mark.model
 def test_neither_is_torch_imported_nor_use_reported(exported: Path) -> None:
     program = (

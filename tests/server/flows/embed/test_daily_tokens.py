@@ -69,6 +69,7 @@ def change(pipeline: Pipeline, first: int, count: int) -> None:
     pipeline.reach("articles")
 
 
+@pytest.mark.proof
 def test_loads_stop_first_and_changes_go_on_to_the_end_of_the_days_budget(
     pipeline: Pipeline, provider: FakeProvider
 ) -> None:

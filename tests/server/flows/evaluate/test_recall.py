@@ -63,6 +63,7 @@ async def test_one_side_is_searched_by_hnsw_and_the_other_reads_the_whole_table(
         assert "hnsw" not in plans[1]
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(
     ("distance", "vector_type"), [("cosine", "vector"), ("inner_product", "vector"), ("cosine", "halfvec")]
 )

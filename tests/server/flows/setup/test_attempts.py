@@ -15,6 +15,7 @@ from tests.support.servers import Database
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("use", ["SELECT FROM", "DELETE FROM", "LOCK TABLE"])
 async def test_a_change_is_given_up_while_somebody_uses_the_table_and_made_afterwards(
     index: LiveIndex, target: Database, use: str

@@ -55,6 +55,7 @@ async def test_a_table_that_somebody_has_locked_is_published_once_it_is_free_and
         await connection.close()
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(
     ("name", "locked"),
     [("plain", "public.plain"), ("values", 'public."values"'), ("a$b", "public.a$b"), ("parent", "public.child")],
@@ -169,6 +170,7 @@ def of_articles(dsn: str, make_pipeline: Callable[[str], Pipeline]) -> Pipeline:
     return pipeline
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("killed_at", ["slot created", "slot that is made again dropped"])
 @pytest.mark.parametrize(("change", "write"), [CREATED, SWAPPED], ids=["a table created", "columns renamed"])
 def test_a_slot_is_made_again_if_tables_changed_meanwhile_also_after_a_kill(

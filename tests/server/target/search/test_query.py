@@ -326,6 +326,7 @@ async def test_a_selective_condition_still_fills_the_list(database: Database) ->
     assert ids(hits) == [7 + 100 * at for at in range(10)]
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
 @pytest.mark.parametrize("k", [10, 50])
 async def test_pages_of_one_size_continue_each_other_to_the_last_hit(database: Database, mode: Mode, k: int) -> None:
