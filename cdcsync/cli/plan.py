@@ -80,6 +80,7 @@ def plan(
 async def _plan(config: Config, approve: list[str]) -> tuple[list[Finding], ConfigurationPlan | None, dict[str, bool]]:
     import anyio
 
+    from cdcsync.cli.queries import gap_ahead
     from cdcsync.flows import plan as flow
     from cdcsync.flows.dry_run import Bounds
     from cdcsync.preflight import build_embedders, examine
@@ -89,10 +90,11 @@ async def _plan(config: Config, approve: list[str]) -> tuple[list[Finding], Conf
     try:
         report = await examine(config, embedders)
         findings += report.findings
+        gap = await gap_ahead(config, findings)
         if any(finding.level == "error" for finding in findings):
             return findings, None, {}
         bounds = Bounds(seconds=COUNTED_S)
-        found = await flow.read_plan(config, report, embedders, bounds=bounds, measure=True)
+        found = await flow.read_plan(config, report, embedders, bounds=bounds, measure=True, gap=gap)
         approved = {}
         for one in found.indexes:
             if one.index in approve:

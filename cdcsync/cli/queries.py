@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from cdcsync.errors import SourceUnavailable, Unavailable
+from cdcsync.errors import GapError, SourceUnavailable, Unavailable
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
@@ -48,14 +48,40 @@ async def examine_all(config: Config, *, deep: bool) -> tuple[list[Finding], Con
             tasks.start_soon(ask_models)
             report = await examine(config, embedders)
         findings += report.findings
+        gap = await gap_ahead(config, findings)
         if not any(finding.level == "error" for finding in findings):
             with noting(findings, "source", "plan"):
                 bounds = Bounds(seconds=COUNTED_S / len(config.indexes))
-                plan = await read_plan(config, report, embedders, bounds=bounds, measure=False)
+                plan = await read_plan(config, report, embedders, bounds=bounds, measure=False, gap=gap)
     finally:
         for embedder in embedders.values():
             await embedder.aclose()
     return findings, plan
+
+
+async def gap_ahead(config: Config, findings: list[Finding]) -> GapError | None:
+    """Return the gap for which `run` would read every table again; one at which it would stop is an error among these.
+
+    :param findings: what was found before; after an error nothing more is looked for.
+    """
+    from cdcsync.flows.setup.gaps import foreseen_gap
+    from cdcsync.preflight import Finding
+    from cdcsync.preflight.findings import noting
+
+    gap = None
+    if not any(finding.level == "error" for finding in findings):
+        with noting(findings, "source", f"slot {config.source.slot}"):
+            gap = await foreseen_gap(config)
+    if gap is None:
+        return None
+    slot = f"slot {config.source.slot}"
+    where = gap.where or slot
+    if config.source.on_gap == "resync":
+        if not any(finding.level == "warning" and finding.where == slot for finding in findings):
+            findings.append(Finding.warning(where, gap.message, "on_gap is resync: `run` reads every table again"))
+        return gap
+    findings.append(Finding.of(gap, where))
+    return None
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ from cdcsync.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
-    from cdcsync.flows.audit import Verification
+    from cdcsync.flows.audit import EnsureWorker, Findings, Verification
 
 commands = typer.Typer()
 
@@ -77,7 +77,7 @@ def verify(
 
 async def _verify(config: Config, index: str, repair: bool) -> tuple[Verification, Verification, int]:
     """Return what was found at first, what was found last, and how many documents were repaired in between."""
-    from contextlib import AbstractAsyncContextManager, AsyncExitStack
+    from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 
     import msgspec
 
@@ -99,22 +99,22 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
         def ensure_worker() -> AbstractAsyncContextManager[bool]:
             return worker_ensured(target, config)
 
-        missing = await flow.missing_of(target, schema, spec)
-        lacks = tuple((*missing.tables, *missing.built))
-        if missing.tables:
-            found = flow.Verification.of_nothing(index, lacks)
-            return found, found, 0
-        findings = await flow.verify(source, target, schema, spec, ensure_worker=ensure_worker)
-        await flow.require_still_searched(target, schema, spec)
-        found = msgspec.structs.replace(
-            findings.verification, missing=lacks, equal=findings.verification.equal and not lacks
-        )
-        if not findings.verification.differs or not repair:
+        async def compare(ensure_worker: EnsureWorker = nullcontext) -> tuple[Verification, Findings | None]:
+            missing = await flow.missing_of(target, schema, spec)
+            lacks = tuple((*missing.tables, *missing.built))
+            if missing.tables:
+                return flow.Verification.of_nothing(index, lacks), None
+            findings = await flow.verify(source, target, schema, spec, ensure_worker=ensure_worker)
+            await flow.require_still_searched(target, schema, spec)
+            equal = findings.verification.equal and not lacks
+            return msgspec.structs.replace(findings.verification, missing=lacks, equal=equal), findings
+
+        found, findings = await compare(ensure_worker)
+        if findings is None or not findings.verification.differs or not repair:
             return found, found, 0
         async with ensure_worker():
             repaired = await flow.repair(target, schema, spec, findings)
-            again = (await flow.verify(source, target, schema, spec)).verification
-            await flow.require_still_searched(target, schema, spec)
+            again, _ = await compare()
             return found, again, max(0, repaired - again.differences.get(flow.FAILED, 0))
 
 

@@ -16,7 +16,7 @@ from cdcsync.config import Config
 from cdcsync.config.differences import CONTENTS, KeyChange, index_changes
 from cdcsync.config.names import beside_name, own_name
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import SetupError
+from cdcsync.errors import GapError, SetupError
 from cdcsync.flows.dry_run import Bounds, seconds_for_each
 from cdcsync.flows.setup.approval import Cost, Reading, confirm_above, cost_of, pause_for, read_need
 from cdcsync.flows.setup.needs import Need
@@ -126,10 +126,12 @@ async def read_plan(
     *,
     bounds: Bounds,
     measure: bool,
+    gap: GapError | None = None,
 ) -> ConfigurationPlan:
     """Return what `run` would do.
 
     :param report: of an examination that found no error.
+    :param gap: for which `run` reads every table again.
     :param bounds: where counting texts stops and the rest is estimated.
     :param measure: embed a batch of texts where the worker has not measured how long that takes.
     :raises SourceUnavailable, TargetUnavailable: a server does not answer now.
@@ -157,7 +159,7 @@ async def read_plan(
             generations = await Generations(config.target.schema).all(target)
         return ConfigurationPlan(
             indexes,
-            await _created(source, config, catalog, report.specs, stored),
+            await _created(source, config, catalog, report.specs, stored, gap),
             _unfollowed(config, entries, sizes),
             _unused(config, entries, sizes, generations, plans),
         )
@@ -315,7 +317,12 @@ def _partial(reading: Reading) -> list[str]:
 
 
 async def _created(
-    source: Connection, config: Config, catalog: Catalog, specs: Sequence[IndexSpec], stored: Stored | None
+    source: Connection,
+    config: Config,
+    catalog: Catalog,
+    specs: Sequence[IndexSpec],
+    stored: Stored | None,
+    gap: GapError | None,
 ) -> list[str]:
     created = []
     if stored is None:
@@ -328,6 +335,9 @@ async def _created(
         created.append(f"publication {publication} for {', '.join(map(str, tables))}")
     elif added := [table for table in tables if table not in catalog.publication.tables]:
         created.append(f"{', '.join(map(str, added))} in publication {publication}")
+    if gap is not None:
+        created.append(f"slot {config.source.slot} anew, and every table is read again: {gap.message}")
+        return created
     with speaking_of("source"):
         if await read_slot(source, config.source.slot) is None:
             created.append(f"slot {config.source.slot}")

@@ -250,9 +250,16 @@ async def _unpublish(source: Connection, config: Config, table: str, others: set
         statement = sql.SQL("ALTER PUBLICATION {} DROP TABLE {}").format(
             sql.Identifier(name), sql.Identifier(listed[table].schema, listed[table].name)
         )
-        foreign = publication.all_tables or not publication.owned or listed.keys() - others - {table}
-        if foreign or len(listed) == 1:
-            why = "others use the publication too" if foreign else "it is the last one there"
+        why = None
+        if publication.all_tables:
+            why = "the publication sends all tables, so cdcsync did not make it"
+        elif strange := sorted(listed.keys() - others - {table}):
+            why = f"the publication also sends {', '.join(strange[:3])}, which is not indexed"
+        elif not publication.owned:
+            why = "the publication belongs to another role"
+        elif len(listed) == 1:
+            why = "it is the last one there"
+        if why is not None:
             return Step(what, "kept", f"{why}; if nothing needs it, as its owner: {statement.as_string(source)}")
         try:
             await source.execute(statement)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import msgspec
 
 from cdcsync.status.durations import human_seconds
-from cdcsync.status.model import Headline, IndexStatus, Progress, Status, Tone
+from cdcsync.status.model import BackfillStatus, Headline, IndexStatus, Progress, Status, Tone
+from cdcsync.status.progress import held
 
 _ORDER: dict[Tone, int] = {"bad": 3, "warn": 2, "busy": 1, "good": 0}
 
@@ -108,12 +109,12 @@ def _of_index(status: Status, name: str, index: IndexStatus, late_s: float) -> H
     if index.state == "building" and index.reason:
         return Headline(f"waits to be built: {index.reason}", "bad", name)
     if index.progress or index.state == "building":
-        return Headline(_loading(index), "busy", name)
+        return Headline(_loading(index), "warn" if held(index) else "busy", name)
     lag = status.lag_seconds
     if lag is not None and lag > late_s:
         return Headline(f"behind, {human_seconds(lag)}", "warn", name)
     if index.backfill is not None:
-        return Headline(f"up to date; {_TITLES[index.backfill.kind]}", "busy", name)
+        return Headline(f"up to date; {_title(index.backfill)}", "warn" if held(index) else "busy", name)
     return Headline(_up_to_date(index, lag), "good", name)
 
 
@@ -130,7 +131,7 @@ def _usual(index: IndexStatus) -> float:
 def _loading(index: IndexStatus) -> str:
     title = "loading" if index.state == "building" else "embedding"
     if index.backfill is not None:
-        title = _TITLES[index.backfill.kind]
+        title = _title(index.backfill)
     if any(one.what == "hnsw" for one in index.progress):
         title = "building the HNSW index"
         parts = [one for one in index.progress if one.what == "hnsw"]
@@ -143,7 +144,11 @@ def _loading(index: IndexStatus) -> str:
     # Rows and vectors are made side by side: the load ends with the later of the two.
     left = [one.eta_s for one in parts if one.eta_s]
     eta = f", {human_seconds(max(left))} left" if left else ""
-    return f"{title} {int(min(known) * 100)}%{eta}"
+    return f"{title}{' at' if held(index) else ''} {int(min(known) * 100)}%{eta}"
+
+
+def _title(load: BackfillStatus) -> str:
+    return _TITLES[load.kind] + (", paused" if load.state == "paused" else "")
 
 
 def _share(part: Progress) -> float | None:

@@ -32,8 +32,13 @@ class Paces:
         return msgspec.structs.replace(status, indexes=indexes)
 
     def _told(self, name: str, index: IndexStatus, at: datetime) -> IndexStatus:
-        timed = [msgspec.structs.replace(one, eta_s=self._eta_s(name, one, at)) for one in index.progress]
-        for key in [key for key in self._seen if key[0] == name and key[1] not in {one.what for one in timed}]:
+        if held(index):  # nobody knows when it goes on
+            timed = [msgspec.structs.replace(one, eta_s=None) for one in index.progress]
+            going_on: set[Work] = set()
+        else:
+            timed = [msgspec.structs.replace(one, eta_s=self._eta_s(name, one, at)) for one in index.progress]
+            going_on = {one.what for one in timed}
+        for key in [key for key in self._seen if key[0] == name and key[1] not in going_on]:
             del self._seen[key]
         return msgspec.structs.replace(index, progress=timed)
 
@@ -48,6 +53,11 @@ class Paces:
         if part.total is None or passed < LEAST_S or done <= 0:
             return part.eta_s
         return round(max(0, part.total - part.done) * passed / done, 1)
+
+
+def held(index: IndexStatus) -> bool:
+    """Say whether somebody paused the load of an index, so that it does not go on by itself."""
+    return index.backfill is not None and index.backfill.state == "paused"
 
 
 def progress(index: IndexStatus, hnsw: tuple[int, int] | None = None) -> list[Progress]:

@@ -26,13 +26,22 @@ A file here imports only from lines above its own.
 
 from __future__ import annotations
 
-from cdcsync.flows.audit.comparison import FAILED
+from cdcsync.flows.audit.comparison import FAILED, EnsureWorker
 from cdcsync.flows.audit.requested import compare_for_ever
 from cdcsync.flows.audit.rolling import RollingAudit
-from cdcsync.flows.audit.verification import Verification, missing_of, repair, require_still_searched, verify
+from cdcsync.flows.audit.verification import (
+    Findings,
+    Verification,
+    missing_of,
+    repair,
+    require_still_searched,
+    verify,
+)
 
 __all__ = [
     "FAILED",
+    "EnsureWorker",
+    "Findings",
     "RollingAudit",
     "Verification",
     "compare_for_ever",

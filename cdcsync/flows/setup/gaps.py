@@ -10,21 +10,54 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from psycopg import sql
+
+from cdcsync.config import Config
 from cdcsync.errors import DecodingFailed, GapError, SourceUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.errors import speaking_of
-from cdcsync.postgres.queries import fetch_row
-from cdcsync.postgres.sessions import Connection
+from cdcsync.postgres.queries import fetch_row, fetch_value
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.source.catalog import SENDS_PREPARED, Slot, read_slot, why_lost
 from cdcsync.source.slot import ServerIdentity, SlotConnection
-from cdcsync.target.pipelines import PipelineState
+from cdcsync.target.pipelines import Pipelines, PipelineState
 from cdcsync.target.requests.history import History
-from cdcsync.target.session import ApplySession
 
 _RESYNC = (
     'set source.on_gap = "resync" to read everything again with a new slot; docs/operations.md, "After a gap",'
     " says what that costs"
 )
+
+
+async def foreseen_gap(config: Config) -> GapError | None:
+    """Return the gap that a worker would find if it started now; nothing is changed.
+
+    :raises SourceUnavailable, TargetUnavailable: a server does not answer now.
+    """
+    schema, name = config.target.schema, config.source.slot
+    async with (
+        await connect(config.source.dsn, "source", application_name="cdcsync check") as source,
+        await connect(config.target.dsn, "target", application_name="cdcsync check") as target,
+        await SlotConnection.connect(config.source.dsn) as slot_connection,
+    ):
+        await refuse_standby(slot_connection, source)
+        # The slot is read before the checkpoint: a worker that runs moves it after that.
+        with speaking_of("source", where=f"slot {name}"):
+            slot = await read_slot(source, name)
+        with speaking_of("target"):
+            table = sql.Identifier(schema, "pipelines").as_string(target)
+            if not await fetch_value(target, "SELECT to_regclass(%s) IS NOT NULL", [table]):
+                return None
+            state = await Pipelines(schema, name).read(target)
+        server = await slot_connection.identify()
+        try:
+            if state is None or state.checkpoint is None:
+                await refuse_forgotten(target, schema, name, list(config.indexes))
+            else:
+                await refuse_gap(slot_connection, state, server, slot, name)
+        except GapError as gap:
+            return gap
+    return None
 
 
 async def refuse_standby(slot_connection: SlotConnection, source: Connection) -> None:
@@ -65,13 +98,13 @@ async def refuse_moved(source: Connection, name: str, checkpoint: Lsn) -> None:
         raise SourceUnavailable("the slot was moved while we connected", where=f"slot {name}")
 
 
-async def refuse_forgotten(session: ApplySession, schema: str, name: str, indexes: Sequence[str]) -> None:
+async def refuse_forgotten(target: Connection, schema: str, name: str, indexes: Sequence[str]) -> None:
     """Refuse indexes that hold rows beside a pipeline without a checkpoint: nobody knows what they have missed.
 
     :raises GapError: there are some.
     """
     with speaking_of("target"):
-        begun = await History(schema).begun(session.connection, indexes)
+        begun = await History(schema).begun(target, indexes)
     if begun:
         raise GapError(
             f"the pipeline has no checkpoint, and the index {', '.join(begun)} was loaded before: the checkpoint was"
@@ -121,7 +154,9 @@ async def refuse_gap(
         )
     if slot.wal_status == "lost":
         raise GapError(
-            f"the replication slot has lost WAL that it still needed ({why_lost(slot)})", where=where, hint=_RESYNC
+            f"the server has removed WAL that the replication slot still needed ({why_lost(slot)})",
+            where=where,
+            hint=_RESYNC,
         )
     if slot.two_phase:
         raise GapError(f"the replication slot {SENDS_PREPARED}", where=where, hint=_RESYNC)

@@ -175,7 +175,7 @@ async def refuse_early(source: Connection, session: ApplySession, config: Config
     if config.source.on_gap == "resync":
         return
     if state.checkpoint is None:
-        await refuse_forgotten(session, config.target.schema, config.source.slot, list(config.indexes))
+        await refuse_forgotten(session.connection, config.target.schema, config.source.slot, list(config.indexes))
         return
     async with await SlotConnection.connect(config.source.dsn) as slot_connection:
         await refuse_standby(slot_connection, source)
@@ -210,7 +210,7 @@ async def starting_point(
         slot = await read_slot(source, name)
     try:
         if state.checkpoint is None:
-            await refuse_forgotten(session, config.target.schema, name, indexes)
+            await refuse_forgotten(session.connection, config.target.schema, name, indexes)
         else:
             await refuse_gap(slot_connection, state, server, slot, name)
         if stuck is not None:

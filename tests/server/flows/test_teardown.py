@@ -9,6 +9,8 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
+from cdcsync.flows.teardown import _unpublish
+from cdcsync.postgres.sessions import connect
 from tests.support.configs import configuration
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
@@ -299,6 +301,37 @@ def test_an_index_that_left_the_configuration_is_unfollowed_says_so_and_can_be_d
     # The other index goes on.
     source.execute("UPDATE articles SET title = 'after'")
     pipeline.in_step("articles")
+
+
+@pytest.mark.parametrize(
+    ("statement", "reason"),
+    [
+        ("CREATE PUBLICATION cdcsync FOR ALL TABLES", "the publication sends all tables"),
+        (
+            "CREATE PUBLICATION cdcsync FOR TABLE public.articles, public.notes, public.elsewhere",
+            "also sends public.elsewhere",
+        ),
+        ("CREATE PUBLICATION cdcsync FOR TABLE public.notes", "it is the last one there"),
+        (
+            "CREATE PUBLICATION cdcsync FOR TABLE public.articles, public.notes; SET ROLE pg_monitor",
+            "belongs to another role",
+        ),
+    ],
+    ids=["all tables", "another table", "the last table", "another role"],
+)
+async def test_a_table_stays_in_the_publication_for_the_reason_that_is_told(
+    database: Database, make_pipeline: Callable[[str], Pipeline], statement: str, reason: str
+) -> None:
+    for table in ("articles", "notes", "elsewhere"):
+        database.execute(f"CREATE TABLE {table} (id bigint PRIMARY KEY, title text)")
+    config = make(make_pipeline, database, database).config
+    async with await connect(database.dsn, "source", application_name="tests") as source:
+        for part in statement.split("; "):
+            await source.execute(part.encode())
+        step = await _unpublish(source, config, "public.notes", {"public.articles"})
+    assert step.outcome == "kept"
+    assert reason in (step.note or "")
+    assert 'DROP TABLE "public"."notes"' in (step.note or "")
 
 
 def test_an_index_that_comes_back_into_the_configuration_is_read_again(

@@ -49,6 +49,13 @@ def fresh(p50_s: float) -> Freshness:
 
 
 ROWS = Progress("rows", 50, 100, 30.0)
+HELD = Progress("rows", 50, 100, None)
+
+
+def paused(load: BackfillStatus) -> BackfillStatus:
+    return msgspec.structs.replace(load, state="paused")
+
+
 LOAD = BackfillStatus(1, "initial", "running", "rows", 50, 100, 1.0, 30.0)
 REPLAY = BackfillStatus(1, "replay", "running", "rows", 5, None, None, None)
 
@@ -72,6 +79,9 @@ REPLAY = BackfillStatus(1, "replay", "running", "rows", 5, None, None, None)
         ),
         (index(backlog=5, progress=[Progress("vectors", 4, 9, 5.0)]), "embedding 44%, 5.0 s left", "busy"),
         (index(backfill=REPLAY), "up to date; replay", "busy"),
+        (index(backfill=paused(REPLAY)), "up to date; replay, paused", "warn"),
+        (index(backfill=paused(REPLAY), progress=[HELD]), "replay, paused at 50%", "warn"),
+        (index(state="building", backfill=paused(LOAD), progress=[HELD]), "loading, paused at 50%", "warn"),
         (index(state="paused", reason="no column x"), "paused: no column x", "bad"),
         (index(state="absent", reason="not set up yet"), "not set up yet", "bad"),
     ],

@@ -55,8 +55,9 @@ def test_the_build_of_the_hnsw_index_is_a_part_of_the_load() -> None:
     assert parts[-1] == Progress("hnsw", 70, 100)
 
 
-def reading(at_s: float, done: int, total: int | None = 1_000) -> Status:
-    one = msgspec.structs.replace(index("building"), progress=[Progress("vectors", done, total)])
+def reading(at_s: float, done: int, total: int | None = 1_000, state: Any = "running") -> Status:
+    backfill = msgspec.structs.replace(load(done, total), state=state)
+    one = msgspec.structs.replace(index("building", backfill=backfill), progress=[Progress("vectors", done, total)])
     worker = WorkerStatus("w", True, None)
     return Status(
         *(1, NOW + timedelta(seconds=at_s), "p", "p", None, None, None, None, None, worker, {"a": one}, []),
@@ -81,6 +82,16 @@ def test_a_load_that_begins_anew_has_no_rate_yet() -> None:
     left(paces, reading(0, 0))
     left(paces, reading(10, 500))
     assert left(paces, reading(11, 3)) is None
+
+
+def test_a_load_that_somebody_paused_has_no_time_left_and_no_rate_when_it_goes_on() -> None:
+    paces = Paces()
+    left(paces, reading(0, 0))
+    assert left(paces, reading(10, 100)) == 90.0
+    for at_s in range(11, 400, 20):
+        assert left(paces, reading(at_s, 100, state="paused")) is None
+    assert left(paces, reading(401, 100)) is None
+    assert left(paces, reading(411, 200)) == 80.0
 
 
 def test_without_an_end_there_is_no_time_left() -> None:
