@@ -143,7 +143,7 @@ def test_a_slot_that_loses_its_wal_under_a_worker_is_a_gap(
         lose_wal(pipeline)
 
     assert worker.wait(timeout=PATIENCE_S) == 1
-        assert "has removed WAL" in " ".join(pipeline.tail().split())
+    assert "has removed WAL" in " ".join(pipeline.tail().split())
     assert indexed(pipeline) == before
 
 
