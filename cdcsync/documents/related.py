@@ -36,7 +36,9 @@ VIA = "via"
 TEXT, ROWS, PLACE = "cdcsync text", "cdcsync rows", "cdcsync place"
 """Names of our own in the statement, which no column of a related table is likely to have."""
 
-_WORD = re.compile(r"\w+")
+_WORD = re.compile(r"[\w$]+")
+
+_QUOTED = re.compile(r'"((?:[^"]|"")+)"')
 
 ONE = "."
 """Stands between a relation's name and the column of its only row."""
@@ -241,11 +243,20 @@ def columns_read(related: Iterable[RelatedRows]) -> dict[QualifiedName, tuple[st
     found: dict[QualifiedName, list[str]] = {}
     for top in related:
         for one in top.walk():
-            words = _WORD.findall(f"{one.where} {one.order_by}")
+            words = _names(f"{one.where} {one.order_by}")
             for at, step in enumerate(one.steps):
                 theirs = [their for _, their in one.steps[at + 1].on] if at + 1 < len(one.steps) else one.needed
                 found.setdefault(step.table, []).extend([*step.columns, *theirs, *words])
     return {table: tuple(dict.fromkeys(columns)) for table, columns in found.items()}
+
+
+def _names(sql: str) -> Iterator[str]:
+    """Return what may be the name of a column in a piece of SQL, as names are read: folded, or between quotes."""
+    for word in _WORD.findall(sql):
+        yield word
+        yield "".join(letter.lower() if letter.isascii() else letter for letter in word)
+    for quoted in _QUOTED.findall(sql):
+        yield quoted.replace('""', '"')
 
 
 def computed_columns(related: Iterable[RelatedRows]) -> dict[str, str]:

@@ -16,7 +16,7 @@ import msgspec
 from cdcsync.config import QualifiedName
 from cdcsync.documents.related import Facts, RelatedRows, Step, TableFacts
 from cdcsync.errors import SchemaChanged
-from cdcsync.model.rows import AGAIN, Shape, picker, positions_in
+from cdcsync.model.rows import AGAIN, Row, Shape, fill, picker, positions_in
 from cdcsync.pgoutput.messages import TOO_LARGE, UNCHANGED, Relation, Tuple
 
 Values = tuple[str, ...]
@@ -140,22 +140,26 @@ class LinkProjection:
 
     def inserted(self, new: Tuple, xid: int, lsn: int) -> Touch:
         """Return what an INSERT touches."""
-        return self._touch((new,), xid, lsn)
+        return self._touch((self._values(new),), xid, lsn)
 
     def updated(self, old_kind: str | None, old: Tuple | None, new: Tuple, xid: int, lsn: int) -> Touch:
         """Return what an UPDATE touches; without an old tuple the columns, which the identity covers, are unchanged."""
-        return self._touch((new,) if old is None else (old, new), xid, lsn)
+        after = self._values(new)
+        if old is None:
+            return self._touch((after,), xid, lsn)
+        before = self._values(old)
+        return self._touch((before, fill(after, before)), xid, lsn)
 
     def deleted(self, old: Tuple, xid: int, lsn: int) -> Touch:
         """Return what a DELETE touches."""
-        return self._touch((old,), xid, lsn)
+        return self._touch((self._values(old),), xid, lsn)
 
     def truncated(self, xid: int, lsn: int) -> Touch:
         """Return what a TRUNCATE touches."""
         return Touch(self.shape, self._link.place, None, xid, lsn)
 
-    def _touch(self, rows: Sequence[Tuple], xid: int, lsn: int) -> Touch:
-        found = dict.fromkeys(self._values(row) for row in rows)
+    def _touch(self, places: Sequence[Row], xid: int, lsn: int) -> Touch:
+        found = dict.fromkeys(places)
         if any(TOO_LARGE in values for values in found):
             raise SchemaChanged(
                 f"a value of the columns ({', '.join(self._link.columns)}) is larger than a sixteenth of the worker's"
@@ -166,16 +170,13 @@ class LinkProjection:
                 passing=True,
             )
         if any(UNCHANGED in values for values in found):
-            if len(found) == 1:
-                raise SchemaChanged(
-                    f"a change arrived without the columns ({', '.join(self._link.columns)})",
-                    index=self._link.index,
-                    where=str(self._link.table),
-                    hint=f"ALTER TABLE {self._link.table} REPLICA IDENTITY FULL; {AGAIN}",
-                    passing=True,
-                )
-            # The old row tells what the new one has left out.
-            found = {values: None for values in found if UNCHANGED not in values}
+            raise SchemaChanged(
+                f"a change arrived without the columns ({', '.join(self._link.columns)})",
+                index=self._link.index,
+                where=str(self._link.table),
+                hint=f"ALTER TABLE {self._link.table} REPLICA IDENTITY FULL; {AGAIN}",
+                passing=True,
+            )
         # A row with NULL there belongs nowhere.
         known = tuple(values for values in found if None not in values)
         return Touch(self.shape, self._link.place, known, xid, lsn)  # type: ignore[arg-type]

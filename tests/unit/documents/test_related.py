@@ -49,6 +49,22 @@ def test_a_relation_needs_what_its_text_and_the_relations_within_it_read() -> No
     assert read[QualifiedName("public", "people")] == ("id", "name")
 
 
+@pytest.mark.parametrize(
+    ("where", "order_by", "columns"),
+    [
+        ("NOT Hidden", "RANK DESC", {"hidden", "rank"}),
+        ('NOT "is bad"', '"Second Rank", "a""b"', {"is bad", "Second Rank", 'a"b'}),
+        ("price$ > 0 AND \u00c4B", "id", {"price$", "\u00c4b", "id"}),
+    ],
+)
+def test_columns_of_a_condition_or_order_are_found_as_postgresql_reads_names(
+    where: str, order_by: str, columns: set[str]
+) -> None:
+    settings = {"text": "{body}", "where": where, "order_by": order_by}
+    (made,) = make_related({"comments": relation(**settings)}, ["comments"], [], where=WHERE)
+    assert columns <= set(columns_read([made])[COMMENTS])
+
+
 def test_whatever_decides_the_text_is_part_of_the_definition() -> None:
     def definition(**keys: object) -> str:
         (made,) = make_related({"comments": relation(**({"text": "{body}"} | keys))}, ["comments"], [], where=WHERE)

@@ -95,6 +95,8 @@ def test_a_truncate_touches_every_document(projection: LinkProjection) -> None:
 
 def test_what_a_new_row_leaves_out_is_as_in_the_old_one(projection: LinkProjection) -> None:
     assert projection.updated("O", ("9", "1", "t", "a"), ("9", UNCHANGED, "t", "a"), 7, 8).values == (("1", "a"),)
+    moved = projection.updated("O", ("9", "1", "t", "a"), ("9", UNCHANGED, "t", "b"), 7, 8)
+    assert moved.values == (("1", "a"), ("1", "b")), "the place where the row is now is touched too"
     with pytest.raises(SchemaChanged, match="without the columns"):
         projection.updated(None, None, ("9", UNCHANGED, "t", "a"), 7, 8)
 
