@@ -243,7 +243,7 @@ def columns_read(related: Iterable[RelatedRows]) -> dict[QualifiedName, tuple[st
     found: dict[QualifiedName, list[str]] = {}
     for top in related:
         for one in top.walk():
-            words = _names(f"{one.where} {one.order_by}")
+            words = list(_names(f"{one.where} {one.order_by}"))
             for at, step in enumerate(one.steps):
                 theirs = [their for _, their in one.steps[at + 1].on] if at + 1 < len(one.steps) else one.needed
                 found.setdefault(step.table, []).extend([*step.columns, *theirs, *words])

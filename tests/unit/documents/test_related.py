@@ -63,6 +63,12 @@ def test_columns_of_a_condition_or_order_are_found_as_postgresql_reads_names(
     settings = {"text": "{body}", "where": where, "order_by": order_by}
     (made,) = make_related({"comments": relation(**settings)}, ["comments"], [], where=WHERE)
     assert columns <= set(columns_read([made])[COMMENTS])
+    between = {"table": "between", "on": {"a": "id"}}
+    (made,) = make_related({"comments": relation(**settings, via=between)}, ["comments"], [], where=WHERE)
+    read = columns_read([made])
+    assert len(read) == 2
+    for found in read.values():
+        assert columns <= set(found), "the condition may name columns of both tables"
 
 
 def test_whatever_decides_the_text_is_part_of_the_definition() -> None:
