@@ -11,6 +11,7 @@ Source: PostgreSQL, "Replication Management Functions", "DROP PUBLICATION", "Dep
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 import msgspec
@@ -222,18 +223,28 @@ async def _drop_publication(
     ours = {str(table) for index in config.indexes.values() for table in index.followed} | set(belongings.source_tables)
     if sharing:
         return Step(what, "kept", f"the pipeline {', '.join(sharing)} uses it too")
-    if publication.all_tables:
-        return Step(what, "kept", f"it sends all tables, so cdcsync did not make it; {by_hand}")
-    with speaking_of("source", where=what):
-        ours = await single_names(source, ours)
-        others = sorted(str(table) for table in await published_names(source, name) if str(table) not in ours)
-    if others:
-        return Step(what, "kept", f"it also sends {', '.join(others[:3])}, which is not indexed; {by_hand}")
-    if not publication.owned:
-        return Step(what, "kept", f"it belongs to another role; {by_hand}")
+    others: set[str] = set()
+    if not publication.all_tables:
+        with speaking_of("source", where=what):
+            ours = await single_names(source, ours)
+            others = {str(table) for table in await published_names(source, name)} - set(ours)
+    if (why := _not_ours(publication, others)) is not None:
+        return Step(what, "kept", f"it {why}; {by_hand}")
     with speaking_of("source", where=what):
         await source.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(name)))
     return Step(what, "dropped")
+
+
+def _not_ours(publication: Publication, others: Collection[str]) -> str | None:
+    """Say in a predicate why a publication is not changed; None if it may be.
+
+    :param others: the tables in it that nothing of this pipeline is about.
+    """
+    if publication.all_tables:
+        return "sends all tables, so cdcsync did not make it"
+    if others:
+        return f"also sends {', '.join(sorted(others)[:3])}, which is not indexed"
+    return None if publication.owned else "belongs to another role"
 
 
 async def _unpublish(source: Connection, config: Config, table: str, others: set[str]) -> Step:
@@ -250,16 +261,9 @@ async def _unpublish(source: Connection, config: Config, table: str, others: set
         statement = sql.SQL("ALTER PUBLICATION {} DROP TABLE {}").format(
             sql.Identifier(name), sql.Identifier(listed[table].schema, listed[table].name)
         )
-        why = None
-        if publication.all_tables:
-            why = "the publication sends all tables, so cdcsync did not make it"
-        elif strange := sorted(listed.keys() - others - {table}):
-            why = f"the publication also sends {', '.join(strange[:3])}, which is not indexed"
-        elif not publication.owned:
-            why = "the publication belongs to another role"
-        elif len(listed) == 1:
-            why = "it is the last one there"
-        if why is not None:
+        foreign = _not_ours(publication, listed.keys() - others - {table})
+        if foreign is not None or len(listed) == 1:
+            why = "it is the last one there" if foreign is None else f"the publication {foreign}"
             return Step(what, "kept", f"{why}; if nothing needs it, as its owner: {statement.as_string(source)}")
         try:
             await source.execute(statement)

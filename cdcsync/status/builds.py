@@ -8,6 +8,9 @@ from typing import cast
 import msgspec
 
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.names import Names
+from cdcsync.target.entries import Entry
+from cdcsync.target.generations import Generation
 
 
 class Build(msgspec.Struct, frozen=True):
@@ -42,6 +45,21 @@ async def read_builds(target: Connection, schema: str) -> dict[str, Build]:
         cast(str, name): Build((done, total) if total else None, pid)
         for name, done, total, pid in await cursor.fetchall()
     }
+
+
+def index_waits(entry: Entry, builds: Builds) -> str | None:
+    """Return why what searches of an index need cannot be built right now, and how to help."""
+    names = _bare(entry)
+    return waits(builds, [names.settled_name(entry.generation), names.chunks_name], entry.reason)
+
+
+def generation_waits(entry: Entry, one: Generation, builds: Builds) -> str | None:
+    """Return why a generation of an index cannot be filled or built right now, or else what was noted of it."""
+    return waits(builds, [_bare(entry).settled_name(one.generation)], one.reason)
+
+
+def _bare(entry: Entry) -> Names:
+    return Names("", entry.relations)  # names without their schema need none
 
 
 def waits(builds: Builds, tables: Iterable[str], noted: str | None) -> str | None:

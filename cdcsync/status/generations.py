@@ -9,7 +9,7 @@ import msgspec
 from cdcsync.config.differences import KeyChange, contents_of, differences
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
-from cdcsync.status.builds import Builds, waits
+from cdcsync.status.builds import Builds, generation_waits, index_waits
 from cdcsync.status.counting import count_index
 from cdcsync.target import evaluations
 from cdcsync.target.ddl.names import Names
@@ -77,9 +77,8 @@ async def read_generations(
     found = []
     for one in generations:
         of = other if other is not None and one.of_other_chunks else entry
-        tables = [Names(schema, of.relations).settled_name(one.generation)]
         status = await _read(connection, schema, of, one, live=one.generation == entry.generation, evaluated=evaluated)
-        status = msgspec.structs.replace(status, reason=waits(builds, tables, one.reason))
+        status = msgspec.structs.replace(status, reason=generation_waits(of, one, builds))
         if other is not None and of is other:
             load = await History(schema).last_load(connection, other.name)
             share = None if load is None or not load.rows_total else min(1.0, load.rows_done / load.rows_total)
@@ -90,7 +89,7 @@ async def read_generations(
                 state=_state_beside(other, status.state),
                 failed_documents=left_out.at_least,
                 own_chunks=[str(change) for change in _unlike(entry, other)],
-                reason=waits(builds, [*tables, Names(schema, of.relations).chunks_name], other.reason) or one.reason,
+                reason=index_waits(other, builds) or one.reason,
             )
         found.append(status)
     return found

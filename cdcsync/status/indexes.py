@@ -12,7 +12,7 @@ from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import own_name
 from cdcsync.errors import CdcsyncError
 from cdcsync.postgres.sessions import Connection
-from cdcsync.status.builds import Build, Builds, read_builds, waits
+from cdcsync.status.builds import Build, Builds, generation_waits, index_waits, read_builds
 from cdcsync.status.counting import count_index
 from cdcsync.status.generations import hindrance, read_generations
 from cdcsync.status.model import (
@@ -182,7 +182,7 @@ async def _read_index(
             entry,
             other,
             (noted.left_out or {}).get(other.name, Listed()),
-            _waits(other, noted.builds),
+            index_waits(other, noted.builds),
         )
     live = next((one for one in own if one.generation == generation), None)
     if live is not None and live.embedder is not None:
@@ -191,7 +191,7 @@ async def _read_index(
     if entry.pause is not None:
         problems.append(f"index {name} is paused: {entry.pause}")
     if entry.state == "building":
-        status = msgspec.structs.replace(status, reason=_waits(entry, noted.builds))
+        status = msgspec.structs.replace(status, reason=index_waits(entry, noted.builds))
         if status.reason is not None:
             problems.append(f"index {name} waits to be built: {status.reason}")
     stem = entry.relations
@@ -238,12 +238,6 @@ async def _counted(
     return msgspec.structs.replace(status, progress=progress(status, built.blocks))
 
 
-def _waits(entry: Entry, builds: Builds) -> str | None:
-    """Return why what searches of an index need cannot be built right now, and how to help."""
-    names = Names("", entry.relations)
-    return waits(builds, [names.settled_name(entry.generation), names.chunks_name], entry.reason)
-
-
 def _of_other_generations(
     config: Config, entry: Entry, generations: Sequence[Generation], builds: Builds
 ) -> Iterator[str]:
@@ -258,8 +252,7 @@ def _of_other_generations(
             )
         if one.of_other_chunks:
             continue
-        reason = waits(builds, [Names("", entry.relations).settled_name(one.generation)], one.reason)
-        if reason is not None:
+        if (reason := generation_waits(entry, one, builds)) is not None:
             give_up = f"; to give it up: cdcsync migrate {name} drop" if one.state == "filling" else ""
             yield f"index {name}: {hindrance(one.generation, one.state, reason)}{give_up}"
     if names.get(live) not in (None, wanted) and wanted not in names.values():

@@ -32,12 +32,9 @@ class Paces:
         return msgspec.structs.replace(status, indexes=indexes)
 
     def _told(self, name: str, index: IndexStatus, at: datetime) -> IndexStatus:
-        if held(index):  # nobody knows when it goes on
-            timed = [msgspec.structs.replace(one, eta_s=None) for one in index.progress]
-            going_on: set[Work] = set()
-        else:
-            timed = [msgspec.structs.replace(one, eta_s=self._eta_s(name, one, at)) for one in index.progress]
-            going_on = {one.what for one in timed}
+        # Nobody knows when a paused load will continue.
+        going_on = {} if held(index) else {one.what: self._eta_s(name, one, at) for one in index.progress}
+        timed = [msgspec.structs.replace(one, eta_s=going_on.get(one.what)) for one in index.progress]
         for key in [key for key in self._seen if key[0] == name and key[1] not in going_on]:
             del self._seen[key]
         return msgspec.structs.replace(index, progress=timed)
@@ -56,7 +53,7 @@ class Paces:
 
 
 def held(index: IndexStatus) -> bool:
-    """Say whether somebody paused the load of an index, so that it does not go on by itself."""
+    """Say whether somebody paused the load of an index: it continues only when somebody resumes it."""
     return index.backfill is not None and index.backfill.state == "paused"
 
 

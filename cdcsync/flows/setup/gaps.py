@@ -38,9 +38,7 @@ async def foreseen_gap(config: Config) -> GapError | None:
     async with (
         await connect(config.source.dsn, "source", application_name="cdcsync check") as source,
         await connect(config.target.dsn, "target", application_name="cdcsync check") as target,
-        await SlotConnection.connect(config.source.dsn) as slot_connection,
     ):
-        await refuse_standby(slot_connection, source)
         # The slot is read before the checkpoint: a worker that runs moves it after that.
         with speaking_of("source", where=f"slot {name}"):
             slot = await read_slot(source, name)
@@ -49,15 +47,28 @@ async def foreseen_gap(config: Config) -> GapError | None:
             if not await fetch_value(target, "SELECT to_regclass(%s) IS NOT NULL", [table]):
                 return None
             state = await Pipelines(schema, name).read(target)
-        server = await slot_connection.identify()
         try:
-            if state is None or state.checkpoint is None:
-                await refuse_forgotten(target, schema, name, list(config.indexes))
-            else:
-                await refuse_gap(slot_connection, state, server, slot, name)
+            await refuse_gaps(source, target, state, slot, config)
         except GapError as gap:
             return gap
     return None
+
+
+async def refuse_gaps(
+    source: Connection, target: Connection, state: PipelineState | None, slot: Slot | None, config: Config
+) -> None:
+    """Refuse every gap, over a replication connection of its own where there is a checkpoint.
+
+    :raises GapError: there is one.
+    """
+    name = config.source.slot
+    if state is None or state.checkpoint is None:
+        await refuse_forgotten(target, config.target.schema, name, list(config.indexes))
+        return
+    async with await SlotConnection.connect(config.source.dsn) as slot_connection:
+        await refuse_standby(slot_connection, source)
+        server = await slot_connection.identify()
+        await refuse_gap(slot_connection, state, server, slot, name)
 
 
 async def refuse_standby(slot_connection: SlotConnection, source: Connection) -> None:

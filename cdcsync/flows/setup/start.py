@@ -15,7 +15,7 @@ import structlog
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse, TablesChanged
-from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_standby, refuse_undecodable
+from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_gaps, refuse_standby, refuse_undecodable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import LOCKED_OUT, first_line, speaking_of
@@ -174,15 +174,9 @@ async def refuse_early(source: Connection, session: ApplySession, config: Config
     state = await session.state()
     if config.source.on_gap == "resync":
         return
-    if state.checkpoint is None:
-        await refuse_forgotten(session.connection, config.target.schema, config.source.slot, list(config.indexes))
-        return
-    async with await SlotConnection.connect(config.source.dsn) as slot_connection:
-        await refuse_standby(slot_connection, source)
-        server = await slot_connection.identify()
-        with speaking_of("source", where=f"slot {config.source.slot}"):
-            slot = await read_slot(source, config.source.slot)
-        await refuse_gap(slot_connection, state, server, slot, config.source.slot)
+    with speaking_of("source", where=f"slot {config.source.slot}"):
+        slot = await read_slot(source, config.source.slot)
+    await refuse_gaps(source, session.connection, state, slot, config)
 
 
 async def starting_point(

@@ -61,7 +61,7 @@ async def build_search(
         return False
     names = Names(schema, spec.relations)
     method = sql.SQL("gin (search)")
-    return await _build(connection, schema, names.search_name, _chunks(spec), method, spec, patience_s)
+    return await _build(connection, schema, names.search_name, names.chunks_name, method, spec, patience_s)
 
 
 async def keep_bm25(connection: Connection, schema: str, spec: IndexSpec, *, patience_s: float | None = None) -> bool:
@@ -79,14 +79,14 @@ async def keep_bm25(connection: Connection, schema: str, spec: IndexSpec, *, pat
         return False
     # One that is not valid is left to whoever builds it, if anybody does, or to our own build.
     if built_with or (built_with is not None and wanted is None):
-        await _others_through(connection, sql.Identifier(schema, _chunks(spec)), patience_s)
-        await _see_it_is_free(connection, QualifiedName(schema, _chunks(spec)), patience_s)
+        await _others_through(connection, sql.Identifier(schema, names.chunks_name), patience_s)
+        await _see_it_is_free(connection, QualifiedName(schema, names.chunks_name), patience_s)
         await connection.execute(
             sql.SQL("DROP INDEX CONCURRENTLY IF EXISTS {}").format(sql.Identifier(schema, names.bm25_name))
         )
         crash_point("outdated BM25 index dropped")
     if wanted is not None:
-        await _build(connection, schema, names.bm25_name, _chunks(spec), wanted.method, spec, patience_s)
+        await _build(connection, schema, names.bm25_name, names.chunks_name, wanted.method, spec, patience_s)
     return True
 
 
@@ -102,10 +102,6 @@ async def build_hnsw(connection: Connection, schema: str, spec: IndexSpec, *, pa
     method = await hnsw_method(connection, spec)
     settled = names.settled_name(spec.generation)
     return await _build(connection, schema, names.hnsw_name(spec.generation), settled, method, spec, patience_s)
-
-
-def _chunks(spec: IndexSpec) -> str:
-    return f"{spec.relations}_chunks"
 
 
 async def hnsw_method(connection: Connection, spec: IndexSpec) -> sql.Composed:
