@@ -89,12 +89,14 @@ class Pipelines:
         )
 
     async def read(self, connection: Connection) -> PipelineState | None:
-        """Return the stored state, None when the pipeline was never set up here."""
+        """Return the stored state, None when the pipeline was never set up here; earlier tables tell it, too."""
         row = await fetch_row(
             connection,
+            # `ahead` and `commits` are looked up by name in the row: before version 2 there were no such columns.
             sql.SQL(
-                "SELECT checkpoint::text, ahead::text, commits, system_identifier, timeline, fence, worker,"
-                " commit_time, caught_up_at, updated_at FROM {} WHERE slot = %s"
+                "SELECT checkpoint::text, to_jsonb(p) ->> 'ahead', coalesce((to_jsonb(p) ->> 'commits')::bigint, 0),"
+                " system_identifier, timeline, fence, worker, commit_time, caught_up_at, updated_at"
+                " FROM {} AS p WHERE slot = %s"
             ).format(self._table),
             [self._slot],
         )

@@ -84,6 +84,21 @@ def test_an_upgrade_keeps_position_texts_and_vectors_and_follows_what_changed_me
     until(lambda: counted in earlier.metrics(), lambda: str([one for one in earlier.metrics() if "embed_texts" in one]))
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("SELECT pg_drop_replication_slot(slot) FROM cdcsync.pipelines", "the replication slot is gone"),
+        ("UPDATE cdcsync.pipelines SET checkpoint = NULL", "the checkpoint was removed"),
+    ],
+)
+def test_a_gap_is_told_before_an_upgrade(earlier: Pipeline, damage: str, said: str) -> None:
+    earlier.target.execute(damage.encode())
+    for command, code in (("check", 2), ("plan", 2), ("run", 1)):
+        done = earlier.command(command)
+        assert done.returncode == code
+        assert said in " ".join((done.stdout + done.stderr).split())
+
+
 def test_an_upgrade_that_is_killed_before_it_commits_has_changed_nothing(earlier: Pipeline) -> None:
     def catalog() -> list[tuple[object, ...]]:
         return earlier.target.execute(

@@ -25,18 +25,21 @@ from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
 
-CHUNKS = "cdcsync.articles_chunks"
+CHUNKS, VECTORS = "cdcsync.articles_chunks", "cdcsync.articles_vectors_1"
 OF = f"chunk_id IN (SELECT chunk_id FROM {CHUNKS} WHERE id"
 
 DAMAGE = {
     "missing": f"DELETE FROM {CHUNKS} WHERE id IN (5, 6)",
     "stale": f"UPDATE {CHUNKS} SET document_hash = '\\x00' WHERE id = 7",
-    "orphaned": f"INSERT INTO {CHUNKS} (id, tenant, chunk_no, chunk_total, content, content_hash, document_hash,"
-    f" commit_lsn) SELECT 1000, tenant, chunk_no, chunk_total, content, content_hash, document_hash, commit_lsn"
-    f" FROM {CHUNKS} WHERE id = 8",
+    # With its vector, as it would otherwise be found for that, if the comparison has just looked for orphans.
+    "orphaned": f"WITH added AS (INSERT INTO {CHUNKS} (id, tenant, chunk_no, chunk_total, content, content_hash,"
+    f" document_hash, commit_lsn) SELECT 1000, tenant, chunk_no, chunk_total, content, content_hash, document_hash,"
+    f" commit_lsn FROM {CHUNKS} WHERE id = 8 RETURNING chunk_id, content_hash)"
+    f" INSERT INTO {VECTORS} (chunk_id, content_hash, embedding) SELECT added.chunk_id, content_hash, embedding"
+    f" FROM added, (SELECT embedding FROM {VECTORS} WHERE {OF} = 8)) AS v",
     "carried": f"UPDATE {CHUNKS} SET tenant = tenant + 1 WHERE id = 9",
     "damaged": f"UPDATE {CHUNKS} SET content = 'tampered' WHERE id = 10",
-    "vector_missing": f"DELETE FROM cdcsync.articles_vectors_1 WHERE {OF} = 11)",
+    "vector_missing": f"DELETE FROM {VECTORS} WHERE {OF} = 11)",
     "vectors_orphaned": f"DELETE FROM {CHUNKS} WHERE id = 12",
 }
 
@@ -142,7 +145,7 @@ def test_a_text_that_was_given_up_is_not_tried_again_and_the_index_is_proven_equ
 ) -> None:
     pipeline = audited(make_database, make_simple)
     with pipeline.target.transaction():
-        pipeline.target.execute(f"DELETE FROM cdcsync.articles_vectors_1 WHERE {OF} = 11)".encode())
+        pipeline.target.execute(f"DELETE FROM {VECTORS} WHERE {OF} = 11)".encode())
         pipeline.target.execute(
             "INSERT INTO cdcsync.articles_backlog (generation, chunk_id, content_hash, lane, attempts, error)"
             f" SELECT 1, chunk_id, content_hash, 0, 8, 'refused' FROM {CHUNKS} WHERE id = 11".encode()
