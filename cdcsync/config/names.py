@@ -27,6 +27,9 @@ BESIDE = "~other"
 """How the name of the index ends that stands beside another one, with chunks of its own; see docs/decisions/0012. No
 name in a configuration has such a letter."""
 
+WHOLE_ROW = "*"
+"""Stands among the columns that a condition reads for the row as a whole, with every column that it will have."""
+
 _RESERVED = """
     all analyse analyze and any array as asc asymmetric authorization binary both case cast check collate collation
     column concurrently constraint create cross current_catalog current_date current_role current_schema

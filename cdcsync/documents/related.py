@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import msgspec
 
 from cdcsync.config import QualifiedName, Related
-from cdcsync.config.names import MAX_NAME_BYTES
+from cdcsync.config.names import MAX_NAME_BYTES, WHOLE_ROW
 from cdcsync.config.names import quote as _name
 from cdcsync.documents.templates import Template, sql_text
 from cdcsync.errors import ConfigError
@@ -66,13 +66,13 @@ class TableFacts(msgspec.Struct, frozen=True):
     """Facts about a related table from the catalog, for the statement.
 
     :ivar key: the columns that identify a row; none if nothing does.
-    :ivar readable: the columns that the role may read.
+    :ivar columns: the columns that statements may use, and the role may read: what `columns_read` names, and the key.
     :ivar row_filter: the condition of the rows that the publication sends.
     :ivar types: of the columns, as format_type prints them.
     """
 
     key: tuple[str, ...] = ()
-    readable: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     row_filter: str | None = None
     types: dict[str, str] = {}
 
@@ -217,7 +217,7 @@ class RelatedRows(msgspec.Struct, frozen=True):
         if not apart:
             return f"{tables} WHERE {belongs}"
         name = _id(self.name)
-        columns = ", ".join(f"{name}.{_id(column)}" for column in known.readable)
+        columns = ", ".join(f"{name}.{_id(column)}" for column in known.columns)
         # No planner moves a condition over OFFSET.
         rows = f"SELECT * FROM (SELECT {columns} FROM {tables} WHERE {belongs} OFFSET 0) AS t WHERE ({self.where})"
         return f"({rows}) AS {name}"
@@ -238,12 +238,15 @@ class RelatedRows(msgspec.Struct, frozen=True):
 def columns_read(related: Iterable[RelatedRows]) -> dict[QualifiedName, tuple[str, ...]]:
     """Return by table the names of what is read of it, some of which may be none of its columns.
 
-    Conditions and orders are the user's: whatever word of theirs is a column's name counts as that column.
+    Conditions and orders are the user's: whatever word of theirs is a column's name counts as that column, and what may
+    be the name of the row as all columns (`WHOLE_ROW`).
     """
     found: dict[QualifiedName, list[str]] = {}
     for top in related:
         for one in top.walk():
             words = list(_names(f"{one.where} {one.order_by}"))
+            if _names_row(one.where, "t") or any(_names_row(one.order_by, alias) for alias in (one.name, VIA)):
+                words.append(WHOLE_ROW)
             for at, step in enumerate(one.steps):
                 theirs = [their for _, their in one.steps[at + 1].on] if at + 1 < len(one.steps) else one.needed
                 found.setdefault(step.table, []).extend([*step.columns, *theirs, *words])
@@ -257,6 +260,12 @@ def _names(sql: str) -> Iterator[str]:
         yield "".join(letter.lower() if letter.isascii() else letter for letter in word)
     for quoted in _QUOTED.findall(sql):
         yield quoted.replace('""', '"')
+
+
+def _names_row(sql: str, alias: str) -> bool:
+    """Say whether a piece of SQL may read a row as a whole, by what the statement calls its table: `t` or `t.*`."""
+    name = f"(?:{re.escape(alias)}|{re.escape(_id(alias))})"
+    return re.search(rf"""(?<![\w$."]){name}(?![\w$"])(?!\s*\.\s*[^\s*])""", sql, re.IGNORECASE) is not None
 
 
 def computed_columns(related: Iterable[RelatedRows]) -> dict[str, str]:
@@ -349,7 +358,7 @@ def _rows_of(table: QualifiedName, alias: str, facts: Facts, where: str = "") ->
     if not conditions:
         return f"{_id(table.schema)}.{_id(table.name)} AS {_id(alias)}"
     # Apart, so that the conditions' names can be those of no other table.
-    columns = ", ".join(f"t.{_id(column)}" for column in known.readable)
+    columns = ", ".join(f"t.{_id(column)}" for column in known.columns)
     rows = f"SELECT {columns} FROM {_id(table.schema)}.{_id(table.name)} AS t WHERE {' AND '.join(conditions)}"
     return f"({rows}) AS {_id(alias)}"
 

@@ -24,6 +24,7 @@ from typing import Literal
 
 import msgspec
 
+from cdcsync.config.names import WHOLE_ROW
 from cdcsync.pgoutput.messages import UNCHANGED, Value
 
 Kind = Literal["name", "quoted", "string", "number", "operator", "mark", "other"]
@@ -82,6 +83,10 @@ WORDS_WITH_A_VALUE = frozenset(
     )
 )
 """Words that name a column only if they are quoted, because they have a value themselves."""
+
+
+ROW = "t"
+"""What the table is called in the statements that ask a condition."""
 
 
 class Unreadable(Exception):
@@ -213,9 +218,23 @@ class Where(msgspec.Struct, frozen=True):
 
 
 def named_columns(words: Sequence[Token], columns: Mapping[str, object]) -> tuple[str, ...]:
-    """Return the columns that a condition may read: those whose names it holds."""
+    """Return the columns that a condition may read: those whose names it holds, and the whole row if it names that."""
     names = [word.text for word in words if word.kind in ("name", "quoted")]
-    return tuple(dict.fromkeys(name for name in names if name in columns))
+    whole = [WHOLE_ROW] if names_row(words, ROW) else []
+    return tuple(dict.fromkeys([*(name for name in names if name in columns), *whole]))
+
+
+def names_row(words: Sequence[Token], row: str) -> bool:
+    """Say whether a condition reads a row as a whole, by what the statement calls the table: `t` or `t.*`."""
+    dot = Token("mark", ".")
+    following = [*words[1:], None, None]
+    return any(
+        word.text == row
+        and word.kind in ("name", "quoted")
+        and (following[at] != dot or following[at + 1] == Token("operator", "*"))
+        and (at == 0 or words[at - 1] != dot)
+        for at, word in enumerate(words)
+    )
 
 
 def understood(text: str, words: Sequence[Token], columns: Mapping[str, ColumnKind], *, utf8: bool) -> Where:

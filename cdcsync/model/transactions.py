@@ -8,6 +8,8 @@ The rules:
 3. Relation messages belong to the connection. A new connection needs a new assembler.
 4. The stream tells tables apart by OID and the configuration by name. When a name passes from one to another, or a
    table loses what an index needs, that index is lost: it would miss changes, or mix two tables. The others continue.
+   Of a table that was looked at in the catalog the OID tells, whatever it is called in the stream: names may have been
+   exchanged and exchanged back. If they were not, the next look at the catalog sees that.
 5. The rows of a partition come under its root's OID. That it is one is told by what precedes its first row: the
    descriptions of the root and of the partition. An index remembers it as a part of its table, as it may be gone by the
    time that somebody looks at the catalog.
@@ -116,10 +118,12 @@ class Assembler:
     ) -> None:
         """Begin at `checkpoint`; `tables` maps (schema, name) as the stream says it to what indexes need of it.
 
-        :param known: the followed tables by OID: what one of them was sent while it had another name belongs to it.
+        :param known: the followed tables by OID: what one of them was sent while it had another name belongs to it, and
+            what another table was sent while it had its name does not.
         :param described: called when a table is described again, so that it is time to look at the catalog.
         """
         self._known = known or {}
+        self._known_names = set(self._known.values())
         self._described = described
         self._tables = tables
         self._checkpoint = checkpoint
@@ -185,7 +189,10 @@ class Assembler:
             lost += self._lose(before, f"the table is called {QualifiedName(*name)} now")
         if self._oids.get(name, relation.oid) != relation.oid:
             lost += self._lose(name, "another table has this name now")
-        shapes = self._tables.get(name) or self._tables.get(self._known.get(relation.oid, name), ())
+        shapes = self._tables.get(self._known.get(relation.oid, name), ())
+        if relation.oid not in self._known and name in self._known_names:
+            shapes = ()
+            self._described()
         shapes = [shape for shape in shapes if shape.index not in self._lost]
         types = {column.name: (column.type_oid, column.typmod) for column in relation.columns}
         projections: list[Projection | LinkProjection] = []

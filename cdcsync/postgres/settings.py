@@ -21,11 +21,13 @@ RENDERING: LiteralString = (
     "SET datestyle = 'ISO, MDY'; SET intervalstyle = 'postgres'; SET extra_float_digits = 3; SET bytea_output = 'hex';"
     " SET timezone = 'UTC'; SET search_path = ''; SET xmloption = 'content';"
     " SET lc_monetary = 'C'; SET array_nulls = on; SET standard_conforming_strings = on;"
+    " SET lc_time = 'C'; SET lc_numeric = 'C'; SET transform_null_equals = off;"
     " SET quote_all_identifiers = off"
 )
 """Settings by which values and names are written and read. An empty search_path makes names in values (regclass, say)
-come out qualified. In another `lc_monetary` an amount of money would be another number to a reader. The driver writes
-bytes as the server reads them only where strings are standard."""
+come out qualified. In another `lc_monetary` an amount of money would be another number to a reader, and conditions may
+write numbers and days, or compare with NULL. The driver writes bytes as the server reads them only where strings are
+standard."""
 
 SAFETY: LiteralString = (
     "SELECT set_config(name, setting, false) FROM (VALUES ('statement_timeout', '0'), ('lock_timeout', '0'),"

@@ -16,6 +16,7 @@ from psycopg import sql
 
 from cdcsync.backoff import backoff_s
 from cdcsync.config import QualifiedName
+from cdcsync.config.names import WHOLE_ROW
 from cdcsync.documents.related import RelatedRows, TableFacts, columns_read
 from cdcsync.errors import leading
 from cdcsync.lsn import Lsn
@@ -221,12 +222,17 @@ def facts_of(catalog: Catalog, table: Table, related: Sequence[RelatedRows]) -> 
         if one is None:
             continue
         sent = publication.tables.get(name) if publication is not None else None
-        typed = [one.columns[column] for column in (*columns, *one.primary_key) if column in one.columns]
+        whole = one.columns if WHOLE_ROW in columns else ()
+        used = [
+            one.columns[column]
+            for column in dict.fromkeys((*columns, *one.primary_key, *whole))
+            if column in one.columns
+        ]
         facts[name] = TableFacts(
             key=one.primary_key,
-            readable=tuple(column.name for column in one.columns.values() if column.readable),
+            columns=tuple(column.name for column in used if column.readable),
             row_filter=sent.row_filter if sent is not None else None,
-            types={column.name: column.value_type for column in typed},
+            types={column.name: column.value_type for column in used},
         )
     return facts
 

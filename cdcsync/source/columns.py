@@ -22,12 +22,15 @@ class Type(msgspec.Struct, frozen=True):
     :ivar kind: pg_type.typtype: "e" enum, "c" composite, "d" domain, "r" range, "m" multirange, "b" array.
     :ivar labels: an enum's, by the OID of each: a renamed label keeps its OID.
     :ivar parts: attribute number, type and modifier of each attribute; of one thing for the other kinds.
+    :ivar written: which transaction (32 bits) last wrote the entry of each label or attribute, by the label's OID or
+        the attribute's number.
     """
 
     name: str
     kind: str
     labels: dict[str, str] = {}
     parts: tuple[tuple[int, int, int], ...] = ()
+    written: dict[str, int] = {}
 
 
 class Column(msgspec.Struct, frozen=True):
@@ -142,6 +145,13 @@ async def read_types(connection: Connection, oids: Collection[int]) -> dict[int,
                    WHEN 'b' THEN ARRAY[ARRAY[0::int8, t.typelem::int8, -1::int8]]
                    ELSE ARRAY(SELECT ARRAY[0::int8, r.rngsubtype::int8, -1::int8] FROM pg_range r
                               WHERE t.oid IN (r.rngtypid, r.rngmultitypid))
+               END,
+               CASE t.typtype
+                   WHEN 'c' THEN (
+                       SELECT json_object_agg(a.attnum, a.xmin::text::int8) FROM pg_attribute a
+                       WHERE a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped)
+                   WHEN 'e' THEN (
+                       SELECT json_object_agg(e.oid, e.xmin::text::int8) FROM pg_enum e WHERE e.enumtypid = t.oid)
                END
         FROM used JOIN pg_type t USING (oid)
         WHERE t.typtype <> 'b' AND t.oid >= 16384 OR t.typtype = 'b' AND t.typelem >= 16384 AND t.typlen = -1
@@ -149,6 +159,6 @@ async def read_types(connection: Connection, oids: Collection[int]) -> dict[int,
         [list(oids)],
     )
     return {
-        oid: Type(name, kind, {label_oid: label for label_oid, label in labels}, tuple(tuple(part) for part in parts))
-        for oid, name, kind, labels, parts in await cursor.fetchall()
+        oid: Type(name, kind, dict(labels), tuple(tuple(part) for part in parts), written or {})
+        for oid, name, kind, labels, parts, written in await cursor.fetchall()
     }

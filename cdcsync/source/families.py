@@ -112,6 +112,7 @@ def _leaf(member: Table) -> Partition:
             name: (column.number, *column.wire_type, column.expression) for name, column in member.columns.items()
         },
         collations={name: column.collation for name, column in member.columns.items()},
+        columns_written={name: column.written_by for name, column in member.columns.items()},
     )
 
 

@@ -2,8 +2,9 @@
 
 The stream tells of rows that change, not of what changes rows without an event: ALTER TABLE … USING, a column that was
 dropped and added again, a renamed enum label, an edit of the publication that was undone a moment later. So both
-fingerprints are stored with each index and compared with the catalog as it is now. A difference asks for as much as it
-may have changed:
+fingerprints are stored with each index and compared with the catalog as it is now. What was altered and altered back
+looks as before, but the rows that were written in between may not: so each entry of the catalog counts with the
+transaction that last wrote it. A difference asks for as much as it may have changed:
 
     reread      values may be others, or of other types: the table is read again
     compare     rows may have changed without being sent, or were rewritten: source and index are compared by digests,
@@ -26,6 +27,7 @@ from types import MappingProxyType
 import msgspec
 
 from cdcsync.config import QualifiedName
+from cdcsync.config.names import WHOLE_ROW
 from cdcsync.model.conditions import Where
 from cdcsync.model.rows import SOURCE_TABLE
 from cdcsync.source.catalog import Catalog
@@ -46,6 +48,7 @@ class TableValues(msgspec.Struct, frozen=True):
     :ivar where: the condition on the rows that are read.
     :ivar collations: see `collations_of`. An earlier version stored none, so an index of a column that has another than
         the usual one is compared once.
+    :ivar details: see `details_of`. What an earlier version did not store is not compared.
     """
 
     oid: int
@@ -54,6 +57,7 @@ class TableValues(msgspec.Struct, frozen=True):
     leaves: dict[str, tuple[int, str]]
     where: str | None = None
     collations: dict[str, dict[str, str]] = {}
+    details: dict[str, dict[str, str]] = {}
 
 
 class MadeOf(msgspec.Struct, frozen=True):
@@ -129,15 +133,19 @@ class Difference(msgspec.Struct, frozen=True):
         return bool(self.reread or self.compare or self.arrived or self.left)
 
 
-def made_of(table: Table, columns: Iterable[str], where: Where | None = None) -> MadeOf:
+def made_of(
+    table: Table, columns: Iterable[str], where: Where | None = None, key: tuple[str, ...] | None = None
+) -> MadeOf:
     """Return what the values of these columns of a table are made of.
 
     :param where: the condition on its rows, whose columns count as well.
+    :param key: of a related table, what its rows are ordered by in the end.
     """
     read = (*columns, *(where.columns if where is not None else ()))
     made_up = {SOURCE_TABLE} if table.name.patterns else set()
     used = {name: table.columns[name] for name in dict.fromkeys(read) if name in table.columns.keys() - made_up}
-    types = reachable_types(table.types, [column.wire_type[0] for column in used.values()])
+    typed = table.columns if WHOLE_ROW in read else used
+    types = reachable_types(table.types, [column.wire_type[0] for column in typed.values()])
     values = TableValues(
         table.oid,
         {name: (column.number, *column.wire_type, column.expression) for name, column in used.items()},
@@ -145,6 +153,7 @@ def made_of(table: Table, columns: Iterable[str], where: Where | None = None) ->
         {str(leaf.oid): (leaf.file, _attached(leaf, used)) for leaf in table.leaves},
         where.text if where is not None else None,
         collations_of(table, used),
+        details_of(table, used, key, whole=WHOLE_ROW in read),
     )
     return MadeOf({str(table.name): values}, {str(oid): type_ for oid, type_ in types.items()})
 
@@ -166,11 +175,38 @@ def collations_of(table: Table, columns: Iterable[str]) -> dict[str, dict[str, s
     return {oid: of for oid, of in found.items() if of}
 
 
+def details_of(
+    table: Table, columns: Iterable[str], key: tuple[str, ...] | None, *, whole: bool
+) -> dict[str, dict[str, str]]:
+    """Return what may change values although the columns are as before, by the table's OID; of each of many by itself.
+
+    These are the transactions (32 bits) that last wrote the columns' entries, as both of two columns have other values
+    after their names were exchanged; a digest of all columns' entries where a condition reads the row as a whole; and
+    the key by which related rows are ordered in the end.
+    """
+    read = sorted(columns)
+    known = {leaf.oid: leaf.columns_written for leaf in table.leaves if leaf.columns_written} or {
+        table.oid: {name: column.written_by for name, column in table.columns.items()}
+    }
+    found = {}
+    for oid, written in known.items():
+        found[str(oid)] = {name: str(written[name]) for name in read if name in written}
+        if whole:
+            found[str(oid)][WHOLE_ROW] = _digest(sorted(written.items()))
+        if key is not None:
+            found[str(oid)]["primary key"] = ", ".join(key)
+    return found
+
+
+def _digest(facts: object) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
 def _attached(leaf: Partition, columns: Iterable[str]) -> str:
     if not leaf.columns:
         return leaf.attached
     read = [(name, leaf.columns.get(name)) for name in sorted(columns)]
-    return f"{leaf.attached} {hashlib.sha256(repr(read).encode()).hexdigest()[:16]}"
+    return f"{leaf.attached} {_digest(read)}"
 
 
 def sent_by(publication: Publication | None, table: Table) -> SentBy:
@@ -200,7 +236,7 @@ def fingerprint_of(
     for name, read in related.items():
         other = catalog.tables.get(name)
         if other is not None and name != table.name:
-            made.append(made_of(other, read))
+            made.append(made_of(other, read, key=other.primary_key))
             sent.append(sent_by(catalog.publication, other))
     return Fingerprint(
         MadeOf(
@@ -231,6 +267,8 @@ def difference(before: Fingerprint | None, now: Fingerprint, table: Table, relat
     doubts = [Doubt("the publication was edited")] if before.sent_by.publication != now.sent_by.publication else []
     if called := _changed(before.made_of.functions, now.made_of.functions):
         doubts.append(Doubt(f"what its conditions call was changed: {', '.join(called)}"))
+    if altered := _altered_types(before.made_of.types, now.made_of.types):
+        doubts.append(Doubt(f"type {', '.join(altered)} was altered"))
     doubts += [
         one for one in (_doubt(table, before, now), *(_doubt_related(one, before, now) for one in others)) if one
     ]
@@ -276,6 +314,8 @@ def _doubt(table: Table, before: Fingerprint, now: Fingerprint) -> Doubt | None:
     was, is_ = before.made_of.tables[name], now.made_of.tables[name]
     if compared := _compared_otherwise(was, is_):
         return Doubt(f"{name} has other collations: {', '.join(compared)}")
+    if altered := _altered(was, is_):
+        return Doubt(f"{name} was altered: {', '.join(altered)}")
     writers = _rewritten_by(was, is_, table)
     return Doubt(f"{name} was rewritten", _emptied_by(writers, table, is_.columns)) if writers else None
 
@@ -291,6 +331,27 @@ def _compared_otherwise(was: TableValues, is_: TableValues) -> list[str]:
             if was.collations.get(table, {}).get(column) != is_.collations.get(table, {}).get(column)
         }
     )
+
+
+def _altered(was: TableValues, is_: TableValues) -> list[str]:
+    """Return the details that are others than before; what only one of both has comes with another configuration."""
+    return sorted(
+        {
+            "its columns" if name == WHOLE_ROW else name
+            for table in was.details.keys() & is_.details.keys()
+            for name in was.details[table].keys() & is_.details[table].keys()
+            if was.details[table][name] != is_.details[table][name]
+        }
+    )
+
+
+def _altered_types(before: Mapping[str, Type], now: Mapping[str, Type]) -> list[str]:
+    """Return the types of which labels or attributes were renamed, even if they have their old names again."""
+    return [
+        type_.name
+        for oid, type_ in now.items()
+        if oid in before and any(before[oid].written.get(part, by) != by for part, by in type_.written.items())
+    ]
 
 
 def _doubt_related(table: Table, before: Fingerprint, now: Fingerprint) -> Doubt | None:

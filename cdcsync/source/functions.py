@@ -12,7 +12,11 @@ A body of SQL statements (BEGIN ATOMIC) is stored as the server understood it, a
 on. So its text is not asked for: the function that writes it (pg_get_function_sqlbody) waits for all tables that the
 body reads, and any function with a name in some body may be somebody else's.
 
-Source: PostgreSQL, "System Catalogs" (pg_proc, pg_operator, pg_cast, pg_constraint, pg_depend).
+A condition that searches text may go by `default_text_search_config`, which is pinned for no session of ours: another
+would make of the words of existing conditions others. So its value counts as well, as a new session would have it.
+
+Source: PostgreSQL, "System Catalogs" (pg_proc, pg_operator, pg_cast, pg_constraint, pg_depend, pg_db_role_setting);
+"Text Search Functions and Operators".
 """
 
 from __future__ import annotations
@@ -24,10 +28,23 @@ from typing import LiteralString
 import msgspec
 
 from cdcsync.model.conditions import Token, Unreadable, tokens
+from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
 
 Name = tuple[str | None, str]
 """A schema, None for any, and what is called there."""
+
+
+_SEARCHING = re.compile(r"@@@?|\b(?:\w*to_tsvector|\w*to_tsquery|ts_headline|get_current_ts_config)\b", re.IGNORECASE)
+"""Matches what may go by the session's configuration for text search."""
+
+_SEARCH_SETTING: LiteralString = """
+    SELECT coalesce(string_agg(one, ' ' ORDER BY setrole, setdatabase), current_setting('default_text_search_config'))
+    FROM pg_db_role_setting, unnest(setconfig) AS one
+    WHERE one LIKE 'default_text_search_config=%%'
+        AND setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
+        AND setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = session_user))
+"""
 
 
 class Called(msgspec.Struct, frozen=True):
@@ -51,19 +68,24 @@ class Called(msgspec.Struct, frozen=True):
 
 
 async def functions_called(connection: Connection, conditions: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Return, for each condition, the digests of what it calls outside of pg_catalog, by name."""
+    """Return, for each condition, the digests of what it calls outside of pg_catalog, or searches by; by name."""
     named = {text: set(_named_in_condition(text)) for text in conditions}
     known: dict[Name, list[Called]] = {}
     found: dict[str, dict[str, str]] = {}
     for text, left in named.items():
         digests: dict[str, str] = {}
         seen: set[Name] = set()
+        bodies = [text]
         while left:
             await _look_up(connection, known, left)
             seen |= left
             new = [one for name in left for one in known[name] if one.name not in digests]
             digests |= {one.name: one.digest for one in new}
+            bodies += [one.body for one in new if one.body is not None]
+            bodies += [name for one in new for _, name in one.named]
             left = {name for one in new for name in one.calls} - seen
+        if any(map(_SEARCHING.search, bodies)):
+            digests["default_text_search_config"] = str(await fetch_value(connection, _SEARCH_SETTING, []))
         found[text] = digests
     return found
 

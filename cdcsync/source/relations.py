@@ -39,6 +39,7 @@ class Partition(msgspec.Struct, frozen=True):
     :ivar columns: of one of many equal tables, which has columns of its own: attribute number, type, modifier, and the
         OID of the expression.
     :ivar collations: of the same, the collations of its columns.
+    :ivar columns_written: of the same, the transactions that last wrote its columns' entries.
     """
 
     name: QualifiedName
@@ -53,6 +54,7 @@ class Partition(msgspec.Struct, frozen=True):
     written_by: int = 0
     columns: dict[str, tuple[int, int, int, int | None]] = {}
     collations: dict[str, str] = {}
+    columns_written: dict[str, int] = {}
 
 
 class Table(msgspec.Struct, frozen=True):

@@ -202,6 +202,24 @@ MUTANTS = (
         "::test_what_a_publication_did_not_send_for_a_moment_reaches_the_index[schema]",
     ),
     Mutant(
+        "what was altered and altered back is no change",
+        "source/fingerprints.py",
+        "    if altered := _altered(was, is_):\n",
+        "    if altered := _altered(was, was):\n",
+        "tests",
+        "tests/server/scenarios/test_undone.py"
+        "::test_an_index_equals_its_table_after_what_was_altered_and_altered_back[swapped_down]",
+    ),
+    Mutant(
+        "a table's name tells whose rows it has, and not its OID",
+        "model/transactions.py",
+        "        shapes = self._tables.get(self._known.get(relation.oid, name), ())\n",
+        "        shapes = self._tables.get(name) or self._tables.get(self._known.get(relation.oid, name), ())\n",
+        "tests",
+        "tests/server/scenarios/test_undone.py"
+        "::test_an_index_equals_its_table_after_what_was_altered_and_altered_back[tables_down]",
+    ),
+    Mutant(
         "a slot is used though tables changed while it was created",
         "flows/setup/start.py",
         "            if not await definitions_changed_since(source, first):\n                break\n",

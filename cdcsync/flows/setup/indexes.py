@@ -14,7 +14,6 @@ import structlog
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import beside_name
-from cdcsync.documents.related import TableFacts
 from cdcsync.errors import SchemaChanged, SetupError, TablesChanged
 from cdcsync.flows.setup.attempts import attempt, withdraw
 from cdcsync.flows.setup.differences import (
@@ -33,11 +32,10 @@ from cdcsync.postgres.errors import LOCKED_OUT, speaking_of
 from cdcsync.postgres.locking import BRIEFLY, until_locked
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
-from cdcsync.source.catalog import (
-    Catalog,
-)
+from cdcsync.source.catalog import Catalog, facts_of
 from cdcsync.source.families import rows_sent
 from cdcsync.source.fingerprints import Difference, collations_of
+from cdcsync.source.relations import Table
 from cdcsync.target import evaluations
 from cdcsync.target.approvals import Approvals, change_of
 from cdcsync.target.ddl.generations import create_generations, drop_relations, open_beside
@@ -78,19 +76,17 @@ def outdated(catalog: Catalog, specs: Sequence[IndexSpec]) -> bool:
         sent = publication.tables.get(table.name) if publication is not None else None
         if sent is None or sent.row_filter != spec.row_filter:
             return True
-        if any(_related_outdated(spec, name, facts, catalog) for name, facts in spec.facts.items()):
+        if _related_outdated(spec, catalog, table):
             return True
     return False
 
 
-def _related_outdated(spec: IndexSpec, name: QualifiedName, facts: TableFacts, catalog: Catalog) -> bool:
-    """Say whether a table of an index with related tables is another one than the statements were made for."""
-    table, publication = catalog.tables.get(name), catalog.publication
-    if table is None or table.oid != spec.oids.get(name, table.oid):
+def _related_outdated(spec: IndexSpec, catalog: Catalog, table: Table) -> bool:
+    """Say whether a related table is another one than the statements were made for, or one of them is not sent."""
+    if any(catalog.tables[name].oid != oid for name, oid in spec.oids.items() if name in catalog.tables):
         return True
-    sent = publication.tables.get(name) if publication is not None else None
-    types = {column: table.columns[column].value_type for column in facts.types if column in table.columns}
-    return sent is None or sent.row_filter != facts.row_filter or types != facts.types
+    sent = catalog.publication.tables if catalog.publication is not None else {}
+    return not spec.facts.keys() <= sent.keys() or facts_of(catalog, table, spec.documents.related) != spec.facts
 
 
 async def set_up_indexes(

@@ -15,6 +15,15 @@ def function(name: str, body: str, arguments: str = "s text", type_: str = "bool
     return SQL.format(name=name, arguments=arguments, type=type_, language=language, body=body)
 
 
+def searching_by(configuration: str) -> list[str]:
+    """Have new sessions go by another configuration for text search, and this one, which the oracle asks."""
+    return [
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_text_search_config = %L', current_database(),"
+        f" 'pg_catalog.{configuration}'); END $$",
+        f"SET default_text_search_config = 'pg_catalog.{configuration}'",
+    ]
+
+
 CASES: dict[str, tuple[list[str], str, list[str]]] = {
     "itself": (
         [function("public.wanted", "SELECT s <> 'spam'")],
@@ -72,6 +81,16 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         ],
         "public.of_clean(status::public.clean)",
         [function("public.of_clean", "SELECT s <> 'open'", "s public.clean")],
+    ),
+    "searching": (
+        searching_by("english"),
+        "to_tsvector(status) @@ to_tsquery('opened')",
+        searching_by("simple"),
+    ),
+    "searching_inside": (
+        [function("public.searched", "SELECT to_tsvector(s) @@ to_tsquery('opened')")],
+        "public.searched(status)",
+        [],
     ),
     "related": (
         [function("public.shown", "SELECT s <> 'spam'")],

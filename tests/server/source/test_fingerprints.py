@@ -26,7 +26,8 @@ NOTHING = {
     "a label is added": "ALTER TYPE public.mood ADD VALUE 'better' BEFORE 'sad'",
     "another table is made": "CREATE TABLE public.new (id int); DROP TABLE public.new",
     "another table is published": "ALTER PUBLICATION p ADD TABLE public.apart",
-    "a column without values gets a default": "ALTER TABLE public.t ALTER title SET DEFAULT 'x'",
+    "another column gets a default": "ALTER TABLE public.t ALTER extra SET DEFAULT 'x'",
+    "the table is granted": "GRANT SELECT ON public.t TO PUBLIC",
 }
 REREAD = {
     "values change by USING and another type": "ALTER TABLE public.t ALTER title TYPE varchar(20) USING upper(title)",
@@ -47,6 +48,14 @@ REREAD = {
         CREATE TABLE public.t (LIKE public.away INCLUDING ALL)""",
 }
 COMPARED = {
+    # The catalog tells that a column's entry was written, and not whether it had another name for a while.
+    "a column without values gets a default": "ALTER TABLE public.t ALTER title SET DEFAULT 'x'",
+    "two columns change places for a while": """ALTER TABLE public.t RENAME title TO old;
+        ALTER TABLE public.t RENAME extra TO title; ALTER TABLE public.t RENAME title TO extra;
+        ALTER TABLE public.t RENAME old TO title""",
+    "a label has another name for a while": """ALTER TYPE public.mood RENAME VALUE 'sad' TO 'down';
+        ALTER TYPE public.mood RENAME VALUE 'down' TO 'sad'""",
+    "an attribute has another name": "ALTER TYPE public.inner_point RENAME ATTRIBUTE x TO abscissa",
     "values change by USING": "ALTER TABLE public.t ALTER title TYPE text USING upper(title)",
     "a column has another collation": 'ALTER TABLE public.t ALTER title TYPE text COLLATE "C"',
     "the table is rewritten": "VACUUM FULL public.t",
@@ -97,7 +106,11 @@ async def done(source: Connection, edit: str, name: QualifiedName = T, publicati
 
 @pytest.mark.parametrize("edit", NOTHING.values(), ids=NOTHING)
 async def test_what_leaves_the_values_of_the_index_alone_is_no_difference(source: Connection, edit: str) -> None:
-    assert await done(source, edit) == Difference()
+    found = await done(source, edit)
+
+    # Version 15 writes the entries of generated columns anew when any column changes its type.
+    rewritten = source.info.server_version < 160000 and "ALTER extra TYPE" in edit
+    assert found == Difference(compare="public.t was altered: twice" if rewritten else None)
 
 
 @pytest.mark.parametrize("edit", REREAD.values(), ids=REREAD)

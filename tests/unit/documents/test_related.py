@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from cdcsync.config import QualifiedName, Related
+from cdcsync.config.names import WHOLE_ROW
 from cdcsync.documents.related import columns_read, computed_columns, make_related
 from cdcsync.errors import ConfigError
 
@@ -69,6 +70,22 @@ def test_columns_of_a_condition_or_order_are_found_as_postgresql_reads_names(
     assert len(read) == 2
     for found in read.values():
         assert columns <= set(found), "the condition may name columns of both tables"
+
+
+@pytest.mark.parametrize(
+    ("keys", "whole"),
+    [
+        ({"where": "to_jsonb(t) ->> 'a' = 'b'"}, True),
+        ({"where": "t.* IS NOT NULL"}, True),
+        ({"where": "t.hidden OR tt OR not_t"}, False),
+        ({"order_by": "comments"}, True),
+        ({"order_by": '"comments" DESC'}, True),
+        ({"order_by": "comments.id, t"}, False),
+    ],
+)
+def test_a_condition_or_order_that_names_the_row_reads_all_its_columns(keys: dict[str, str], whole: bool) -> None:
+    (made,) = make_related({"comments": relation(text="{body}", **keys)}, ["comments"], [], where=WHERE)
+    assert (WHOLE_ROW in columns_read([made])[COMMENTS]) is whole
 
 
 def test_whatever_decides_the_text_is_part_of_the_definition() -> None:

@@ -73,6 +73,21 @@ def test_conditions_of_these_forms_are_decided_by_a_value(text: str, of: dict[Va
     assert {value: condition.holds([value]) for value in of} == of
 
 
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("to_jsonb(t) ->> 'status' = 'open'", ("*",)),
+        ("to_jsonb(t.*) ? 'n'", ("*",)),
+        ('"t" IS NOT NULL', ("*",)),
+        ("t.n > 0 AND status <> 't'", ("n", "status")),
+        ("(pair).t > 0", ("pair",)),
+        ("active", ("active",)),
+    ],
+)
+def test_a_condition_that_names_the_row_reads_all_its_columns(text: str, named: tuple[str, ...]) -> None:
+    assert named_columns(tokens(text), COLUMNS) == named
+
+
 def test_a_conjunction_is_false_as_soon_as_one_part_is_and_unknown_only_if_it_matters() -> None:
     text = "deleted_at IS NULL AND (status <> 'spam' AND active)"
     assert where(text).deciding == ("deleted_at", "status", "active")

@@ -366,6 +366,24 @@ def test_what_a_followed_table_was_sent_under_another_name_belongs_to_it() -> No
     assert events == [upsert(NOTES, "n", "N"), COMMITTED]
 
 
+def test_tables_that_had_each_others_names_for_a_while_are_told_apart_by_their_oids() -> None:
+    assembler = Assembler(TABLES, Lsn(0), known={1: ("public", "articles"), 2: ("Other", "Notes")})
+    exchanged = [relation(1, "Notes", namespace="Other"), relation(2, "articles", "id title")]
+
+    events = events_of(assembler, [BEGIN, *exchanged, insert(2, "n", "N"), COMMIT])
+
+    assert events == [upsert(NOTES, "n", "N"), COMMITTED]
+
+
+def test_a_table_that_has_the_name_of_a_followed_one_for_a_while_is_of_no_index() -> None:
+    told: list[None] = []
+    known = {1: ("public", "articles")}
+    assembler = Assembler(TABLES, Lsn(0), known=known, described=lambda: told.append(None))
+
+    assert events_of(assembler, [BEGIN, relation(9, "articles"), insert(9, "k", "A", "T"), COMMIT]) == [COMMITTED]
+    assert told == [None]
+
+
 def test_a_table_that_is_described_again_is_told_of_and_one_that_is_described_first_is_not() -> None:
     told: list[None] = []
     assembler = Assembler({}, Lsn(0), described=lambda: told.append(None))

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import anyio
+import msgspec
 import pytest
 
 from cdcsync.errors import SchemaChanged, SourceUnavailable
@@ -33,7 +34,7 @@ from tests.unit.flows.follow.test_receive import FakeSlot, begin, commit, data, 
 
 pytestmark = pytest.mark.anyio
 
-SPEC = make_spec(carried={})
+SPEC = msgspec.structs.replace(make_spec(carried={}), table_oid=1)
 CHECKPOINT, SOURCE_END = Lsn(10), Lsn(20)
 BEFORE = Snapshot(1, 2, frozenset())
 
