@@ -38,6 +38,8 @@ TEXT, ROWS, PLACE = "cdcsync text", "cdcsync rows", "cdcsync place"
 
 _WORD = re.compile(r"[\w$]+")
 
+_STRING = re.compile(r"'(?:[^']|'')*'")
+
 _QUOTED = re.compile(r'"((?:[^"]|"")+)"')
 
 ONE = "."
@@ -265,6 +267,7 @@ def _names(sql: str) -> Iterator[str]:
 def _names_row(sql: str, alias: str) -> bool:
     """Say whether a piece of SQL may read a row as a whole, by what the statement calls its table: `t` or `t.*`."""
     name = f"(?:{re.escape(alias)}|{re.escape(_id(alias))})"
+    sql = _STRING.sub("''", sql)
     return re.search(rf"""(?<![\w$."]){name}(?![\w$"])(?!\s*\.\s*[^\s*])""", sql, re.IGNORECASE) is not None
 
 

@@ -218,23 +218,23 @@ class Where(msgspec.Struct, frozen=True):
 
 
 def named_columns(words: Sequence[Token], columns: Mapping[str, object]) -> tuple[str, ...]:
-    """Return the columns that a condition may read: those whose names it holds, and the whole row if it names that."""
+    """Return the columns that a condition may name: those whose names it holds."""
     names = [word.text for word in words if word.kind in ("name", "quoted")]
-    whole = [WHOLE_ROW] if names_row(words, ROW) else []
-    return tuple(dict.fromkeys([*(name for name in names if name in columns), *whole]))
+    return tuple(dict.fromkeys(name for name in names if name in columns))
 
 
-def names_row(words: Sequence[Token], row: str) -> bool:
-    """Say whether a condition reads a row as a whole, by what the statement calls the table: `t` or `t.*`."""
+def columns_read(words: Sequence[Token], columns: Mapping[str, object]) -> tuple[str, ...]:
+    """Return the columns that a condition may read: those that it names, and the whole row if it names that."""
+    whole = any(part is None or part == Token("operator", "*") for part in parts_of_row(words))
+    return (*named_columns(words, columns), *([WHOLE_ROW] if whole else []))
+
+
+def parts_of_row(words: Sequence[Token]) -> Iterator[Token | None]:
+    """Yield what a condition reads by the name that the table has in the statement: `t.part`, or None for `t` alone."""
     dot = Token("mark", ".")
-    following = [*words[1:], None, None]
-    return any(
-        word.text == row
-        and word.kind in ("name", "quoted")
-        and (following[at] != dot or following[at + 1] == Token("operator", "*"))
-        and (at == 0 or words[at - 1] != dot)
-        for at, word in enumerate(words)
-    )
+    for at, word in enumerate(words):
+        if word.text == ROW and word.kind in ("name", "quoted") and (at == 0 or words[at - 1] != dot):
+            yield words[at + 2] if words[at + 1 : at + 2] == [dot] and at + 2 < len(words) else None
 
 
 def understood(text: str, words: Sequence[Token], columns: Mapping[str, ColumnKind], *, utf8: bool) -> Where:
@@ -243,7 +243,7 @@ def understood(text: str, words: Sequence[Token], columns: Mapping[str, ColumnKi
     :param columns: the columns whose values the stream brings.
     :param utf8: whether the server's encoding is UTF-8. In another one, two characters may become the same.
     """
-    where = Where(text, named_columns(words, columns))
+    where = Where(text, columns_read(words, columns))
     try:
         terms = _Reader(words, columns, utf8=utf8).conjunction()
     except _ServersChoice:

@@ -49,7 +49,7 @@ class IndexSpec(msgspec.Struct, frozen=True):
     facts: dict[QualifiedName, TableFacts] = {}
     """Facts about the index's table and related ones for the statements, if there are related ones."""
     oids: dict[QualifiedName, int] = {}
-    """The OIDs of related tables."""
+    """The OIDs of the tables that the index reads, if it has related ones or is of many: its own among them."""
     collations: dict[str, dict[str, str]] = {}
     """By which collations the table's columns were compared when the condition was examined, by the table's OID."""
 

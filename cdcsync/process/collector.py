@@ -17,7 +17,7 @@ import gc
 THRESHOLDS = (20_000, 20, 10)
 """A batch of 5,000 rows, or a search, makes some thousand objects, and hardly any that only the collector can free."""
 
-_ours = False
+_ours = _kept = False
 
 
 def own() -> None:
@@ -28,8 +28,14 @@ def own() -> None:
 
 
 def keep() -> None:
-    """Note that what is loaded by now stays; say it again when more was loaded, or some of it was let go of."""
+    """Note that what is loaded by now stays; say it again when more was loaded, or some of it was let go of.
+
+    What was frozen before the first time, as one does before a fork, is let be.
+    """
+    global _kept
     if _ours:
-        gc.unfreeze()
+        if _kept:
+            gc.unfreeze()
         gc.collect()
         gc.freeze()
+        _kept = True

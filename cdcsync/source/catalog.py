@@ -222,12 +222,9 @@ def facts_of(catalog: Catalog, table: Table, related: Sequence[RelatedRows]) -> 
         if one is None:
             continue
         sent = publication.tables.get(name) if publication is not None else None
-        whole = one.columns if WHOLE_ROW in columns else ()
-        used = [
-            one.columns[column]
-            for column in dict.fromkeys((*columns, *one.primary_key, *whole))
-            if column in one.columns
-        ]
+        named = {*columns, *one.primary_key}
+        # In the order of the table, as a row that is compared or written as a whole has them.
+        used = [column for column in one.columns.values() if WHOLE_ROW in named or column.name in named]
         facts[name] = TableFacts(
             key=one.primary_key,
             columns=tuple(column.name for column in used if column.readable),

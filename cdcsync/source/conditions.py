@@ -29,12 +29,15 @@ from psycopg import sql
 
 from cdcsync.config import QualifiedName
 from cdcsync.model.conditions import (
+    ROW,
     WORDS_WITH_A_VALUE,
     ColumnKind,
     Token,
     Unreadable,
     Where,
+    columns_read,
     named_columns,
+    parts_of_row,
     tokens,
     understood,
 )
@@ -191,8 +194,14 @@ async def _examine(
         except psycopg.Error as error:
             if not (in_use and of_a_row(error)):
                 raise
+    for part in parts_of_row(words):
+        if part is not None and part.kind in ("name", "quoted") and part.text not in columns:
+            raise Refused(
+                f"it calls {part.text} as if that were a column of the row",
+                f"write {part.text}({ROW}), or name a column",
+            )
     where = understood(text, words, {name: kind for name, kind in columns.items() if name in sent}, utf8=utf8)
-    return msgspec.structs.replace(where, columns=named)
+    return msgspec.structs.replace(where, columns=columns_read(words, columns))
 
 
 async def examine_order(connection: Connection, table: QualifiedName, text: str) -> None:

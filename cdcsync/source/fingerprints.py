@@ -141,7 +141,7 @@ def made_of(
     :param where: the condition on its rows, whose columns count as well.
     :param key: of a related table, what its rows are ordered by in the end.
     """
-    read = (*columns, *(where.columns if where is not None else ()))
+    read = (*columns, *(where.columns if where is not None else ()), *(key or ()))
     made_up = {SOURCE_TABLE} if table.name.patterns else set()
     used = {name: table.columns[name] for name in dict.fromkeys(read) if name in table.columns.keys() - made_up}
     typed = table.columns if WHOLE_ROW in read else used
@@ -190,11 +190,11 @@ def details_of(
     }
     found = {}
     for oid, written in known.items():
-        found[str(oid)] = {name: str(written[name]) for name in read if name in written}
+        found[str(oid)] = {f"column {name}": str(written[name]) for name in read if name in written}
         if whole:
-            found[str(oid)][WHOLE_ROW] = _digest(sorted(written.items()))
+            found[str(oid)]["its columns"] = _digest(sorted(written.items()))
         if key is not None:
-            found[str(oid)]["primary key"] = ", ".join(key)
+            found[str(oid)]["its primary key"] = ", ".join(key)
     return found
 
 
@@ -231,7 +231,8 @@ def fingerprint_of(
     :param related: what it reads of other tables, or of the same one besides.
     :param expressions: its conditions in SQL, which the catalog was asked about.
     """
-    made = [made_of(table, (*columns, *related.get(table.name, ())), where)]
+    own = related.get(table.name)
+    made = [made_of(table, (*columns, *(own or ())), where, None if own is None else table.primary_key)]
     sent = [sent_by(catalog.publication, table)]
     for name, read in related.items():
         other = catalog.tables.get(name)
@@ -337,7 +338,7 @@ def _altered(was: TableValues, is_: TableValues) -> list[str]:
     """Return the details that are others than before; what only one of both has comes with another configuration."""
     return sorted(
         {
-            "its columns" if name == WHOLE_ROW else name
+            name
             for table in was.details.keys() & is_.details.keys()
             for name in was.details[table].keys() & is_.details[table].keys()
             if was.details[table][name] != is_.details[table][name]

@@ -12,8 +12,9 @@ A body of SQL statements (BEGIN ATOMIC) is stored as the server understood it, a
 on. So its text is not asked for: the function that writes it (pg_get_function_sqlbody) waits for all tables that the
 body reads, and any function with a name in some body may be somebody else's.
 
-A condition that searches text may go by `default_text_search_config`, which is pinned for no session of ours: another
-would make of the words of existing conditions others. So its value counts as well, as a new session would have it.
+A condition that searches text may go by `default_text_search_config`, which no session of ours pins: it is what the
+user's own words are to be read by. So its value counts as well, as a new session would have it. What writes and reads
+numbers and dates goes by settings that are pinned, and were not always.
 
 Source: PostgreSQL, "System Catalogs" (pg_proc, pg_operator, pg_cast, pg_constraint, pg_depend, pg_db_role_setting);
 "Text Search Functions and Operators".
@@ -37,6 +38,9 @@ Name = tuple[str | None, str]
 
 _SEARCHING = re.compile(r"@@@?|\b(?:\w*to_tsvector|\w*to_tsquery|ts_headline|get_current_ts_config)\b", re.IGNORECASE)
 """Matches what may go by the session's configuration for text search."""
+
+_WRITING = re.compile(r"\bto_(?:char|number|date|timestamp)\b|=\s*null\b", re.IGNORECASE)
+"""Matches what may go by `lc_time`, `lc_numeric` or `transform_null_equals`."""
 
 _SEARCH_SETTING: LiteralString = """
     SELECT coalesce(string_agg(one, ' ' ORDER BY setrole, setdatabase), current_setting('default_text_search_config'))
@@ -86,6 +90,8 @@ async def functions_called(connection: Connection, conditions: Iterable[str]) ->
             left = {name for one in new for name in one.calls} - seen
         if any(map(_SEARCHING.search, bodies)):
             digests["default_text_search_config"] = str(await fetch_value(connection, _SEARCH_SETTING, []))
+        if any(map(_WRITING.search, bodies)):
+            digests["lc_time, lc_numeric, transform_null_equals"] = "pinned"
         found[text] = digests
     return found
 
@@ -150,7 +156,8 @@ _CALLED: LiteralString = """
     SELECT f.place, p.oid::regprocedure::text,
         md5((to_jsonb(p) - ARRAY['oid', 'proowner', 'proacl', 'procost', 'prorows'])::text),
         CASE WHEN l.lanname NOT IN ('c', 'internal') THEN p.prosrc END,
-        -- These are also its arguments' types and what their defaults call. An array counts as its elements.
+        -- These are also its arguments' types and what their defaults call. An array counts as its elements. Of
+        -- what is in pg_catalog there is no record of its own.
         CASE WHEN p.prosqlbody IS NULL THEN '{}'::text[] ELSE ARRAY(
             SELECT ARRAY[n.nspname::text, used.name::text] FROM pg_depend AS d CROSS JOIN LATERAL (
                 SELECT pronamespace, proname FROM pg_proc
@@ -161,7 +168,10 @@ _CALLED: LiteralString = """
                     JOIN pg_type AS e ON e.oid = t.oid OR e.oid = t.typelem AND t.typlen = -1
                     WHERE d.refclassid = 'pg_type'::regclass AND t.oid = d.refobjid
             ) AS used (schema, name) JOIN pg_namespace AS n ON n.oid = used.schema
-            WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'n') END
+            WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'n'
+            UNION ALL SELECT ARRAY['pg_catalog', c.proname::text]
+            FROM regexp_matches(p.prosqlbody::text, ':(?:op)?funcid ([0-9]+)', 'g') AS m (found)
+            JOIN pg_proc AS c ON c.oid = found[1]::oid WHERE c.pronamespace = 'pg_catalog'::regnamespace) END
     FROM functions AS f JOIN pg_proc AS p USING (oid) JOIN pg_language AS l ON l.oid = p.prolang
     WHERE p.pronamespace <> 'pg_catalog'::regnamespace
     UNION ALL

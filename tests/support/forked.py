@@ -42,6 +42,8 @@ IMPORTED = (
     "cdcsync.embedders.hashing",
     "cdcsync.embedders.openai",
     "tests.support.hurried",
+    # What the above import once they run.
+    *("anyio._backends._asyncio", "httpx", "uvicorn.protocols.http.h11_impl"),
 )
 """What the first copy imports, with all that they import; nothing of it starts a thread or opens a file."""
 

@@ -92,6 +92,14 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         "public.searched(status)",
         [],
     ),
+    "searching_parsed": (
+        [
+            "CREATE FUNCTION public.parsed_search(s text) RETURNS boolean IMMUTABLE"
+            " RETURN to_tsvector(s) @@ to_tsquery('opened')"
+        ],
+        "public.parsed_search(status)",
+        [],
+    ),
     "related": (
         [function("public.shown", "SELECT s <> 'spam'")],
         "",

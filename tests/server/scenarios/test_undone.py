@@ -85,6 +85,7 @@ MOVED: dict[str, list[str]] = {
                *EXCHANGED],
     "schemas": [*FAMILY, "UPDATE {t}__a.items SET title = 'of the other' WHERE id = 1",
                 "DELETE FROM {t}__b.items WHERE id = 2", *FAMILY],
+    "family_row": ["ALTER TABLE {t}__a.items RENAME status TO state"],
 }  # fmt: skip
 
 RELATED = """
@@ -113,6 +114,9 @@ OF_NOTES: dict[str, tuple[str, list[str]]] = {
 }
 """The condition on the related rows, and what happens to their table."""
 
+FAMILIES = {"schemas": "", "family_row": "to_jsonb(t) ->> 'status' = 'open'"}
+"""Indexes over the tables of two schemas, with their conditions."""
+
 HOW = ("down", "up")
 
 
@@ -130,14 +134,15 @@ def undone(make_scene: MakeScene) -> Scene:
             statements.append(f"CREATE TABLE {name} (id int PRIMARY KEY, title text)")
             statements.append(f"INSERT INTO {name} SELECT i, '{name} ' || i FROM generate_series(1, 4) i")
             indexes[name] = Followed(name)
-        for member in ("a", "b"):
-            items = f"schemas_{how}__{member}.items"
-            statements += [
-                f"CREATE SCHEMA schemas_{how}__{member}",
-                f"CREATE TABLE {items} (id int PRIMARY KEY, title text)",
-            ]
-            statements.append(f"INSERT INTO {items} SELECT i, '{member} ' || i FROM generate_series(1, 4) i")
-        indexes[f"schemas_{how}"] = Followed(f"schemas_{how}__*.items")
+        for kind, condition in FAMILIES.items():
+            indexes[f"{kind}_{how}"] = Followed(f"{kind}_{how}__*.items", where=condition)
+            for member in ("a", "b"):
+                items = f"{kind}_{how}__{member}.items"
+                statements += [
+                    f"CREATE SCHEMA {kind}_{how}__{member}",
+                    f"CREATE TABLE {items} (id int PRIMARY KEY, title text, status text DEFAULT 'open')",
+                    f"INSERT INTO {items} SELECT i, '{member} ' || i FROM generate_series(1, 4) i",
+                ]
         for case, (where, _) in OF_NOTES.items():
             name = f"{case}_{how}"
             statements += [one.format(t=name) for one in NOTES]
@@ -152,8 +157,8 @@ def undone(make_scene: MakeScene) -> Scene:
         for how in HOW:
             name, key = f"{case}_{how}", "other" if case == "primary_key" else "no"
             scene.execute(
-                f"CREATE VIEW {name}_expected AS SELECT id, title, (SELECT string_agg(body, E'\n' ORDER BY place, {key})"
-                f" FROM {name}_notes AS t WHERE item_id = i.id AND {where}) AS notes FROM {name} AS i"
+                f"CREATE VIEW {name}_expected AS SELECT id, title, (SELECT string_agg(body, E'\n' ORDER BY place,"
+                f" {key}) FROM {name}_notes AS t WHERE item_id = i.id AND {where}) AS notes FROM {name} AS i"
             )
             scene.oracle_reads(name, f"{name}_expected")
     return scene
@@ -170,7 +175,7 @@ def happen(scene: Scene, how: str, *, at_once: bool) -> None:
 
 CASES = [f"{case}_{how}" for case in ALTERED for how in HOW]
 CASES += [f"{case}_{how}" for case in OF_NOTES for how in HOW]
-CASES += [name for how in HOW for name in (f"tables_{how}", f"tables_{how}_other", f"schemas_{how}")]
+CASES += [f"{kind}_{how}" for kind in MOVED for how in HOW] + [f"tables_{how}_other" for how in HOW]
 
 
 @pytest.mark.parametrize("name", CASES)

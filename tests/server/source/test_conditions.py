@@ -113,6 +113,7 @@ async def source(laid_out: Database) -> AsyncIterator[Connection]:
         ('public.U&"writing"(n)', "write it plainly"),
         ("xmin = '1'::xid", "the system column xmin"),
         ("t.ctid IS NOT NULL", "the system column ctid"),
+        ("t.to_jsonb ->> 'n' = '1'", "calls to_jsonb as if that were a column"),
         ("1 / (n - 1) > 0", "division by zero"),
     ],
 )

@@ -50,6 +50,7 @@ REREAD = {
 COMPARED = {
     # The catalog tells that a column's entry was written, and not whether it had another name for a while.
     "a column without values gets a default": "ALTER TABLE public.t ALTER title SET DEFAULT 'x'",
+    "a column is granted by itself": "GRANT SELECT (title) ON public.t TO PUBLIC",
     "two columns change places for a while": """ALTER TABLE public.t RENAME title TO old;
         ALTER TABLE public.t RENAME extra TO title; ALTER TABLE public.t RENAME title TO extra;
         ALTER TABLE public.t RENAME old TO title""",
@@ -110,7 +111,7 @@ async def test_what_leaves_the_values_of_the_index_alone_is_no_difference(source
 
     # Version 15 writes the entries of generated columns anew when any column changes its type.
     rewritten = source.info.server_version < 160000 and "ALTER extra TYPE" in edit
-    assert found == Difference(compare="public.t was altered: twice" if rewritten else None)
+    assert found == Difference(compare="public.t was altered: column twice" if rewritten else None)
 
 
 @pytest.mark.parametrize("edit", REREAD.values(), ids=REREAD)
@@ -197,6 +198,32 @@ async def test_each_of_several_tables_has_to_be_explained_by_a_truncate(
 
     assert found.compare or (found.reread and not emptied)
     assert {one.table for one in found.emptied} == set(emptied)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "ALTER TABLE public.t DROP CONSTRAINT t_pkey; ALTER TABLE public.t ALTER twice SET NOT NULL;"
+        " ALTER TABLE public.t ADD PRIMARY KEY (twice)",
+        "ALTER TABLE public.t ALTER id SET STATISTICS 7",
+    ],
+)
+@pytest.mark.parametrize("of", [T, P], ids=["of itself", "of another"])
+async def test_the_key_by_which_related_rows_are_ordered_counts(
+    source: Connection, edit: str, of: QualifiedName
+) -> None:
+    await lay_out(source)
+
+    async def read() -> tuple[Fingerprint, Catalog]:
+        catalog = await read_catalog(source, "p", [T, P])
+        return fingerprint_of(catalog, catalog.tables[of], ("title",), None, {T: ("title",)}), catalog
+
+    before, _ = await read()
+    for statement in edit.split("; "):
+        await source.execute(statement)
+    now, catalog = await read()
+
+    assert difference(before, now, catalog.tables[of], [catalog.tables[T]]).compare
 
 
 @pytest.mark.parametrize(("publication", "edit"), OUT_AND_BACK, ids=map(": ".join, OUT_AND_BACK))

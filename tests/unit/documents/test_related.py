@@ -77,7 +77,7 @@ def test_columns_of_a_condition_or_order_are_found_as_postgresql_reads_names(
     [
         ({"where": "to_jsonb(t) ->> 'a' = 'b'"}, True),
         ({"where": "t.* IS NOT NULL"}, True),
-        ({"where": "t.hidden OR tt OR not_t"}, False),
+        ({"where": "t.hidden OR tt OR not_t OR flag = 't' OR word = 'it''s t'"}, False),
         ({"order_by": "comments"}, True),
         ({"order_by": '"comments" DESC'}, True),
         ({"order_by": "comments.id, t"}, False),

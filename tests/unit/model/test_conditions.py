@@ -11,6 +11,7 @@ from cdcsync.model.conditions import (
     Token,
     Unreadable,
     Where,
+    columns_read,
     named_columns,
     tokens,
     understood,
@@ -85,7 +86,7 @@ def test_conditions_of_these_forms_are_decided_by_a_value(text: str, of: dict[Va
     ],
 )
 def test_a_condition_that_names_the_row_reads_all_its_columns(text: str, named: tuple[str, ...]) -> None:
-    assert named_columns(tokens(text), COLUMNS) == named
+    assert columns_read(tokens(text), COLUMNS) == named
 
 
 def test_a_conjunction_is_false_as_soon_as_one_part_is_and_unknown_only_if_it_matters() -> None:

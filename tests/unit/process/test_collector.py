@@ -15,6 +15,7 @@ from cdcsync.process import collector
 def own_collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     thresholds = gc.get_threshold()
     monkeypatch.setattr(collector, "_ours", False)
+    monkeypatch.setattr(collector, "_kept", False)
     yield
     gc.unfreeze()
     gc.set_threshold(*thresholds)
@@ -50,6 +51,16 @@ def test_what_was_kept_and_let_go_of_is_freed_when_something_else_is_kept() -> N
     assert gone() is not None
     collector.keep()
     assert gone() is None
+
+
+def test_what_was_frozen_before_a_fork_is_not_looked_at() -> None:
+    circle = Circle()
+    gone = weakref.ref(circle)
+    gc.freeze()
+    del circle
+    collector.own()
+    collector.keep()
+    assert gone() is not None
 
 
 def test_the_collector_of_an_application_is_left_alone() -> None:
