@@ -84,13 +84,18 @@ def test_a_build_that_waits_for_a_transaction_says_for_which_and_stops_nobody(
         pipeline.target.execute("CREATE TABLE cdcsync.articles_vectors_2_hnsw ()")
         migrate(pipeline, "start")
         until(lambda: migrate(pipeline, "status")[1]["reason"] is not None, pipeline.tail)
+        why = HOLDS[what].format(pid=holding.info.backend_pid)
+
+        def said() -> bool:
+            return why in (migrate(pipeline, "status")[1]["reason"] or "")
+
         if what == "a writer":
             holding.execute("LOCK TABLE cdcsync.articles_vectors_2_settled IN ROW EXCLUSIVE MODE")
+            until(said, pipeline.tail)  # no attempt that has seen the table free is under way any more
         else:
             holding.execute("SELECT")
         pipeline.target.execute("DROP TABLE cdcsync.articles_vectors_2_hnsw")
-        why = HOLDS[what].format(pid=holding.info.backend_pid)
-        until(lambda: why in (migrate(pipeline, "status")[1]["reason"] or ""), pipeline.tail)
+        until(said, pipeline.tail)
         told = f"index articles: generation 2 cannot be filled or built now, which is tried again: {why}"
         until(lambda: any(told in problem for problem in pipeline.answer("status")["problems"]), pipeline.tail)
         assert pipeline.answer("status")["indexes"]["articles"]["state"] == "live"
