@@ -21,8 +21,9 @@ Source: PostgreSQL, "System Catalogs"; "ALTER TABLE", "ALTER TYPE", "ALTER PUBLI
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
+from typing import TypeVar
 
 import msgspec
 
@@ -31,9 +32,11 @@ from cdcsync.config.names import WHOLE_ROW
 from cdcsync.model.conditions import Where
 from cdcsync.model.rows import SOURCE_TABLE
 from cdcsync.source.catalog import Catalog
-from cdcsync.source.columns import DEFAULT_COLLATION, Type, reachable_types
+from cdcsync.source.columns import DEFAULT_COLLATION, Column, Type, reachable_types
 from cdcsync.source.publications import Publication
 from cdcsync.source.relations import Partition, Table
+
+T = TypeVar("T")
 
 
 class TableValues(msgspec.Struct, frozen=True):
@@ -165,9 +168,7 @@ def collations_of(table: Table, columns: Iterable[str]) -> dict[str, dict[str, s
     equal and how they are ordered. Nothing else tells that a column has another one: its values stay as they are.
     """
     read = [*columns]
-    known = {leaf.oid: leaf.collations for leaf in table.leaves if leaf.collations} or {
-        table.oid: {name: column.collation for name, column in table.columns.items()}
-    }
+    known = _of_each(table, lambda leaf: leaf.collations, lambda column: column.collation)
     found = {
         str(oid): {name: of[name] for name in read if of.get(name, "") not in ("", DEFAULT_COLLATION)}
         for oid, of in known.items()
@@ -185,9 +186,7 @@ def details_of(
     the key by which related rows are ordered in the end.
     """
     read = sorted(columns)
-    known = {leaf.oid: leaf.columns_written for leaf in table.leaves if leaf.columns_written} or {
-        table.oid: {name: column.written_by for name, column in table.columns.items()}
-    }
+    known = _of_each(table, lambda leaf: leaf.columns_written, lambda column: column.written_by)
     found = {}
     for oid, written in known.items():
         found[str(oid)] = {f"column {name}": str(written[name]) for name in read if name in written}
@@ -196,6 +195,16 @@ def details_of(
         if key is not None:
             found[str(oid)]["its primary key"] = ", ".join(key)
     return found
+
+
+def _of_each(
+    table: Table, of_leaf: Callable[[Partition], dict[str, T]], of_column: Callable[[Column], T]
+) -> dict[int, dict[str, T]]:
+    """Return a fact of the columns by the table's OID; of each of many tables, which have columns of their own."""
+    own = {leaf.oid: of_leaf(leaf) for leaf in table.leaves}
+    return {oid: of for oid, of in own.items() if of} or {
+        table.oid: {name: of_column(column) for name, column in table.columns.items()}
+    }
 
 
 def _digest(facts: object) -> str:

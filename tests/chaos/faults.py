@@ -108,8 +108,7 @@ def take_over(history: History) -> None:
     rest(history)
     taken = first.kill()
     # A crash of the target before may have cost the first one its place: then the second has it, and says so.
-    overtaken = not taken and second.said("streaming") and "another worker has taken over" in first.tail()
-    if overtaken:
+    if not taken and second.said("streaming") and "another worker has taken over" in first.tail():
         first.killed = True
     history.settle_crash(first)
     history.losses.append(Loss())
