@@ -19,7 +19,6 @@ Source: PostgreSQL, "Queries" (LATERAL Subqueries), "Aggregate Functions", "JSON
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
@@ -27,6 +26,7 @@ import msgspec
 from cdcsync.config import QualifiedName, Related
 from cdcsync.config.names import MAX_NAME_BYTES, WHOLE_ROW
 from cdcsync.config.names import quote as _name
+from cdcsync.documents.lexer import ROW, Token, Unreadable, reads_row, tokens
 from cdcsync.documents.templates import Template, sql_text
 from cdcsync.errors import ConfigError
 
@@ -35,12 +35,6 @@ VIA = "via"
 
 TEXT, ROWS, PLACE = "cdcsync text", "cdcsync rows", "cdcsync place"
 """Names of our own in the statement, which no column of a related table is likely to have."""
-
-_WORD = re.compile(r"[\w$]+")
-
-_STRING = re.compile(r"'(?:[^']|'')*'")
-
-_QUOTED = re.compile(r'"((?:[^"]|"")+)"')
 
 ONE = "."
 """Stands between a relation's name and the column of its only row."""
@@ -246,8 +240,9 @@ def columns_read(related: Iterable[RelatedRows]) -> dict[QualifiedName, tuple[st
     found: dict[QualifiedName, list[str]] = {}
     for top in related:
         for one in top.walk():
-            words = list(_names(f"{one.where} {one.order_by}"))
-            if _names_row(one.where, "t") or any(_names_row(one.order_by, alias) for alias in (one.name, VIA)):
+            where, order = _words(one.where), _words(one.order_by)
+            words = [word.text for word in (*where, *order) if word.kind in ("name", "quoted")]
+            if reads_row(where, ROW) or any(reads_row(order, called) for called in (one.name, VIA)):
                 words.append(WHOLE_ROW)
             for at, step in enumerate(one.steps):
                 theirs = [their for _, their in one.steps[at + 1].on] if at + 1 < len(one.steps) else one.needed
@@ -255,20 +250,12 @@ def columns_read(related: Iterable[RelatedRows]) -> dict[QualifiedName, tuple[st
     return {table: tuple(dict.fromkeys(columns)) for table, columns in found.items()}
 
 
-def _names(sql: str) -> Iterator[str]:
-    """Return what may be the name of a column in a piece of SQL, as names are read: folded, or between quotes."""
-    for word in _WORD.findall(sql):
-        yield word
-        yield "".join(letter.lower() if letter.isascii() else letter for letter in word)
-    for quoted in _QUOTED.findall(sql):
-        yield quoted.replace('""', '"')
-
-
-def _names_row(sql: str, alias: str) -> bool:
-    """Say whether a piece of SQL may read a row as a whole, by what the statement calls its table: `t` or `t.*`."""
-    name = f"(?:{re.escape(alias)}|{re.escape(_id(alias))})"
-    sql = _STRING.sub("''", sql)
-    return re.search(rf"""(?<![\w$."]){name}(?![\w$"])(?!\s*\.\s*[^\s*])""", sql, re.IGNORECASE) is not None
+def _words(sql: str) -> Sequence[Token]:
+    """Return the words of a condition or an order; none of one that is refused when it is examined."""
+    try:
+        return tokens(sql)
+    except Unreadable:
+        return ()
 
 
 def computed_columns(related: Iterable[RelatedRows]) -> dict[str, str]:

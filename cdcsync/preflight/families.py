@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from cdcsync.config import QualifiedName
 from cdcsync.config.names import quote
-from cdcsync.model.conditions import Unreadable, named_columns, tokens
+from cdcsync.documents.lexer import Unreadable, named_columns, tokens
 from cdcsync.model.rows import SOURCE_TABLE
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.indexes import Plan, key_faults

@@ -28,19 +28,8 @@ import psycopg
 from psycopg import sql
 
 from cdcsync.config import QualifiedName
-from cdcsync.model.conditions import (
-    ROW,
-    WORDS_WITH_A_VALUE,
-    ColumnKind,
-    Token,
-    Unreadable,
-    Where,
-    columns_read,
-    named_columns,
-    parts_of_row,
-    tokens,
-    understood,
-)
+from cdcsync.documents.lexer import ROW, Token, Unreadable, named_columns, parts_of_row, tokens
+from cdcsync.model.conditions import WORDS_WITH_A_VALUE, ColumnKind, Where, columns_read, understood
 from cdcsync.model.rows import SOURCE_TABLE
 from cdcsync.postgres.errors import locked_out, passing, speaking_of, translate, without_values
 from cdcsync.postgres.locking import until_locked

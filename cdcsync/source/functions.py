@@ -28,7 +28,7 @@ from typing import LiteralString
 
 import msgspec
 
-from cdcsync.model.conditions import Token, Unreadable, tokens
+from cdcsync.documents.lexer import Token, Unreadable, tokens
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
 

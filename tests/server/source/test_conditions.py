@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from cdcsync.config import QualifiedName
-from cdcsync.model.conditions import ColumnKind, tokens, understood
+from cdcsync.documents.lexer import tokens
+from cdcsync.model.conditions import ColumnKind, understood
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.postgres.settings import RENDERING
 from cdcsync.source.conditions import Refused, examine_condition, examine_order, try_condition

@@ -6,16 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdcsync.model.conditions import (
-    ColumnKind,
-    Token,
-    Unreadable,
-    Where,
-    columns_read,
-    named_columns,
-    tokens,
-    understood,
-)
+from cdcsync.documents.lexer import Unreadable, named_columns, tokens
+from cdcsync.model.conditions import ColumnKind, Where, columns_read, understood
 from cdcsync.pgoutput.messages import UNCHANGED, Value
 
 COLUMNS: dict[str, ColumnKind] = {
@@ -145,54 +137,6 @@ def test_conditions_of_other_forms_are_left_to_the_server(text: str) -> None:
 def test_in_another_encoding_only_ascii_is_compared_here() -> None:
     assert where("status = 'ß'", utf8=False).terms is None
     assert where("status = 's'", utf8=False).terms is not None
-
-
-@pytest.mark.parametrize(
-    ("text", "what"),
-    [
-        ("a -- b", "a comment"),
-        ("a /* b */", "a comment"),
-        ("a +-- b", "a comment"),
-        ("a; DROP TABLE t", "more than one statement"),
-        ("a = $1", "a parameter"),
-        ("a = 'b", "character 5"),
-        ("a = E'b", "is not closed"),
-        ('U&"now"() > a', 'U&", .* write it plainly'),
-        ('u&"b" = a', 'u&", .* write it plainly'),
-        ("a = U&'b'", "U&', .* write it plainly"),
-        ("a = $x$b$y$", "is not closed"),
-        ('"a', "character 1"),
-        ("a = \\b", "character 5"),
-    ],
-)
-def test_what_no_condition_may_hold_is_told(text: str, what: str) -> None:
-    with pytest.raises(Unreadable, match=what):
-        tokens(text)
-
-
-def test_words_are_read_as_the_server_does() -> None:
-    assert tokens("""A."b""c"<>-1.5 AND x@-y = date'2026' AND e'\\'' = $q$;$q$ [1]""") == [
-        Token("name", "a"),
-        Token("mark", "."),
-        Token("quoted", 'b"c'),
-        Token("operator", "<>"),
-        Token("operator", "-"),
-        Token("number", "1.5"),
-        Token("name", "and"),
-        Token("name", "x"),
-        Token("operator", "@-"),
-        Token("name", "y"),
-        Token("operator", "="),
-        Token("name", "date"),
-        Token("string", "2026"),
-        Token("name", "and"),
-        Token("other", "e'\\''"),
-        Token("operator", "="),
-        Token("other", "$q$;$q$"),
-        Token("mark", "["),
-        Token("number", "1"),
-        Token("mark", "]"),
-    ]
 
 
 def test_the_columns_that_a_condition_may_read_are_those_that_it_names() -> None:
