@@ -155,7 +155,8 @@ class Metrics:
         self.text_freshness = self._histogram(
             "text_freshness_seconds",
             "seconds",
-            "From a commit on the source to the commit of its chunks in the target, by the clocks of both machines.",
+            "From a commit on the source to the commit of its chunks in the target, by the clocks of both machines:"
+            " that of the oldest change in each batch.",
             FRESHNESS_BUCKETS_S,
         )
         self.vector_freshness = self._histogram(
@@ -163,7 +164,7 @@ class Metrics:
             "seconds",
             "From a commit on the source to the commit of a vector of its text in the target, for each vector that a"
             " change brought: inline, reused or from the backlog, but not from a load or replay. A batch counts from"
-            " its last commit; one that also holds rows of a load is left out. Texts that waited since before the"
+            " its first commit; one that also holds rows of a load is left out. Texts that waited since before the"
             " worker started count from when they were applied.",
             FRESHNESS_BUCKETS_S,
         )

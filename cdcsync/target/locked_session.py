@@ -161,7 +161,7 @@ class LockedSession:
         with speaking_of("target"):
             state = await self._pipelines.read(self.connection)
         if state is None:
-            raise RunError("the pipeline's row is gone", where=f"slot {self._slot}", hint="start the worker again")
+            raise self._pipelines.gone()
         self._continue(state)
         return state
 

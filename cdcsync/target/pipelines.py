@@ -27,7 +27,7 @@ import msgspec
 import psycopg
 from psycopg import sql
 
-from cdcsync.errors import LeaseLost, TargetRewound
+from cdcsync.errors import LeaseLost, RunError, TargetRewound
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.queries import fetch_one, fetch_row
 from cdcsync.postgres.sessions import Connection
@@ -173,7 +173,10 @@ class Pipelines:
         return cast(int, row[0]) if row is not None and row[1] else None
 
     async def take_over(self, connection: Connection, worker: str) -> Lease:
-        """Raise the fence; waits for a transaction of the predecessor that is still committing."""
+        """Raise the fence; waits for a transaction of the predecessor that is still committing.
+
+        :raises RunError: the pipeline's row is gone.
+        """
         row = await fetch_row(
             connection,
             sql.SQL(
@@ -183,7 +186,7 @@ class Pipelines:
             [worker, self._slot],
         )
         if row is None:
-            raise LeaseLost("the pipeline's row is gone", where=f"slot {self._slot}", hint="start the worker again")
+            raise self.gone()
         fence, checkpoint, commits = row
         return Lease(fence, _lsn(checkpoint), commits)
 
@@ -217,16 +220,23 @@ class Pipelines:
         return found
 
     def refuse_successor(self, lease: Lease, state: PipelineState | None) -> None:
-        """Refuse to continue once another worker has raised the fence.
+        """Refuse to continue once another worker, or a command that works like one, has raised the fence.
 
-        :raises LeaseLost: it has, or the row is gone.
+        :raises LeaseLost: it has.
+        :raises RunError: the row is gone.
         """
-        if state is None or state.fence > lease.fence:
+        if state is None:
+            raise self.gone()
+        if state.fence > lease.fence:
             raise LeaseLost(
                 "another worker has taken over this pipeline",
                 where=f"slot {self._slot}",
-                hint="this worker stops; the other one continues",
+                hint="the other one continues; a worker that was overtaken stands by",
             )
+
+    def gone(self) -> RunError:
+        """Return what to raise where the pipeline's row is gone."""
+        return RunError("the pipeline's row is gone", where=f"slot {self._slot}", hint="start the worker again")
 
     async def begin_at(
         self, connection: Connection, lease: Lease, checkpoint: Lsn, system_identifier: str, timeline: int

@@ -21,7 +21,7 @@ from cdcsync.backoff import Backoff
 from cdcsync.config import Config
 from cdcsync.config.values import is_loopback
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import SchemaChanged, TablesChanged, TargetRewound, Unavailable, leading
+from cdcsync.errors import LeaseLost, SchemaChanged, TablesChanged, TargetRewound, Unavailable, leading
 from cdcsync.flows.setup.approval import Held, hold_unapproved
 from cdcsync.http.listening import serve
 from cdcsync.model.pauses import Pauses
@@ -62,7 +62,6 @@ async def run(
     :raises SetupError: a check before the start failed; nothing was created.
     :raises RunError: the worker cannot continue until someone acts; what is committed stays.
     :raises GapError: changes may have been lost.
-    :raises LeaseLost: another worker took over.
     """
     raise_descriptor_limit()
     findings: list[Finding] = []
@@ -194,6 +193,10 @@ async def _work_through_schema_changes(
         except TargetRewound as error:
             known.clear()
             log.error("target_rewound", error=str(error), fix=error.hint)
+        except LeaseLost as error:
+            # By a command, it may be, that did a repair while this worker was cut off, and has ended since.
+            known.clear()
+            log.warning("overtaken", error=str(error))
         except Unavailable as error:
             known.clear()
             if not state.stopping.is_set():

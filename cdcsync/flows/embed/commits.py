@@ -19,7 +19,7 @@ class Commits:
         """Commits before this position are unknown, or no longer known."""
 
     def note(self, after: int, end: int, committed: datetime) -> None:
-        """Note a batch: all transactions that end after one LSN and up to another, the last committed at that time."""
+        """Note a batch: all transactions that end after one LSN and up to another, the first committed at that time."""
         if not self._ends or after < self._ends[-1]:  # the first one, or of another history
             self._ends, self._times, self._after = [], [], after
         self._ends.append(end)

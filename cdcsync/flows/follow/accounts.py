@@ -51,9 +51,9 @@ class Accounts:
         metrics.transactions.inc(batch.transactions)
         metrics.batch_rows.observe(batch.rows)
         metrics.apply_seconds.observe(outcome.seconds)
-        if batch.commit_time_us is not None and batch.end_lsn is not None:
+        if batch.oldest_us is not None and batch.end_lsn is not None:
             changed = [index for index in outcome.applied if index in batch.indexes and batch.indexes[index].live]
-            self._note_freshness(outcome, changed, before, batch.end_lsn, to_datetime(batch.commit_time_us))
+            self._note_freshness(outcome, changed, before, batch.end_lsn, to_datetime(batch.oldest_us))
         for index, of_index in batch.indexes.items():
             upserts = sum(1 for change in of_index.live.values() if isinstance(change, Upsert))
             metrics.changes.labels(index, "upsert").inc(upserts)

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
-from cdcsync.errors import LeaseLost, TargetRewound
+from cdcsync.errors import LeaseLost, RunError, TargetRewound
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.ddl.shared import create_shared
@@ -198,7 +198,7 @@ async def test_nothing_is_written_under_an_older_fence(connection: Connection) -
 
 
 async def test_a_pipeline_without_a_row_cannot_be_taken_over(connection: Connection) -> None:
-    with pytest.raises(LeaseLost, match="row is gone"):
+    with pytest.raises(RunError, match="row is gone"):
         await Pipelines(SCHEMA, "other").take_over(connection, "me")
 
 

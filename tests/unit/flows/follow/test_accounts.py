@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -143,7 +144,7 @@ def accounts(metrics: Metrics, loop: Loop, *beside: Loop) -> Accounts:
 def batch(*changed: Upsert | Delete, committed: bool = True) -> Batch:
     made = Batch()
     if committed:
-        made.commit_time_us, made.end_lsn = 0, Lsn(0x20)
+        made.oldest_us, made.commit_time_us, made.end_lsn = 0, 3_600_000_000, Lsn(0x20)
     for change in changed:
         made.of(SPEC.shape).live[change.key] = change
     return made
@@ -190,7 +191,7 @@ def test_the_embed_loop_hears_of_texts_that_wait_and_whether_they_are_live(lane:
     assert (len(loop.heard), beside.heard) == (1, [lane == LIVE])
 
 
-def test_text_is_as_old_as_its_commit_and_a_batch_without_one_has_no_age() -> None:
+def test_text_is_as_old_as_the_oldest_change_in_its_batch_and_a_batch_without_a_commit_has_no_age() -> None:
     metrics, loop = Metrics(), Loop()
     told = accounts(metrics, loop)
     note(told, batch(upsert("1"), committed=False), NOTHING)
@@ -199,4 +200,4 @@ def test_text_is_as_old_as_its_commit_and_a_batch_without_one_has_no_age() -> No
     note(told, batch(upsert("1")), NOTHING)
     assert sample(metrics, "text_freshness_seconds_count") == 1
     ((before, end, committed),) = loop.noted
-    assert (before, end, committed.year) == (Lsn(0x10), Lsn(0x20), 2000)
+    assert (before, end, committed) == (Lsn(0x10), Lsn(0x20), datetime(2000, 1, 1, tzinfo=UTC))
