@@ -14,7 +14,7 @@ from typing import Self
 import anyio
 import psycopg
 
-from cdcsync.errors import RunError, TargetUnavailable
+from cdcsync.errors import TargetUnavailable
 from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
