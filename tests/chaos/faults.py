@@ -57,16 +57,9 @@ def kill(history: History) -> None:
 @fault("stop and start")
 def stop(history: History) -> None:
     """Ask the worker to stop."""
-    worker = history.ensure_worker()
+    history.ensure_worker()
     rest(history)
-    if worker.alive:
-        status = worker.stop()
-        if worker.crashed:
-            history.settle_crash()
-            return
-        if status and not worker.died_young:
-            raise Broken(f"the worker ended with {status} when it was asked to stop:\n{worker.tail()}")
-        worker.killed = True
+    if history.stop():
         history.fire("stop and start")
 
 
@@ -615,7 +608,8 @@ def _wishes(history: History, wish: str) -> None:
     """Have the configuration ask for other vectors, and a worker that knows it."""
     history.wish = wish
     history.write_config()
-    stop(history)
+    history.ensure_worker()
+    history.stop()
     history.ensure_worker()
     history.streaming()
 

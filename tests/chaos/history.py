@@ -232,14 +232,28 @@ class History:
     def kill(self) -> bool:
         """Kill the newest worker; returns whether it was alive."""
         alive = self.worker.kill()
+        if not alive:
+            self.settle_crash()
         self.losses.append(Loss())
         return alive
 
-    def stop(self) -> None:
-        """Have the newest worker stop in order; what calls under way bring is lost all the same."""
-        self.worker.stop()
-        self.worker.killed = True
+    def stop(self) -> bool:
+        """Have the newest worker stop in order; what calls under way bring is lost all the same.
+
+        :returns: whether it did: it may have died at its crash point before, or on the way.
+        """
+        worker = self.worker
+        stopped = False
+        if worker.alive:
+            status = worker.stop()
+            stopped = not worker.crashed
+            if stopped and status and not worker.died_young:
+                raise Broken(f"the worker ended with {status} when it was asked to stop:\n{worker.tail()}")
+        if not stopped:
+            self.settle_crash(worker)
+        worker.killed = True
         self.losses.append(Loss())
+        return stopped
 
     def streaming(self) -> None:
         """Wait until the newest worker streams, or has ended."""
@@ -265,8 +279,9 @@ class History:
             self.fire("crash at a named point")
             self.note(f"died at {worker.crash_at}")
             return
-        if worker.process.returncode != 0:
-            raise Broken(f"a worker ended by itself with {worker.process.returncode}:\n{worker.tail()}")
+        if worker.process.returncode == 0 and worker.said("stopping"):
+            return  # a scene sent SIGTERM to reach a point on the way to the end
+        raise Broken(f"a worker ended by itself with {worker.process.returncode}:\n{worker.tail()}")
 
     def repair(self, index: str) -> None:
         """Have a command repair what was damaged by hand; what changes just then, it may leave undecided."""
@@ -357,16 +372,10 @@ class History:
         self._stop_in_order()
 
     def _stop_in_order(self) -> None:
-        """See that the last worker ends as it is asked to, or at its crash point."""
-        worker = self.worker
-        if not worker.alive:
-            self.settle_crash()
-            return
-        status = worker.stop()
-        if worker.crashed:
-            self.settle_crash()
-        elif status and not worker.died_young:
-            raise Broken(f"the worker ended with {status} when it was asked to stop:\n{worker.tail()}")
+        """See that the last worker ends as it is asked to, or at its crash point, and that no other ended by itself."""
+        self.stop()
+        for worker in self.workers:
+            self.settle_crash(worker)
 
     def _compare(self, source: psycopg.Connection[Any], target: psycopg.Connection[Any]) -> list[str]:
         """Ask the oracle, again if a statement of the worker's was in its way."""
