@@ -107,8 +107,12 @@ class History:
         """When the results of calls may have been lost."""
         self.gap_expected = False
         """Whether this history made a gap, which the worker heals by reading everything again."""
+        self.rewind_expected = False
+        """Whether the target lost what the worker had committed."""
         self.pause_expected = False
-        """Whether this history changed tables so that indexes pause."""
+        """Whether this history changed tables so that indexes may pause; in any other one, none may."""
+        self.marked = 0
+        """The number of the last note that a fault wrote to see whether it gets into the index."""
         self.settles_late = False
         """Whether something was done that the worker finds out by looking, some seconds later."""
         self.notes: list[str] = []
@@ -351,8 +355,7 @@ class History:
                 raise Broken(f"the slot was told {row}, beyond the checkpoint {checkpoint}")
         if self._watched:
             raise Broken(self._watched)
-        if not self.gap_expected and (gaps := [one for one in self._events() if one.get("event") == "gap"]):
-            raise Broken(f"a gap was found where none was: {gaps[0]}")
+        self.refuse_what_had_no_cause()
         kept = {place for _, place in self._held()} if self.provider.rewound else set()
         repeated = self.provider.repeated(self.losses, kept, within_s=LOSS_S)
         if self.gap_expected:
@@ -370,6 +373,19 @@ class History:
         if tracebacks:
             raise Broken(f"a traceback in {tracebacks}")
         self._stop_in_order()
+
+    def refuse_what_had_no_cause(self) -> None:
+        """See that no worker reported a loss that there was not, or paused an index whose tables were as they should.
+
+        :raises Broken: one did.
+        """
+        for name, expected in (
+            ("gap", self.gap_expected),
+            ("target_rewound", self.rewind_expected),
+            ("index_paused", self.pause_expected),
+        ):
+            if not expected and (found := [one for one in self._events() if one.get("event") == name]):
+                raise Broken(f"a worker reported {name} where nothing had caused it: {found[0]}")
 
     def _stop_in_order(self) -> None:
         """See that the last worker ends as it is asked to, or at its crash point, and that no other ended by itself."""

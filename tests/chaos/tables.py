@@ -144,6 +144,12 @@ FAR = 'embedder = "far"'
 WHOLE, SMALLER = "max_tokens = 40", "max_tokens = 25"
 """How large the chunks of the index `articles` are, and what they may be migrated to; the documents stay the same."""
 
+OF_ARTICLES = ("articles", "titles", "shelf")
+"""The indexes of the table `articles`, all of which carry its column `tenant`."""
+
+MARKED = "xx"
+"""The language of notes that the writer leaves alone, but for TRUNCATE."""
+
 RETURNING = ("shelved: ", "thread: ", "item ")
 """How texts begin that go and come back, because a condition or a related row says so. They are embedded again."""
 
@@ -258,6 +264,7 @@ class Writer:
                 except (
                     psycopg.errors.UniqueViolation,
                     psycopg.errors.UndefinedTable,
+                    psycopg.errors.UndefinedColumn,
                     psycopg.errors.InvalidSchemaName,
                     psycopg.errors.CheckViolation,
                     psycopg.errors.ForeignKeyViolation,

@@ -11,7 +11,7 @@ import pytest
 
 from tests.chaos import commits
 from tests.chaos.campaign import plan, run_seed
-from tests.chaos.faults import FAULTS
+from tests.chaos.faults import FAULTS, says
 from tests.chaos.history import Broken, History
 from tests.chaos.scenes import SCENES, reachable
 from tests.chaos.servers import Side
@@ -95,3 +95,22 @@ def test_a_worker_may_end_at_its_crash_point_or_when_it_is_asked_to(history: His
     ended(history, "kill -9 $$", crash_at="batch committed#2")
     history.settle_crash()
     assert history.hit == {"batch committed"}
+
+
+@pytest.mark.parametrize(
+    ("event", "cause"),
+    [("gap", "gap_expected"), ("target_rewound", "rewind_expected"), ("index_paused", "pause_expected")],
+)
+def test_a_worker_may_report_only_what_the_history_caused(history: History, event: str, cause: str) -> None:
+    ended(history, "exit 0", f'{{"event": "{event}"}}\n')
+
+    with pytest.raises(Broken, match=f"reported {event} where nothing had caused it"):
+        history.refuse_what_had_no_cause()
+
+    setattr(history, cause, True)
+    history.refuse_what_had_no_cause()
+
+
+def test_neither_an_old_line_nor_the_end_of_a_worker_counts_as_an_effect(history: History) -> None:
+    assert not says(ended(history, "exit 0", "No space left\n"), "No space left", len("No space left\n"), 0)
+    assert says(ended(history, "exit 0", "No space left\n"), "No space left", 0, 0)
