@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 
 from cdcsync.process.crashpoints import VARIABLE
-from tests.chaos.oracle import differences
+from tests.chaos.oracle import differences, standing
 from tests.chaos.provider import Loss, Place, Provider, Rewound
 from tests.chaos.servers import FIRST_LOOK_S, RAREST_LOOK_S, Side, until
 from tests.chaos.tables import FAR, INDEXES, TABLES, WHOLE, Writer
@@ -70,6 +70,16 @@ TOLD = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_na
 HELD = "SELECT checkpoint::text, checkpoint >= %s::pg_lsn FROM cdcsync.pipelines"
 
 
+WATCH_EVERY_S = 0.03
+"""How often the slot's position is compared with the checkpoint: two short statements."""
+
+AWAY = (psycopg.OperationalError, psycopg.InterfaceError, OSError)
+"""What a session says whose server is away, or just being promoted."""
+
+NOT_YET = (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedColumn)
+"""What the target says before the worker has made its tables."""
+
+
 class Broken(AssertionError):
     """A property did not hold."""
 
@@ -118,6 +128,8 @@ class History:
         self.notes: list[str] = []
         self._began = time.monotonic()
         self._watched: str | None = None
+        self.compared = 0
+        """How often the slot's position was compared with the checkpoint."""
         self.writer = Writer(seed, lambda: self.source.connect(self.name))
 
     # -- life ---------------------------------------------------------------------------------------------------
@@ -346,6 +358,8 @@ class History:
                 with contextlib.suppress(TimeoutError):
                     until(lambda: not self._compare(source, target), "the worker to look", SETTLE_S)
                 found = self._compare(source, target)
+            if not found:
+                found = self._stands(source, target)
             if found:
                 raise Broken("; ".join(found) + f"\n{self.worker.tail()}")
             row = source.execute(TOLD, [self.name]).fetchone()
@@ -355,6 +369,8 @@ class History:
                 raise Broken(f"the slot was told {row}, beyond the checkpoint {checkpoint}")
         if self._watched:
             raise Broken(self._watched)
+        if not self.compared and not self.gap_expected:
+            raise Broken("the slot's position was never compared with the checkpoint")
         self.refuse_what_had_no_cause()
         kept = {place for _, place in self._held()} if self.provider.rewound else set()
         repeated = self.provider.repeated(self.losses, kept, within_s=LOSS_S)
@@ -400,6 +416,22 @@ class History:
                 return differences(source, target, self.indexes)
             time.sleep(0.5)
         return differences(source, target, self.indexes)
+
+    def _stands(self, source: psycopg.Connection[Any], target: psycopg.Connection[Any]) -> list[str]:
+        """Return what the oracle finds wrong with indexes and slots, and keeps finding: a build may be under way."""
+        found: list[str] = []
+
+        def well() -> bool:
+            found[:] = []
+            with contextlib.suppress(psycopg.errors.DeadlockDetected, psycopg.errors.UndefinedTable):
+                found[:] = standing(source, target, self.indexes, self.name)
+                return not found
+            return False
+
+        with contextlib.suppress(TimeoutError):
+            until(well, "valid indexes", SETTLE_S)
+            return []
+        return found or ["tables come and go all the time"]
 
     def _pass_now(self) -> None:
         """Wait until the worker is through with what is committed now, as long as it gets on."""
@@ -450,28 +482,36 @@ class History:
         return rows, waiting
 
     def _watch(self, ended: threading.Event) -> None:
-        """See all the time that nothing is acknowledged before it is in the target."""
+        """See all the time that nothing is acknowledged before it is in the target, until the history loses something.
+
+        The slot is read first: the checkpoint, read directly after it, may have moved on by then, but never back.
+        """
         with contextlib.ExitStack() as stack:
             sessions: dict[int, psycopg.Connection[tuple[Any, ...]]] = {}
 
-            def ask(side: Side, statement: str, value: str) -> tuple[Any, ...]:
+            def session(side: Side) -> psycopg.Connection[tuple[Any, ...]]:
                 port = side.primary.port
                 if port not in sessions or sessions[port].closed:
                     sessions[port] = stack.enter_context(contextlib.closing(side.connect(self.name)))
-                return sessions[port].execute(statement, [value]).fetchone() or (None, None)
+                return sessions[port]
 
-            while not ended.wait(0.1):
-                if self.gap_expected:
-                    continue
+            while not ended.wait(WATCH_EVERY_S) and not self.gap_expected and self._watched is None:
                 try:
-                    (told,) = ask(self.source, TOLD, self.name)[:1]
-                    if told is None:
-                        continue
-                    checkpoint, holds = ask(self.target, HELD, told)
-                except (psycopg.Error, OSError):
+                    source, target = session(self.source), session(self.target)
+                    told = source.execute(TOLD, [self.name]).fetchone()
+                    holds = target.execute(HELD, told).fetchone() if told and told[0] else None
+                except (*AWAY, *NOT_YET):
                     continue
-                if holds is False and not self.gap_expected:
-                    self._watched = f"the slot was told {told} while the checkpoint was {checkpoint}"
+                except Exception as error:  # a comparison that cannot be made must not pass for one that was made
+                    self._watched = f"the slot cannot be compared with the checkpoint: {error}"
+                    return
+                # Without a checkpoint, the pipeline has not begun: the slot's position is where it was created.
+                if told is None or holds is None or holds[0] is None:
+                    continue
+                self.compared += 1
+                # A fault may have lost something between the two answers.
+                if holds[1] is False and not self.gap_expected:
+                    self._watched = f"the slot was told {told[0]} while the checkpoint was {holds[0]}"
 
     def _events(self) -> list[dict[str, Any]]:
         return [event for worker in self.workers for event in worker.events()]
