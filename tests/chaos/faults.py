@@ -67,28 +67,68 @@ def stop(history: History) -> None:
 
 @fault("frozen worker overtaken")
 def overtake(history: History) -> None:
-    """Freeze the worker, end its sessions, let another one take over, and wake it behind its successor."""
+    """Freeze the worker, let another one take over, and wake it behind its successor: nothing tells it but the fence.
+
+    Its sessions on the target stay as they are, but for the lock, which is taken from them. It has changes to write:
+    what the source sent while it was frozen, before the source ended that connection.
+    """
     frozen = history.ensure_worker()
     history.streaming()
     rest(history)
-    frozen.freeze()
+    if not _freeze_between_transactions(history, frozen):
+        return
+    links = list(history.target.proxy.links)
+    history.writer.allow()
+    rest(history, 0.5, 1)
+    unlocked = [link for link in links if link.ask("SELECT pg_advisory_unlock_all()")]
     history.losses.append(Loss())
-    for side in (history.source, history.target):
-        side.proxy.cut()
+    history.execute(
+        history.source,
+        "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots"
+        " WHERE slot_name = %s AND active_pid IS NOT NULL",
+        history.name,
+    )
     successor = history.start()
     history.streaming()
     rest(history, 0.1, 0.8)
+    awake = {link: link.sent for link in unlocked if link.ended_at is None}
     frozen.thaw()
-    if successor.alive:
-        try:
-            frozen.process.wait(120)
-        except subprocess.TimeoutExpired:
-            if not frozen.said("standby"):
-                raise Broken("a worker that was overtaken neither ended nor stood by") from None
-    frozen.kill()
+    if not successor.alive:
+        frozen.kill()
+        history.settle_crash()
+        return
+    try:
+        frozen.process.wait(120)
+    except subprocess.TimeoutExpired:
+        raise Broken("a worker that was overtaken does not end") from None
+    if frozen.crashed:
+        history.settle_crash(frozen)
+        return
+    if "another worker has taken over" not in frozen.tail():
+        raise Broken(f"a worker that was overtaken ended for another reason:\n{frozen.tail()}")
     frozen.killed = True
-    if successor.alive:
+    if any(link.sent > sent for link, sent in awake.items()):
         history.fire("frozen worker overtaken")
+
+
+def _freeze_between_transactions(history: History, worker: Worker) -> bool:
+    """Freeze a worker while none of its sessions on the target is in a transaction; returns whether it is frozen."""
+    busy = (
+        "SELECT FROM pg_stat_activity WHERE application_name LIKE 'cdcsync%%' AND datname = current_database()"
+        " AND backend_type = 'client backend' AND state <> 'idle'"
+    )
+    for _ in range(50):
+        if not worker.alive:
+            return False
+        worker.freeze()
+        with contextlib.suppress(TimeoutError):
+            until(lambda: not history.execute(history.target, busy), "statements to end", 0.3)
+            time.sleep(0.05)  # what was on its way to the server has come to it by now
+            if not history.execute(history.target, busy):
+                return True
+        worker.thaw()
+        rest(history, 0, 0.1)
+    return False
 
 
 @fault("standby takes over")
