@@ -81,7 +81,7 @@ def overtake(history: History) -> None:
     history.writer.allow()
     rest(history, 0.5, 1)
     unlocked = [link for link in links if link.ask("SELECT pg_advisory_unlock_all()")]
-    history.losses.append(Loss())
+    history.lose()
     history.execute(
         history.source,
         "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots"
@@ -92,6 +92,7 @@ def overtake(history: History) -> None:
     history.streaming()
     rest(history, 0.1, 0.8)
     awake = {link: link.sent for link in unlocked if link.ended_at is None}
+    history.provider.rivals.append(rivals := Loss())
     frozen.thaw()
     if not successor.alive:
         frozen.kill()
@@ -101,6 +102,8 @@ def overtake(history: History) -> None:
         frozen.process.wait(120)
     except subprocess.TimeoutExpired:
         raise Broken("a worker that was overtaken does not end") from None
+    finally:
+        rivals.prolong()
     if frozen.crashed:
         history.settle_crash(frozen)
         return
@@ -146,7 +149,7 @@ def take_over(history: History) -> None:
     if not taken and second.said("streaming") and "another worker has taken over" in first.tail():
         first.killed = True
     history.settle_crash(first)
-    history.losses.append(Loss())
+    history.lose()
     history.streaming()
     if taken and second.alive:
         history.fire("standby takes over")
@@ -186,7 +189,7 @@ def _wire(name: str, side_of: Callable[[History], Side]) -> None:
         proxy = side_of(history).proxy
         if not (frozen := proxy.freeze()):
             return
-        history.losses.append(Loss(frozen))
+        history.lose(Loss(frozen))
         try:
             until(lambda: proxy.withheld > 0, "bytes to be withheld", 10)
         except TimeoutError:
@@ -672,6 +675,7 @@ def member_goes(history: History) -> None:
     )
     if not _ddl(history, gone):
         return
+    history.provider.returning.append("item ")  # under another name, they are other documents of the same texts
     rest(history, 0, 1)
     if history.chance.random() < 0.5:
         history.execute(history.source, "SELECT make_shop(%s)", shop)
@@ -733,9 +737,7 @@ def _until_live(history: History, index: str) -> bool:
     return bool(history.execute(history.target, live))
 
 
-def _migrate(
-    history: History, index: str, name: str, steps: Sequence[str], *, dropped: Callable[[], None] = lambda: None
-) -> None:
+def _migrate(history: History, index: str, name: str, steps: Sequence[str]) -> None:
     """Start a migration of an index, and take some of these steps at random."""
     if history.command("migrate", index, "start", "--yes") == 0:
         history.fire(name)
@@ -749,7 +751,7 @@ def _migrate(
         elif (status := history.command("migrate", index, step, "--yes")) not in (0, 2):
             raise Broken(f"migrate {index} {step} ended with {status}")
         elif step == "drop":
-            dropped()
+            history.provider.calls.clear()  # what was dropped may be made again
 
 
 @fault("migration")
@@ -773,8 +775,7 @@ def other_chunks(history: History) -> None:
     steps = ("wait", "wait", "kill", "activate", "activate", "rollback", "drop", "start")
     _until_live(history, "articles")
     ask_for_smaller_chunks(history)
-    # What was dropped may be made again.
-    _migrate(history, "articles", "migration to other chunks", steps, dropped=lambda: history.provider.calls.clear())
+    _migrate(history, "articles", "migration to other chunks", steps)
 
 
 def ask_for_smaller_chunks(history: History) -> None:
@@ -798,6 +799,7 @@ def _back(history: History) -> None:
     _wishes(history, FAR)
     if history.command("migrate", "titles", "start", "--yes") != 0:
         raise Broken("no migration back begins")
+    history.provider.calls.clear()
     filled = "SELECT FROM cdcsync.generations AS g JOIN cdcsync.indexes AS i ON i.name = g.index_name"
     filled += " WHERE i.name = 'titles' AND g.state = 'ready' AND g.generation <> i.generation"
     until(lambda: history.execute(history.target, filled), "the generation to go back to", 300)

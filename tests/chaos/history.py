@@ -18,7 +18,7 @@ import psycopg
 
 from cdcsync.process.crashpoints import VARIABLE
 from tests.chaos.oracle import differences, standing
-from tests.chaos.provider import Loss, Place, Provider, Rewound
+from tests.chaos.provider import Held, Loss, Place, Provider, Rewound
 from tests.chaos.servers import FIRST_LOOK_S, RAREST_LOOK_S, Side, until
 from tests.chaos.tables import FAR, INDEXES, TABLES, WHOLE, Writer
 from tests.chaos.worker import Worker
@@ -72,6 +72,9 @@ HELD = "SELECT checkpoint::text, checkpoint >= %s::pg_lsn FROM cdcsync.pipelines
 
 WATCH_EVERY_S = 0.03
 """How often the slot's position is compared with the checkpoint: two short statements."""
+
+LOOK_EVERY_S = 1.0
+"""How often it is noted what the target has vectors of."""
 
 AWAY = (psycopg.OperationalError, psycopg.InterfaceError, OSError)
 """What a session says whose server is away, or just being promoted."""
@@ -128,6 +131,8 @@ class History:
         self.notes: list[str] = []
         self._began = time.monotonic()
         self._watched: str | None = None
+        self.embedded = self.covered = 0
+        """How many texts were embedded, and of how many a second call would be found."""
         self.compared = 0
         """How often the slot's position was compared with the checkpoint."""
         self.writer = Writer(seed, lambda: self.source.connect(self.name))
@@ -173,7 +178,21 @@ class History:
         self.fired[fault] += 1
         self.note(f"fired: {fault}")
         if loses:
-            self.losses.append(Loss())
+            self.lose()
+
+    def lose(self, *losses: Loss) -> None:
+        """Take the results of calls for lost that the target does not have now.
+
+        :param losses: since when; since now if none is named.
+        """
+        self.losses.extend(losses or [Loss()])
+        self.look_what_is_held()
+
+    def look_what_is_held(self) -> None:
+        """Note the texts of which the target has a vector now, if it tells."""
+        with contextlib.suppress(*AWAY, *NOT_YET):
+            texts = {text for text, _ in self._held()}
+            self.provider.held.append(Held(time.monotonic(), texts))
 
     @contextlib.contextmanager
     def losing(self) -> Iterator[None]:
@@ -250,7 +269,7 @@ class History:
         alive = self.worker.kill()
         if not alive:
             self.settle_crash()
-        self.losses.append(Loss())
+        self.lose()
         return alive
 
     def stop(self) -> bool:
@@ -268,7 +287,7 @@ class History:
         if not stopped:
             self.settle_crash(worker)
         worker.killed = True
-        self.losses.append(Loss())
+        self.lose()
         return stopped
 
     def streaming(self) -> None:
@@ -372,6 +391,9 @@ class History:
         if not self.compared and not self.gap_expected:
             raise Broken("the slot's position was never compared with the checkpoint")
         self.refuse_what_had_no_cause()
+        self.provider.returning += self.writer.returned
+        self.embedded, self.covered = self.provider.covered()
+        self.note(f"of {self.embedded} embedded texts, {self.covered} were seen in the target while it all went on")
         kept = {place for _, place in self._held()} if self.provider.rewound else set()
         repeated = self.provider.repeated(self.losses, kept, within_s=LOSS_S)
         if self.gap_expected:
@@ -495,7 +517,13 @@ class History:
                     sessions[port] = stack.enter_context(contextlib.closing(side.connect(self.name)))
                 return sessions[port]
 
-            while not ended.wait(WATCH_EVERY_S) and not self.gap_expected and self._watched is None:
+            look_at = time.monotonic()
+            while not ended.wait(WATCH_EVERY_S) and self._watched is None:
+                if time.monotonic() >= look_at:
+                    self.look_what_is_held()
+                    look_at = time.monotonic() + LOOK_EVERY_S
+                if self.gap_expected:
+                    continue
                 try:
                     source, target = session(self.source), session(self.target)
                     told = source.execute(TOLD, [self.name]).fetchone()
