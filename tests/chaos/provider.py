@@ -110,6 +110,7 @@ class Provider(FakeProvider):
         """Remember the call, unless its answer was spoiled."""
         if vectors == self.vectors(texts):
             self.calls.append(Call(time.monotonic(), tuple(texts)))
+            self.embedded.update(texts)
 
     def _checked(self) -> Iterator[tuple[str, float]]:
         """Yield the texts that may be embedded once only, with the time of each call."""
@@ -121,7 +122,7 @@ class Provider(FakeProvider):
     def covered(self) -> tuple[int, int]:
         """Return how many texts were embedded, and of how many a second call would have been found.
 
-        Those are the ones that were seen in the target after their call.
+        Those are the ones that were seen in the target after their call, and whose call is still remembered.
         """
         first: dict[str, float] = {}
         for call in list(self.calls):
@@ -133,7 +134,7 @@ class Provider(FakeProvider):
         seen = {
             text for held in self.held if held.at < rewound for text in held.texts if first.get(text, held.at) < held.at
         }
-        return len(first), len(seen & checked)
+        return len(self.embedded.keys() - {WORD}), len(seen & checked)
 
     def repeated(self, losses: Collection[Loss], kept: Container[Place], *, within_s: float) -> list[Repeat]:
         """Return the texts that were embedded again although nothing was lost since.
