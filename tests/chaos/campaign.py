@@ -83,7 +83,7 @@ def unseen(outcomes: Sequence[Checked], *, whole: bool = False) -> list[str]:
     embedded, covered = sum(one.embedded for one in outcomes), sum(one.covered for one in outcomes)
     kinds = sum((Counter(one.kinds) for one in outcomes), Counter[str]())
     print(
-        f"of {covered} of {embedded} embedded texts, a second call would have been found;"
+        f"{covered} of {embedded} embedded texts were seen in the target, so a second call for them would be found;"
         f" {sum(one.compared for one in outcomes)} comparisons of the slot with the checkpoint;"
         f" transactions: {', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}"
     )
