@@ -9,13 +9,15 @@ import contextlib
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import psycopg
 
 from tests.chaos.history import Broken, History
 from tests.chaos.provider import Loss
 from tests.chaos.servers import Side, until
-from tests.chaos.tables import FAR, SMALLER, WISHES
+from tests.chaos.tables import FAR, MARKED, OF_ARTICLES, SMALLER, WISHES
+from tests.chaos.worker import Worker
 from tests.support import provider as misdeeds
 from tests.support.disks import CannotMount, tight_disk
 
@@ -57,43 +59,79 @@ def kill(history: History) -> None:
 @fault("stop and start")
 def stop(history: History) -> None:
     """Ask the worker to stop."""
-    worker = history.ensure_worker()
+    history.ensure_worker()
     rest(history)
-    if worker.alive:
-        status = worker.stop()
-        if worker.crashed:
-            history.settle_crash()
-            return
-        if status and not worker.died_young:
-            raise Broken(f"the worker ended with {status} when it was asked to stop:\n{worker.tail()}")
-        worker.killed = True
+    if history.stop():
         history.fire("stop and start")
 
 
 @fault("frozen worker overtaken")
 def overtake(history: History) -> None:
-    """Freeze the worker, end its sessions, let another one take over, and wake it behind its successor."""
+    """Freeze the worker, let another one take over, and wake it behind its successor: nothing tells it but the fence.
+
+    Its sessions on the target stay as they are, but for the lock, which is taken from them. It has changes to write:
+    what the source sent while it was frozen, before the source ended that connection.
+    """
     frozen = history.ensure_worker()
     history.streaming()
     rest(history)
-    frozen.freeze()
-    history.losses.append(Loss())
-    for side in (history.source, history.target):
-        side.proxy.cut()
+    if not _freeze_between_transactions(history, frozen):
+        return
+    links = list(history.target.proxy.links)
+    history.writer.allow()
+    rest(history, 0.5, 1)
+    unlocked = [link for link in links if link.ask("SELECT pg_advisory_unlock_all()")]
+    history.lose()
+    history.execute(
+        history.source,
+        "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots"
+        " WHERE slot_name = %s AND active_pid IS NOT NULL",
+        history.name,
+    )
     successor = history.start()
     history.streaming()
     rest(history, 0.1, 0.8)
+    awake = {link: link.sent for link in unlocked if link.ended_at is None}
+    history.provider.rivals.append(rivals := Loss())
     frozen.thaw()
-    if successor.alive:
-        try:
-            frozen.process.wait(120)
-        except subprocess.TimeoutExpired:
-            if not frozen.said("standby"):
-                raise Broken("a worker that was overtaken neither ended nor stood by") from None
-    frozen.kill()
+    if not successor.alive:
+        frozen.kill()
+        history.settle_crash()
+        return
+    try:
+        frozen.process.wait(120)
+    except subprocess.TimeoutExpired:
+        raise Broken("a worker that was overtaken does not end") from None
+    finally:
+        rivals.prolong()
+    if frozen.crashed:
+        history.settle_crash(frozen)
+        return
+    if "another worker has taken over" not in frozen.tail():
+        raise Broken(f"a worker that was overtaken ended for another reason:\n{frozen.tail()}")
     frozen.killed = True
-    if successor.alive:
+    if any(link.sent > sent for link, sent in awake.items()):
         history.fire("frozen worker overtaken")
+
+
+def _freeze_between_transactions(history: History, worker: Worker) -> bool:
+    """Freeze a worker while none of its sessions on the target is in a transaction; returns whether it is frozen."""
+    busy = (
+        "SELECT FROM pg_stat_activity WHERE application_name LIKE 'cdcsync%%' AND datname = current_database()"
+        " AND backend_type = 'client backend' AND state <> 'idle'"
+    )
+    for _ in range(50):
+        if not worker.alive:
+            return False
+        worker.freeze()
+        with contextlib.suppress(TimeoutError):
+            until(lambda: not history.execute(history.target, busy), "statements to end", 0.3)
+            time.sleep(0.05)  # what was on its way to the server has come to it by now
+            if not history.execute(history.target, busy):
+                return True
+        worker.thaw()
+        rest(history, 0, 0.1)
+    return False
 
 
 @fault("standby takes over")
@@ -111,7 +149,7 @@ def take_over(history: History) -> None:
     if not taken and second.said("streaming") and "another worker has taken over" in first.tail():
         first.killed = True
     history.settle_crash(first)
-    history.losses.append(Loss())
+    history.lose()
     history.streaming()
     if taken and second.alive:
         history.fire("standby takes over")
@@ -151,7 +189,7 @@ def _wire(name: str, side_of: Callable[[History], Side]) -> None:
         proxy = side_of(history).proxy
         if not (frozen := proxy.freeze()):
             return
-        history.losses.append(Loss(frozen))
+        history.lose(Loss(frozen))
         try:
             until(lambda: proxy.withheld > 0, "bytes to be withheld", 10)
         except TimeoutError:
@@ -214,6 +252,8 @@ def source_fails_over(history: History) -> None:
     if not _with_a_standby_that_has_the_slot(history, waits=True):
         return
     rest(history, 0.3, 1)
+    if history.one_server:
+        history.rewind_expected = True  # only the slot waits for this standby, not what the worker commits
     history.source.promote()
     if history.one_server:
         history.target = history.source
@@ -228,18 +268,25 @@ def source_fails_over_with_loss(history: History) -> None:
         return
     if not _with_a_standby_that_has_the_slot(history, waits=False):
         return
-    history.gap_expected = True
     history.settings["on_gap"] = "resync"
     history.write_config()
     history.stop()
     history.start().until_said("streaming")
-    _cut_off(history.source)
+    received = _cut_off(history.source)
     history.writer.allow()  # by now it has written all it might, and there would be nothing to lose
-    rest(history, 0.3, 1)
+    beyond = "SELECT FROM cdcsync.pipelines WHERE checkpoint > %s::pg_lsn"
+    try:
+        until(lambda: history.execute(history.target, beyond, received), "changes to be applied that will be lost", 60)
+    except TimeoutError:
+        history.source.drop_standby()
+        return
+    rest(history, 0, 0.5)
+    history.gap_expected = True
     history.source.promote(history.rewound)
     # Until the worker has seen the new primary, its position is one of what is lost, beyond where the source is now.
     history.settles_late = True
     history.fire("source fails over with loss")
+    _until_noticed(history, "gap")
 
 
 def _with_a_standby_that_has_the_slot(history: History, *, waits: bool) -> bool:
@@ -273,8 +320,20 @@ def _with_a_standby_that_has_the_slot(history: History, *, waits: bool) -> bool:
     return True
 
 
-def _cut_off(side: Side) -> None:
-    """Let the standby get nothing more."""
+def _until_noticed(history: History, *events: str) -> None:
+    """Wait until the newest worker, which has no crash point, says that something is lost.
+
+    :raises Broken: it does not.
+    """
+    try:
+        history.worker.until_said(*events)
+    except TimeoutError:
+        raise Broken(f"a server lost what was applied, and the worker reports no {' or '.join(events)}") from None
+    history.settle_crash()
+
+
+def _cut_off(side: Side) -> str:
+    """Let the standby get nothing more; returns how far it is."""
     assert side.standby is not None
     with psycopg.connect(side.standby.dsn(), autocommit=True) as session:
         session.execute("ALTER SYSTEM SET primary_conninfo = ''")
@@ -283,6 +342,9 @@ def _cut_off(side: Side) -> None:
             lambda: session.execute("SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver)").fetchone() == (True,),
             "the standby to be cut off",
         )
+        row = session.execute("SELECT pg_last_wal_receive_lsn()::text").fetchone()
+    assert row is not None
+    return str(row[0])
 
 
 @fault("target fails over")
@@ -318,7 +380,6 @@ def target_fails_over_with_loss(history: History) -> None:
     history.streaming()
     side = history.target
     side.add_standby()
-    history.gap_expected = True
     history.settings["on_gap"] = "resync"
     history.write_config()
     history.stop()
@@ -327,12 +388,16 @@ def target_fails_over_with_loss(history: History) -> None:
         _cut_off(side)
         before = _commits(history)
         history.writer.allow()
-        with contextlib.suppress(TimeoutError):
-            until(lambda: _commits(history) >= before + 3, "commits to be lost", 20)
+        try:
+            until(lambda: _commits(history) >= before + 3, "commits to be lost", 60)
+        except TimeoutError:
+            side.drop_standby()
+            return
         rest(history, 0.2, 0.8)
+        history.gap_expected = history.rewind_expected = True
         side.promote(history.rewound)
     history.fire("target fails over with loss")
-    rest(history)
+    _until_noticed(history, "target_rewound", "gap")
 
 
 def _commits(history: History) -> int:
@@ -350,16 +415,30 @@ def disk_full(history: History) -> None:
     history.streaming()
     if not worker.alive:
         return
-    worker.limit_files(40_000)
+    before = worker.log.stat().st_size
+    worker.limit_files(max(40_000, before + 20_000))  # it must still be able to say what is wrong
     history.writer.allow(200)
     try:
-        until(lambda: "cannot be kept on disk" in worker.log.read_text() or not worker.alive, "the spool to fail", 15)
-    except TimeoutError:
-        return
+        failed = says(worker, "cannot be kept on disk", before, 30)
     finally:
         if worker.alive:
             worker.limit_files(None)
-    history.fire("disk full under the spool")
+    if failed:
+        history.fire("disk full under the spool")
+
+
+def says(worker: Worker, words: str, since: int, patience_s: float) -> bool:
+    """Wait until a worker has logged these words after so many bytes of its log, or has ended; returns whether it has.
+
+    A worker that ended may have died of something else: what it said decides.
+    """
+
+    def said() -> bool:
+        return words.encode() in worker.log.read_bytes()[since:]
+
+    with contextlib.suppress(TimeoutError):
+        until(lambda: said() or not worker.alive, f"the words {words!r}", patience_s)
+    return said()
 
 
 @fault("disk full under the target")
@@ -371,32 +450,34 @@ def target_disk_full(history: History) -> None:
     try:
         with tight_disk(history.target.primary, history.name, tables) as disk:
             disk.fill()
+            before = worker.log.stat().st_size
             history.writer.allow(300)
-            try:
-                until(lambda: "No space left" in worker.log.read_text() or not worker.alive, "the disk to be full", 20)
-            except TimeoutError:
-                return
-            history.fire("disk full under the target")
-            rest(history)
+            if says(worker, "No space left", before, 30):
+                history.fire("disk full under the target")
+                rest(history)
     except CannotMount as error:
         history.note(f"no file system can be mounted: {error}")
 
 
-def _provider(name: str, *misdeed: misdeeds.Misdeed) -> None:
+def _provider(name: str, misdeed: misdeeds.Misdeed) -> None:
     @fault(f"provider: {name}")
     def misbehave(history: History) -> None:
-        """Have the next requests go wrong."""
+        """Have the next requests go wrong, after those that an earlier fault has left to go wrong."""
         history.ensure_worker()
         history.streaming()
-        history.provider.misdeeds.extend(misdeed * history.chance.randint(1, 3))
-        wanted = len(history.provider.misdeeds)
+        victims: list[int] = []
+
+        def done(exchange: Any, texts: list[str]) -> None:
+            victims.append(len(texts))
+            misdeed(exchange, texts)
+
+        history.provider.misdeeds.extend([done] * history.chance.randint(1, 3))
         history.writer.allow()
-        try:
-            until(lambda: len(history.provider.misdeeds) < wanted, "the provider to be asked", 10)
-        except TimeoutError:
-            return
-        history.fire(f"provider: {name}")
-        rest(history)
+        with contextlib.suppress(TimeoutError):
+            until(lambda: any(victims), "texts to be sent to the provider", 30)
+        if any(victims):
+            history.fire(f"provider: {name}")
+            rest(history)
 
 
 _provider("error 500", misdeeds.status(500, b"oh"))
@@ -412,14 +493,57 @@ _provider("bytes that are no text", misdeeds.status(500, b"\xff\xfe\x00\x80", re
 
 @fault("provider: away")
 def provider_away(history: History) -> None:
-    """Take the provider away for a while."""
-    history.ensure_worker()
+    """Take the provider away until a change's text is in the index, and on until its vector is missing."""
+    worker = history.ensure_worker()
     history.streaming()
+    if not _until_live(history, "notes"):
+        return
     rest(history)
     history.provider.stop()
-    rest(history, 0.3, 1.5)
-    history.provider.start()
-    history.fire("provider: away")
+    try:
+        note = write_note(history)
+        if not _in_step(history, worker, note):
+            return
+        waits = history.execute(
+            history.target,
+            "SELECT FROM cdcsync.notes_chunks JOIN cdcsync.notes_backlog USING (chunk_id) WHERE lang = %s AND no = %s",
+            MARKED,
+            note,
+        )
+        rest(history, 0.3, 1.5)
+    finally:
+        history.provider.start()
+    if waits:
+        history.fire("provider: away")
+
+
+def write_note(history: History) -> int:
+    """Write a row of `notes` that nobody else changes, and return its number."""
+    history.marked += 1
+    row = (MARKED, history.marked, f"marked {history.marked}")
+    history.execute(history.source, "INSERT INTO notes VALUES (%s, %s, %s)", *row)
+    return history.marked
+
+
+def _in_step(history: History, worker: Worker, note: int) -> bool:
+    """Wait until the text of a note is in its index, or the worker has ended; returns whether it is.
+
+    :raises Broken: the worker lives and does not write it.
+    """
+    there = "SELECT FROM cdcsync.notes_chunks WHERE lang = %s AND no = %s"
+
+    def gone() -> bool:
+        return not history.execute(history.source, "SELECT FROM notes WHERE lang = %s AND no = %s", MARKED, note)
+
+    def looked() -> bool:
+        history.writer_finishes()  # a lock that waits for a transaction of the writer's is none of the worker's
+        return bool(history.execute(history.target, there, MARKED, note)) or gone() or not worker.alive
+
+    try:
+        until(looked, f"note {note}")
+    except TimeoutError:
+        raise Broken(f"the text of note {note} does not get into the index:\n{worker.tail()}") from None
+    return bool(history.execute(history.target, there, MARKED, note))
 
 
 # -- the tables ---------------------------------------------------------------------------------------------------
@@ -452,12 +576,57 @@ def column_added(history: History) -> None:
 @fault("type of a carried column changed")
 def type_changed(history: History) -> None:
     """Change the type of a column that indexes carry, which makes them read the table again."""
-    history.ensure_worker()
+    worker = history.ensure_worker()
     history.streaming()
-    if _ddl(history, "ALTER TABLE articles ALTER tenant TYPE bigint"):
-        history.pause_expected = True
-        history.fire("type of a carried column changed")
+    if not all(_until_live(history, one) for one in (*OF_ARTICLES, "notes")):
+        return
+    wanted = history.execute(
+        history.source,
+        "SELECT CASE atttypid WHEN 'int'::regtype THEN 'bigint' ELSE 'int' END FROM pg_attribute"
+        " WHERE attrelid = 'articles'::regclass AND attname = 'tenant'",
+    )[0][0]
+    statements = [f"ALTER TABLE articles ALTER tenant TYPE {wanted}"]
+    if away := history.chance.random() < 0.5:
+        statements.append("ALTER TABLE articles RENAME tenant TO tenancy")
+    history.pause_expected = True
+    before = worker.log.stat().st_size
+    if not _ddl(history, *statements):
+        return
+    try:
+        if not _paused(history, worker, before, away=away):
+            return
+        # One index's fault is that index's: while these wait, another one gets in step.
+        if away and _in_step(history, worker, write_note(history)) and not _paused(history, worker, before, away=True):
+            return
+    finally:
+        if away and not _ddl(history, "ALTER TABLE articles RENAME tenancy TO tenant"):
+            raise Broken("the column cannot be renamed back")
+    history.fire("type of a carried column changed")
     rest(history)
+
+
+def _paused(history: History, worker: Worker, since: int, *, away: bool) -> bool:
+    """Wait until the indexes of `articles` are paused, or the worker has ended; returns whether they are.
+
+    :param away: whether they must still be, as their column is; otherwise it is enough that the worker said so after
+        so many bytes of its log.
+    :raises Broken: the worker lives and does not pause them.
+    """
+
+    def paused() -> bool:
+        if away:
+            stated = "SELECT FROM cdcsync.indexes WHERE name = ANY (%s) AND state = 'paused'"
+            return len(history.execute(history.target, stated, list(OF_ARTICLES))) == len(OF_ARTICLES)
+        new = worker.log.read_bytes()[since:].decode(errors="replace").splitlines()
+        named = {one for one in OF_ARTICLES for line in new if '"index_paused"' in line and f'"{one}"' in line}
+        return named == set(OF_ARTICLES)
+
+    history.writer.allow()
+    try:
+        until(lambda: paused() or not worker.alive, "paused indexes")
+    except TimeoutError:
+        raise Broken(f"indexes whose column was changed are not paused:\n{worker.tail()}") from None
+    return paused()
 
 
 @fault("partition detached and attached")
@@ -506,6 +675,7 @@ def member_goes(history: History) -> None:
     )
     if not _ddl(history, gone):
         return
+    history.provider.returning.append("item ")  # under another name, they are other documents of the same texts
     rest(history, 0, 1)
     if history.chance.random() < 0.5:
         history.execute(history.source, "SELECT make_shop(%s)", shop)
@@ -522,6 +692,7 @@ def publication(history: History) -> None:
     """Take a table out of the publication, change it, and put it back before anyone looks."""
     history.ensure_worker()
     history.streaming()
+    history.pause_expected = True
     edited = history.chance.choice(
         (
             ("ALTER PUBLICATION cdcsync DROP TABLE notes", "ALTER PUBLICATION cdcsync ADD TABLE notes"),
@@ -532,12 +703,15 @@ def publication(history: History) -> None:
         )
     )
     history.execute(history.source, edited[0])
+    changed = history.execute(
+        history.source, "UPDATE notes SET body = body || ' unseen' WHERE no % 3 = 1 RETURNING no"
+    ) + history.execute(history.source, "DELETE FROM notes WHERE no % 7 = 2 RETURNING no")
     rest(history, 0.3, 1)
     with contextlib.suppress(psycopg.errors.DuplicateObject):  # the worker may have put the table back by itself
         history.execute(history.source, edited[1])
-    history.fire("publication edited")
     history.settles_late = True
-    history.pause_expected = True
+    if changed:
+        history.fire("publication edited")
 
 
 @fault("verify --repair in between")
@@ -555,15 +729,15 @@ def verify(history: History) -> None:
         history.fire("verify --repair in between")
 
 
-def _until_live(history: History, index: str) -> None:
+def _until_live(history: History, index: str) -> bool:
+    """Wait until an index is live; returns whether it is."""
     live = f"SELECT FROM cdcsync.indexes WHERE name = '{index}' AND state = 'live'"
     with contextlib.suppress(TimeoutError):
-        until(lambda: history.execute(history.target, live), "a live index")
+        until(lambda: history.execute(history.target, live) or not history.worker.alive, "a live index")
+    return bool(history.execute(history.target, live))
 
 
-def _migrate(
-    history: History, index: str, name: str, steps: Sequence[str], *, dropped: Callable[[], None] = lambda: None
-) -> None:
+def _migrate(history: History, index: str, name: str, steps: Sequence[str]) -> None:
     """Start a migration of an index, and take some of these steps at random."""
     if history.command("migrate", index, "start", "--yes") == 0:
         history.fire(name)
@@ -577,7 +751,7 @@ def _migrate(
         elif (status := history.command("migrate", index, step, "--yes")) not in (0, 2):
             raise Broken(f"migrate {index} {step} ended with {status}")
         elif step == "drop":
-            dropped()
+            history.provider.calls.clear()  # what was dropped may be made again
 
 
 @fault("migration")
@@ -601,8 +775,7 @@ def other_chunks(history: History) -> None:
     steps = ("wait", "wait", "kill", "activate", "activate", "rollback", "drop", "start")
     _until_live(history, "articles")
     ask_for_smaller_chunks(history)
-    # What was dropped may be made again.
-    _migrate(history, "articles", "migration to other chunks", steps, dropped=lambda: history.provider.calls.clear())
+    _migrate(history, "articles", "migration to other chunks", steps)
 
 
 def ask_for_smaller_chunks(history: History) -> None:
@@ -615,7 +788,8 @@ def _wishes(history: History, wish: str) -> None:
     """Have the configuration ask for other vectors, and a worker that knows it."""
     history.wish = wish
     history.write_config()
-    stop(history)
+    history.ensure_worker()
+    history.stop()
     history.ensure_worker()
     history.streaming()
 
@@ -625,6 +799,7 @@ def _back(history: History) -> None:
     _wishes(history, FAR)
     if history.command("migrate", "titles", "start", "--yes") != 0:
         raise Broken("no migration back begins")
+    history.provider.calls.clear()
     filled = "SELECT FROM cdcsync.generations AS g JOIN cdcsync.indexes AS i ON i.name = g.index_name"
     filled += " WHERE i.name = 'titles' AND g.state = 'ready' AND g.generation <> i.generation"
     until(lambda: history.execute(history.target, filled), "the generation to go back to", 300)

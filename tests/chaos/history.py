@@ -17,8 +17,8 @@ from typing import Any
 import psycopg
 
 from cdcsync.process.crashpoints import VARIABLE
-from tests.chaos.oracle import differences
-from tests.chaos.provider import Loss, Place, Provider, Rewound
+from tests.chaos.oracle import differences, standing
+from tests.chaos.provider import Held, Loss, Place, Provider, Rewound
 from tests.chaos.servers import FIRST_LOOK_S, RAREST_LOOK_S, Side, until
 from tests.chaos.tables import FAR, INDEXES, TABLES, WHOLE, Writer
 from tests.chaos.worker import Worker
@@ -70,6 +70,19 @@ TOLD = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_na
 HELD = "SELECT checkpoint::text, checkpoint >= %s::pg_lsn FROM cdcsync.pipelines"
 
 
+WATCH_EVERY_S = 0.03
+"""How often the slot's position is compared with the checkpoint: two short statements."""
+
+LOOK_EVERY_S = 1.0
+"""How often it is noted what the target has vectors of."""
+
+AWAY = (psycopg.OperationalError, psycopg.InterfaceError, OSError)
+"""What a session says whose server is away, or just being promoted."""
+
+NOT_YET = (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName, psycopg.errors.UndefinedColumn)
+"""What the target says before the worker has made its tables."""
+
+
 class Broken(AssertionError):
     """A property did not hold."""
 
@@ -107,13 +120,21 @@ class History:
         """When the results of calls may have been lost."""
         self.gap_expected = False
         """Whether this history made a gap, which the worker heals by reading everything again."""
+        self.rewind_expected = False
+        """Whether the target lost what the worker had committed."""
         self.pause_expected = False
-        """Whether this history changed tables so that indexes pause."""
+        """Whether this history changed tables so that indexes may pause; in any other one, none may."""
+        self.marked = 0
+        """The number of the last note that a fault wrote to see whether it gets into the index."""
         self.settles_late = False
         """Whether something was done that the worker finds out by looking, some seconds later."""
         self.notes: list[str] = []
         self._began = time.monotonic()
         self._watched: str | None = None
+        self.embedded = self.covered = 0
+        """How many texts were embedded, and of how many a second call would be found."""
+        self.compared = 0
+        """How often the slot's position was compared with the checkpoint."""
         self.writer = Writer(seed, lambda: self.source.connect(self.name))
 
     # -- life ---------------------------------------------------------------------------------------------------
@@ -157,7 +178,21 @@ class History:
         self.fired[fault] += 1
         self.note(f"fired: {fault}")
         if loses:
-            self.losses.append(Loss())
+            self.lose()
+
+    def lose(self, *losses: Loss) -> None:
+        """Take the results of calls for lost that the target does not have now.
+
+        :param losses: since when; since now if none is named.
+        """
+        self.losses.extend(losses or [Loss()])
+        self.look_what_is_held()
+
+    def look_what_is_held(self) -> None:
+        """Note the texts of which the target has a vector now, if it tells."""
+        with contextlib.suppress(*AWAY, *NOT_YET):
+            texts = {text for text, _ in self._held()}
+            self.provider.held.append(Held(time.monotonic(), texts))
 
     @contextlib.contextmanager
     def losing(self) -> Iterator[None]:
@@ -232,14 +267,28 @@ class History:
     def kill(self) -> bool:
         """Kill the newest worker; returns whether it was alive."""
         alive = self.worker.kill()
-        self.losses.append(Loss())
+        if not alive:
+            self.settle_crash()
+        self.lose()
         return alive
 
-    def stop(self) -> None:
-        """Have the newest worker stop in order; what calls under way bring is lost all the same."""
-        self.worker.stop()
-        self.worker.killed = True
-        self.losses.append(Loss())
+    def stop(self) -> bool:
+        """Have the newest worker stop in order; what calls under way bring is lost all the same.
+
+        :returns: whether it did: it may have died at its crash point before, or on the way.
+        """
+        worker = self.worker
+        stopped = False
+        if worker.alive:
+            status = worker.stop()
+            stopped = not worker.crashed
+            if stopped and status and not worker.died_young:
+                raise Broken(f"the worker ended with {status} when it was asked to stop:\n{worker.tail()}")
+        if not stopped:
+            self.settle_crash(worker)
+        worker.killed = True
+        self.lose()
+        return stopped
 
     def streaming(self) -> None:
         """Wait until the newest worker streams, or has ended."""
@@ -265,8 +314,9 @@ class History:
             self.fire("crash at a named point")
             self.note(f"died at {worker.crash_at}")
             return
-        if worker.process.returncode != 0:
-            raise Broken(f"a worker ended by itself with {worker.process.returncode}:\n{worker.tail()}")
+        if worker.process.returncode == 0 and worker.said("stopping"):
+            return  # a scene sent SIGTERM to reach a point on the way to the end
+        raise Broken(f"a worker ended by itself with {worker.process.returncode}:\n{worker.tail()}")
 
     def repair(self, index: str) -> None:
         """Have a command repair what was damaged by hand; what changes just then, it may leave undecided."""
@@ -327,6 +377,8 @@ class History:
                 with contextlib.suppress(TimeoutError):
                     until(lambda: not self._compare(source, target), "the worker to look", SETTLE_S)
                 found = self._compare(source, target)
+            if not found:
+                found = self._stands(source, target)
             if found:
                 raise Broken("; ".join(found) + f"\n{self.worker.tail()}")
             row = source.execute(TOLD, [self.name]).fetchone()
@@ -336,8 +388,12 @@ class History:
                 raise Broken(f"the slot was told {row}, beyond the checkpoint {checkpoint}")
         if self._watched:
             raise Broken(self._watched)
-        if not self.gap_expected and (gaps := [one for one in self._events() if one.get("event") == "gap"]):
-            raise Broken(f"a gap was found where none was: {gaps[0]}")
+        if not self.compared and not self.gap_expected:
+            raise Broken("the slot's position was never compared with the checkpoint")
+        self.refuse_what_had_no_cause()
+        self.provider.returning += self.writer.returned
+        self.embedded, self.covered = self.provider.covered()
+        self.note(f"of {self.embedded} embedded texts, {self.covered} were seen in the target while it all went on")
         kept = {place for _, place in self._held()} if self.provider.rewound else set()
         repeated = self.provider.repeated(self.losses, kept, within_s=LOSS_S)
         if self.gap_expected:
@@ -356,17 +412,24 @@ class History:
             raise Broken(f"a traceback in {tracebacks}")
         self._stop_in_order()
 
+    def refuse_what_had_no_cause(self) -> None:
+        """See that no worker reported a loss that there was not, or paused an index whose tables were as they should.
+
+        :raises Broken: one did.
+        """
+        for name, expected in (
+            ("gap", self.gap_expected),
+            ("target_rewound", self.rewind_expected),
+            ("index_paused", self.pause_expected),
+        ):
+            if not expected and (found := [one for one in self._events() if one.get("event") == name]):
+                raise Broken(f"a worker reported {name} where nothing had caused it: {found[0]}")
+
     def _stop_in_order(self) -> None:
-        """See that the last worker ends as it is asked to, or at its crash point."""
-        worker = self.worker
-        if not worker.alive:
-            self.settle_crash()
-            return
-        status = worker.stop()
-        if worker.crashed:
-            self.settle_crash()
-        elif status and not worker.died_young:
-            raise Broken(f"the worker ended with {status} when it was asked to stop:\n{worker.tail()}")
+        """See that the last worker ends as it is asked to, or at its crash point, and that no other ended by itself."""
+        self.stop()
+        for worker in self.workers:
+            self.settle_crash(worker)
 
     def _compare(self, source: psycopg.Connection[Any], target: psycopg.Connection[Any]) -> list[str]:
         """Ask the oracle, again if a statement of the worker's was in its way."""
@@ -375,6 +438,22 @@ class History:
                 return differences(source, target, self.indexes)
             time.sleep(0.5)
         return differences(source, target, self.indexes)
+
+    def _stands(self, source: psycopg.Connection[Any], target: psycopg.Connection[Any]) -> list[str]:
+        """Return what the oracle finds wrong with indexes and slots, and keeps finding: a build may be under way."""
+        found: list[str] = []
+
+        def well() -> bool:
+            found[:] = []
+            with contextlib.suppress(psycopg.errors.DeadlockDetected, psycopg.errors.UndefinedTable):
+                found[:] = standing(source, target, self.indexes, self.name)
+                return not found
+            return False
+
+        with contextlib.suppress(TimeoutError):
+            until(well, "valid indexes", SETTLE_S)
+            return []
+        return found or ["tables come and go all the time"]
 
     def _pass_now(self) -> None:
         """Wait until the worker is through with what is committed now, as long as it gets on."""
@@ -425,28 +504,42 @@ class History:
         return rows, waiting
 
     def _watch(self, ended: threading.Event) -> None:
-        """See all the time that nothing is acknowledged before it is in the target."""
+        """See all the time that nothing is acknowledged before it is in the target, until the history loses something.
+
+        The slot is read first: the checkpoint, read directly after it, may have moved on by then, but never back.
+        """
         with contextlib.ExitStack() as stack:
             sessions: dict[int, psycopg.Connection[tuple[Any, ...]]] = {}
 
-            def ask(side: Side, statement: str, value: str) -> tuple[Any, ...]:
+            def session(side: Side) -> psycopg.Connection[tuple[Any, ...]]:
                 port = side.primary.port
                 if port not in sessions or sessions[port].closed:
                     sessions[port] = stack.enter_context(contextlib.closing(side.connect(self.name)))
-                return sessions[port].execute(statement, [value]).fetchone() or (None, None)
+                return sessions[port]
 
-            while not ended.wait(0.1):
+            look_at = time.monotonic()
+            while not ended.wait(WATCH_EVERY_S) and self._watched is None:
+                if time.monotonic() >= look_at:
+                    self.look_what_is_held()
+                    look_at = time.monotonic() + LOOK_EVERY_S
                 if self.gap_expected:
                     continue
                 try:
-                    (told,) = ask(self.source, TOLD, self.name)[:1]
-                    if told is None:
-                        continue
-                    checkpoint, holds = ask(self.target, HELD, told)
-                except (psycopg.Error, OSError):
+                    source, target = session(self.source), session(self.target)
+                    told = source.execute(TOLD, [self.name]).fetchone()
+                    holds = target.execute(HELD, told).fetchone() if told and told[0] else None
+                except (*AWAY, *NOT_YET):
                     continue
-                if holds is False and not self.gap_expected:
-                    self._watched = f"the slot was told {told} while the checkpoint was {checkpoint}"
+                except Exception as error:  # a comparison that cannot be made must not pass for one that was made
+                    self._watched = f"the slot cannot be compared with the checkpoint: {error}"
+                    return
+                # Without a checkpoint, the pipeline has not begun: the slot's position is where it was created.
+                if told is None or holds is None or holds[0] is None:
+                    continue
+                self.compared += 1
+                # A fault may have lost something between the two answers.
+                if holds[1] is False and not self.gap_expected:
+                    self._watched = f"the slot was told {told[0]} while the checkpoint was {holds[0]}"
 
     def _events(self) -> list[dict[str, Any]]:
         return [event for worker in self.workers for event in worker.events()]

@@ -128,3 +128,50 @@ OF_VECTORS = {
     " (SELECT FROM {chunks} AS c WHERE c.chunk_id = v.chunk_id)",
 }
 """Of each generation of vectors that the provider made."""
+
+
+def standing(source: Connection, target: Connection, indexes: Iterable[str], slot: str) -> list[str]:
+    """Return what is wrong with what holds and finds the documents, in words; nothing if all is well.
+
+    That are the target's own indexes, its column for keyword search, and the slots of the source's database.
+    """
+    found = [f"{name} is no valid index" for (name,) in target.execute(INVALID).fetchall()]
+    for name in indexes:
+        for stands, stem in target.execute(
+            "SELECT name, coalesce(stem, name) FROM cdcsync.indexes WHERE name IN (%s, %s)", [name, name + BESIDE]
+        ).fetchall():
+            there = {tuple(row) for row in target.execute(METHODS, [stem, stem]).fetchall()}
+            wanted = {("chunks", "btree"), ("chunks", "gin")}
+            for (generation,) in target.execute(
+                "SELECT generation FROM cdcsync.generations WHERE index_name = %s AND state = 'ready'", [stands]
+            ).fetchall():
+                wanted |= {(f"vectors_{generation}_settled", method) for method in ("btree", "hnsw")}
+                wanted |= {(f"vectors_{generation}_fresh", "btree")}
+            if lacking := wanted - there:
+                found.append(f"{stands}: there is no index for {sorted(lacking)}, but for {sorted(there)}")
+            chunks = sql.Identifier("cdcsync", f"{stem}_chunks")
+            (count,) = target.execute(sql.SQL(SEARCH).format(chunks=chunks)).fetchone() or (None,)
+            if count != 0:
+                found.append(f"{stands}: {count} chunks are searched by words that are not theirs")
+    slots = source.execute(
+        "SELECT slot_name FROM pg_replication_slots WHERE database = current_database() ORDER BY slot_name"
+    ).fetchall()
+    if slots != [(slot,)]:
+        found.append(f"the source has the slots {slots}, and the worker needs {slot}")
+    return found
+
+
+INVALID = (
+    "SELECT i.indexrelid::regclass::text FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid"
+    " WHERE c.relnamespace = 'cdcsync'::regnamespace AND NOT (i.indisvalid AND i.indisready AND i.indislive)"
+)
+
+METHODS = (
+    "SELECT substr(t.relname, length(%s) + 2), m.amname FROM pg_index AS i JOIN pg_class AS t ON t.oid = i.indrelid"
+    " JOIN pg_class AS c ON c.oid = i.indexrelid JOIN pg_am AS m ON m.oid = c.relam"
+    " WHERE t.relnamespace = 'cdcsync'::regnamespace AND starts_with(t.relname, %s || '_') AND i.indisvalid"
+)
+"""The methods by which the tables are indexed whose names begin with a stem."""
+
+SEARCH = "SELECT count(*) FROM {chunks} WHERE search IS DISTINCT FROM to_tsvector('pg_catalog.english', content)"
+"""How many chunks would not be found by their words: no text here is so long that a part of it is left out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence, Set
 
 import msgspec
 
@@ -81,6 +81,13 @@ class Rewound(msgspec.Struct, frozen=True):
         return first <= self.at <= again and not any(place in kept for place in self.held.get(text, ()))
 
 
+class Held(msgspec.Struct, frozen=True):
+    """The texts of which the target had a vector at some time."""
+
+    at: float
+    texts: Set[str]
+
+
 class Provider(FakeProvider):
     """A provider whose vectors belong to their texts beyond doubt."""
 
@@ -90,28 +97,67 @@ class Provider(FakeProvider):
         self.returning = list(RETURNING)
         """How texts begin whose documents go and come back."""
         self.rewound: list[Rewound] = []
+        self.held: list[Held] = []
+        """What the target had from time to time, above all just after something may have been lost."""
+        self.rivals: list[Loss] = []
+        """When two workers asked at the same time, of which one had been overtaken."""
 
     def vectors(self, texts: list[str]) -> list[list[float]]:
-        """Return the vectors, and remember the call."""
-        self.calls.append(Call(time.monotonic(), tuple(texts)))
+        """Return the vectors."""
         return [[float(byte + 1) for byte in hashlib.md5(text.encode()).digest()[:DIMENSIONS]] for text in texts]
+
+    def answered(self, texts: list[str], vectors: list[list[float]]) -> None:
+        """Remember the call, unless its answer was spoiled."""
+        if vectors == self.vectors(texts):
+            self.calls.append(Call(time.monotonic(), tuple(texts)))
+            self.embedded.update(texts)
+
+    def _checked(self) -> Iterator[tuple[str, float]]:
+        """Yield the texts that may be embedded once only, with the time of each call."""
+        for call in list(self.calls):
+            for text in call.texts:
+                if text != WORD and not text.startswith(tuple(self.returning)):
+                    yield text, call.at
+
+    def covered(self) -> tuple[int, int]:
+        """Return how many texts were embedded, and of how many a second call would have been found.
+
+        Those are the ones that were seen in the target after their call, and whose call is still remembered.
+        """
+        first: dict[str, float] = {}
+        for call in list(self.calls):
+            for text in call.texts:
+                if text != WORD:
+                    first.setdefault(text, call.at)
+        checked = {text for text, _ in self._checked()}
+        rewound = min((one.at for one in self.rewound), default=float("inf"))
+        seen = {
+            text for held in self.held if held.at < rewound for text in held.texts if first.get(text, held.at) < held.at
+        }
+        return len(self.embedded.keys() - {WORD}), len(seen & checked)
 
     def repeated(self, losses: Collection[Loss], kept: Container[Place], *, within_s: float) -> list[Repeat]:
         """Return the texts that were embedded again although nothing was lost since.
 
+        A text of which the target was seen to have a vector is not lost, whatever happened around its call; unless a
+        server went back, or an overtaken worker still asks for it.
+
         :param kept: the chunks that are in the target now.
-        :param within_s: how long after a call its result may still be lost.
+        :param within_s: how long after a call its result may still be lost if it was not seen in the target.
         """
         before: dict[str, float] = {}
         found = []
-        for call in self.calls:
-            for text in call.texts:
-                if text == WORD or text.startswith(tuple(self.returning)):
-                    continue
-                last = before.get(text)
-                before[text] = call.at
-                if last is None or any(one.concerns(last, within_s) for one in losses):
-                    continue
-                if not any(one.concerns(text, last, call.at, kept) for one in self.rewound):
-                    found.append(Repeat(text, last, call.at))
+        for text, at in self._checked():
+            last = before.get(text)
+            before[text] = at
+            if last is None or any(one.concerns(text, last, at, kept) for one in self.rewound):
+                continue
+            lost = any(one.concerns(last, within_s) for one in losses)
+            if not lost or self._was_held(text, last, at):
+                found.append(Repeat(text, last, at))
         return found
+
+    def _was_held(self, text: str, first: float, again: float) -> bool:
+        if any(one.at <= again for one in self.rewound) or any(one.concerns(again, 0.0) for one in self.rivals):
+            return False
+        return any(first < held.at < again and text in held.texts for held in self.held)

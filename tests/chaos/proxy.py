@@ -12,6 +12,10 @@ _RESET = struct.pack("ii", 1, 0)
 """SO_LINGER on, of no seconds: closing sends a reset, as a router does that forgot a connection."""
 
 
+_REQUESTS = (80877103, 80877104)
+"""Codes of what a client may ask before its startup message: encryption by TLS, or by GSSAPI."""
+
+
 class Link:
     """One connection through the proxy, as two threads that copy bytes."""
 
@@ -19,31 +23,87 @@ class Link:
         self.gate = threading.Event()
         self.gate.set()
         self.ended_at: float | None = None
+        self.sent = 0
+        """Bytes that the client has sent."""
         self._proxy = proxy
-        self._sockets = (near, far)
-        for source, sink in ((near, far), (far, near)):
-            threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
+        self._near, self._far = near, far
+        self._head = b""
+        self._startup: bytes | None = None
+        """The client's startup message, once it has come."""
+        self._asked: threading.Event | None = None
+        """Set once the server has answered what `ask` sent."""
+        self._own = b""
+        threading.Thread(target=self._send, daemon=True).start()
+        threading.Thread(target=self._answer, daemon=True).start()
 
-    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+    def _send(self) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                if not self.gate.is_set():
-                    self._proxy.withheld += len(data)
-                    self.gate.wait()
-                sink.sendall(data)
+            while data := self._near.recv(1 << 16):
+                if self._startup is None:
+                    self._look_for_startup(data)
+                self._wait(data)
+                self._far.sendall(data)
+                self.sent += len(data)
         self.end()
+
+    def _answer(self) -> None:
+        with contextlib.suppress(OSError):
+            while data := self._far.recv(1 << 16):
+                self._wait(data)
+                self._near.sendall(self._without_own(data))
+        self.end()
+
+    def _wait(self, data: bytes) -> None:
+        if not self.gate.is_set():
+            self._proxy.withheld += len(data)
+            self.gate.wait()
+
+    def _look_for_startup(self, data: bytes) -> None:
+        self._head += data
+        while len(self._head) >= 8:
+            length, code = struct.unpack_from(">II", self._head)
+            if code not in _REQUESTS:
+                if len(self._head) >= length:
+                    self._startup = self._head[:length]
+                return
+            self._head = self._head[length:]
+
+    def ask(self, statement: str, patience_s: float = 30.0) -> bool:
+        """Run a statement in the client's session, which must be idle, without the client's knowledge.
+
+        :returns: whether it was run: a replication connection takes none, and a session may have ended.
+        """
+        if self.ended_at is not None or self._startup is None or b"\0replication\0" in self._startup:
+            return False
+        query = statement.encode() + b"\0"
+        self._asked = threading.Event()
+        self._own = b""
+        self._far.sendall(b"Q" + struct.pack(">I", 4 + len(query)) + query)
+        return self._asked.wait(patience_s) and self.ended_at is None
+
+    def _without_own(self, data: bytes) -> bytes:
+        """Return what of an answer is the client's: nothing, until the server is ready for the next statement."""
+        if self._asked is None or self._asked.is_set():
+            return data
+        self._own += data
+        while len(self._own) >= 5 and len(self._own) > (length := struct.unpack_from(">I", self._own, 1)[0]):
+            kind, self._own = self._own[:1], self._own[1 + length :]
+            if kind == b"Z":
+                self._asked.set()
+                return self._own
+        return b""
 
     def end(self, *, reset: bool = False) -> None:
         if self.ended_at is None:
             self.ended_at = time.monotonic()
         self._proxy.links.discard(self)
         self.gate.set()
-        for one in self._sockets:
+        for one in (self._near, self._far):
             with contextlib.suppress(OSError):
                 if reset:
                     one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 one.shutdown(socket.SHUT_RDWR)
-        for one in self._sockets:
+        for one in (self._near, self._far):
             with contextlib.suppress(OSError):
                 one.close()
 

@@ -144,7 +144,13 @@ FAR = 'embedder = "far"'
 WHOLE, SMALLER = "max_tokens = 40", "max_tokens = 25"
 """How large the chunks of the index `articles` are, and what they may be migrated to; the documents stay the same."""
 
-RETURNING = ("shelved: ", "thread: ", "item ")
+OF_ARTICLES = ("articles", "titles", "shelf")
+"""The indexes of the table `articles`, all of which carry its column `tenant`."""
+
+MARKED = "xx"
+"""The language of notes that the writer leaves alone, but for TRUNCATE."""
+
+RETURNING = ("thread: ",)
 """How texts begin that go and come back, because a condition or a related row says so. They are embedded again."""
 
 DOCUMENTS = {
@@ -193,6 +199,8 @@ class Writer:
         self.chance = random.Random(seed)
         self.committed = 0
         self.kinds: dict[str, int] = {}
+        self.returned: list[str] = []
+        """The texts of `shelf` that have come back: a condition had excluded them."""
         self.moved: list[str] = []
         """What rows are that were given another key, without white space."""
         self._connect = connect
@@ -258,6 +266,7 @@ class Writer:
                 except (
                     psycopg.errors.UniqueViolation,
                     psycopg.errors.UndefinedTable,
+                    psycopg.errors.UndefinedColumn,
                     psycopg.errors.InvalidSchemaName,
                     psycopg.errors.CheckViolation,
                     psycopg.errors.ForeignKeyViolation,
@@ -338,7 +347,10 @@ class Writer:
                     [key, chance.randint(0, 4), self.text(2), self.text(chance.choice((0, 5, 40, 300)))],
                 )
             case 3 | 4:
-                session.execute("UPDATE articles SET tenant = tenant + 1 WHERE id = %s", [key])
+                counted = session.execute(
+                    "UPDATE articles SET tenant = tenant + 1 WHERE id = %s RETURNING tenant, title", [key]
+                )
+                self.returned += [f"shelved: {title}" for tenant, title in counted.fetchall() if tenant == 4]
             case 5 | 6:
                 session.execute("UPDATE articles SET title = %s WHERE id = %s", [self.text(1), key])
             case 7:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from tests.chaos import commits
 from tests.chaos.campaign import plan, run_seed
-from tests.chaos.faults import FAULTS
+from tests.chaos.faults import FAULTS, says
+from tests.chaos.history import Broken, History
 from tests.chaos.scenes import SCENES, reachable
 from tests.chaos.servers import Side
+from tests.chaos.worker import Worker
 
 SEEDS = range(2)
 """So many run with every test: a minute or so on two processors."""
@@ -54,3 +58,60 @@ def test_a_seed_always_has_the_same_plan() -> None:
     faults, points = sorted(FAULTS), reachable()
 
     assert plan(17, faults, points) == plan(17, faults, points)
+
+
+@pytest.fixture
+def history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> History:
+    """A history that has no servers."""
+    monkeypatch.setattr(History, "look_what_is_held", lambda self: None)
+    nowhere = cast(Side, None)
+    return History(1, nowhere, nowhere, tmp_path)
+
+
+def ended(history: History, script: str, said: str = "", crash_at: str | None = None) -> Worker:
+    """Add a worker to a history: a process that has run this script of the shell to its end."""
+    worker = Worker.__new__(Worker)
+    worker.log = history.directory / f"worker{len(history.workers) + 1}.log"
+    worker.log.write_text(said)
+    worker.process = subprocess.Popen(["sh", "-c", script])
+    worker.process.wait()
+    worker.crash_at, worker.killed, worker._events, worker._read = crash_at, False, [], 0
+    history.workers.append(worker)
+    return worker
+
+
+@pytest.mark.parametrize("script", ["exit 0", "exit 1", "kill -9 $$"])
+def test_a_worker_that_ends_by_itself_breaks_a_history(history: History, script: str) -> None:
+    ended(history, script)
+
+    for look in (history.settle_crash, history.kill, history.stop, history.ensure_worker):
+        with pytest.raises(Broken, match="ended by itself"):
+            look()
+
+
+def test_a_worker_may_end_at_its_crash_point_or_when_it_is_asked_to(history: History) -> None:
+    ended(history, "exit 0", '{"event": "stopping", "signal": "SIGTERM"}\n')
+    history.settle_crash()
+
+    ended(history, "kill -9 $$", crash_at="batch committed#2")
+    history.settle_crash()
+    assert history.hit == {"batch committed"}
+
+
+@pytest.mark.parametrize(
+    ("event", "cause"),
+    [("gap", "gap_expected"), ("target_rewound", "rewind_expected"), ("index_paused", "pause_expected")],
+)
+def test_a_worker_may_report_only_what_the_history_caused(history: History, event: str, cause: str) -> None:
+    ended(history, "exit 0", f'{{"event": "{event}"}}\n')
+
+    with pytest.raises(Broken, match=f"reported {event} where nothing had caused it"):
+        history.refuse_what_had_no_cause()
+
+    setattr(history, cause, True)
+    history.refuse_what_had_no_cause()
+
+
+def test_neither_an_old_line_nor_the_end_of_a_worker_counts_as_an_effect(history: History) -> None:
+    assert not says(ended(history, "exit 0", "No space left\n"), "No space left", len("No space left\n"), 0)
+    assert says(ended(history, "exit 0", "No space left\n"), "No space left", 0, 0)
