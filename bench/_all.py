@@ -3,7 +3,7 @@
 Without names come those that the goals of speed are about, at the goals' sizes as far as 20 minutes go. `more` stands
 for the others that the page has. What was found is kept in docs/benchmarks.json, each bench with the date of its run:
 a bench that is not run again, or fails, keeps its figures and their date. A run is compared with the last one of the
-same bench on the same machine.
+same bench on the same machine, if that was of the same size.
 
     python bench/_all.py [NAME … | more | all]
 """
@@ -118,7 +118,9 @@ def kept(earlier: Found | None, found: Found, run: Found) -> Found:
     """
     if why := found.get("not_run"):
         return {**(earlier or {}), "unmeasured": f"Not run on {run['at']}: {why}."}
-    before = {name: earlier[name] for name in ("at", "ratios", "figures")} if earlier and "at" in earlier else None
+    before = None
+    if earlier and "at" in earlier and earlier["arguments"] == found["arguments"]:
+        before = {name: earlier[name] for name in ("at", "ratios", "figures")}
     return {**found, **run, "before": before}
 
 

@@ -28,6 +28,12 @@ def test_a_row_names_the_other_side_and_the_last_value() -> None:
     assert page[0].endswith("Last time: 2026-11-28 10:04 UTC.")
 
 
+def test_a_run_of_another_size_is_not_what_a_run_is_compared_with() -> None:
+    first = kept(None, found(0.9, arguments="ROUNDS=1"), RUN)
+
+    assert kept(first, found(1.2), LATER)["before"] is None
+
+
 def test_a_run_below_the_goals_size_says_so_beside_the_verdict() -> None:
     page = section("scale", kept(None, found(1.2, smaller={"ours": "100,000 of 1,000,000 rows"}), RUN))
 
