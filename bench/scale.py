@@ -12,7 +12,7 @@ takes from before the first change is written until the index's text is in step:
 Then the source's own writes: transactions a second of one writer with the worker stopped, and with it following them,
 in turns. A commit without fsync, as in every other bench, takes a tenth of a millisecond, so that waking the walsender
 is a large part of it; so it is measured with fsync too, as a source runs. All of it shares one machine: a source on a
-machine of its own is slowed less.
+machine of its own is slowed less, and what the writer's backend takes of a processor is a figure beside the ratio.
 
     python bench/scale.py [rows] [indexes] [tables] [writes]      MOST_ROWS=1000000
 """
@@ -165,13 +165,16 @@ def writes(fsync: str) -> dict[str, float]:
                     made.event("streaming")
                     made.text_in_step()
                     made.vectors_in_step(0.05)
+                used_ms = processor_ms(made.connection.info.backend_pid)
                 each_s = written_s(made)
+                used_ms = processor_ms(made.connection.info.backend_pid) - used_ms
                 if side == "followed":
                     made.text_in_step()
                     made.stop()
                 made.connection.execute("CHECKPOINT")
                 taken.setdefault(f"{side}_per_s", []).append(len(each_s) / sum(each_s))
                 taken.setdefault(f"{side}_p50_ms", []).append(statistics.median(each_s) * 1000)
+                taken.setdefault(f"{side}_processor_ms", []).append(used_ms / len(each_s))
     return {name: statistics.median(of) for name, of in taken.items()}
 
 
