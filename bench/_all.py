@@ -34,10 +34,10 @@ Runs = dict[str, tuple[tuple[str, ...], dict[str, str]]]
 GOALS: Runs = {
     "drain": ((), {"ROUNDS": "3"}),
     "native": (("keywords", "plain", "large"), {}),
-    "latency": ((), {"SECONDS": "4"}),
+    "latency": ((), {"SECONDS": "3"}),
     "waste": ((), {}),
     "backfill": (("50000",), {}),
-    "memory": ((), {}),
+    "memory": ((), {"WIDE_ROWS": "50000"}),
     "scale": ((), {}),
     "peers": (("--both", "backfill", "catch_up", "live"), {}),
     "gpu": ((), {}),

@@ -131,15 +131,19 @@ class Pipeline:
         row = self.connection.execute(statement, arguments or None).fetchone()
         return None if row is None else row[0]
 
-    def text_in_step(self) -> None:
+    def text_in_step(self, patience_s: float = PATIENCE_S) -> None:
         """Wait until the index's text is that of everything committed so far."""
         lsn = self.value("SELECT pg_current_wal_insert_lsn()::text")
-        self.until(lambda: self.value("SELECT cdcsync.wait_for('articles', %s, '1 s')", lsn), f"text at {lsn}")
+        arrived = "SELECT cdcsync.wait_for('articles', %s, '1 s')"
+        self.until(lambda: self.value(arrived, lsn), f"text at {lsn}", patience_s=patience_s)
 
-    def vectors_in_step(self, poll_s: float = POLL_S) -> None:
+    def vectors_in_step(self, poll_s: float = POLL_S, patience_s: float = PATIENCE_S) -> None:
         """Wait until every chunk has its vector, looking every `poll_s` seconds."""
         self.until(
-            lambda: not self.value("SELECT EXISTS (SELECT FROM cdcsync.articles_backlog)"), "empty backlog", poll_s
+            lambda: not self.value("SELECT EXISTS (SELECT FROM cdcsync.articles_backlog)"),
+            "empty backlog",
+            poll_s,
+            patience_s,
         )
 
     def slot_is(self, active: bool, slot: str = "cdcsync") -> None:

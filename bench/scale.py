@@ -86,7 +86,7 @@ def cost_us(made: Pipeline, rows: int) -> float:
         BUILD_PATIENCE_S,
     )
     made.text_in_step()
-    made.vectors_in_step(0.05)
+    made.vectors_in_step(0.05, BUILD_PATIENCE_S)
     made.connection.execute("VACUUM ANALYZE")
     taken = [round_us(made, rows, round_) for round_ in range(ROUNDS)]
     made.stop()
