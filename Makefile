@@ -14,7 +14,7 @@ BIN := .venv/bin
 STAMP := .venv/.cdcsync-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs pictures test prove chaos mutants simulate soak fuzz image-test lock pin-images sbom lint audit type bench clean
+.PHONY: help setup demo docs pictures test prove chaos mutants simulate soak fuzz image-test lock pin-images sbom lint audit type bench pgai clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -95,8 +95,12 @@ audit: ## look the pinned packages up in the database of advisories; needs the n
 type: setup ## check the types
 	$(BIN)/mypy
 
-bench: setup ## run the benchmarks, 20 minutes together, and write docs/benchmarks.md; NAMES="native tiers" for some
+bench: setup ## measure the goals of speed, some 20 minutes, into docs/benchmarks.md; NAMES="native tiers", more or all
 	$(BIN)/python bench/_all.py $(NAMES)
+
+pgai: ## install pgai in an environment of its own, build/pgai, for which bench measures both sides then
+	@test -x build/pgai/bin/pgai || { $(PYTHON) -m venv build/pgai \
+		&& build/pgai/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) 'pgai[vectorizer-worker]'; }
 
 clean: ## remove what the other targets made, .venv included
 	rm -rf .venv build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache \

@@ -131,16 +131,31 @@ class Pipeline:
         row = self.connection.execute(statement, arguments or None).fetchone()
         return None if row is None else row[0]
 
-    def text_in_step(self) -> None:
+    def text_in_step(self, patience_s: float = PATIENCE_S) -> None:
         """Wait until the index's text is that of everything committed so far."""
         lsn = self.value("SELECT pg_current_wal_insert_lsn()::text")
-        self.until(lambda: self.value("SELECT cdcsync.wait_for('articles', %s, '1 s')", lsn), f"text at {lsn}")
+        arrived = "SELECT cdcsync.wait_for('articles', %s, '1 s')"
+        self.until(lambda: self.value(arrived, lsn), f"text at {lsn}", patience_s=patience_s)
 
-    def vectors_in_step(self, poll_s: float = POLL_S) -> None:
+    def vectors_in_step(self, poll_s: float = POLL_S, patience_s: float = PATIENCE_S) -> None:
         """Wait until every chunk has its vector, looking every `poll_s` seconds."""
         self.until(
-            lambda: not self.value("SELECT EXISTS (SELECT FROM cdcsync.articles_backlog)"), "empty backlog", poll_s
+            lambda: not self.value("SELECT EXISTS (SELECT FROM cdcsync.articles_backlog)"),
+            "empty backlog",
+            poll_s,
+            patience_s,
         )
+
+    def slot_is(self, active: bool, slot: str = "cdcsync") -> None:
+        """Wait until a slot is read, or until nothing reads it any more: the moment from which a stream can come."""
+        statement = "SELECT active = %s FROM pg_replication_slots WHERE slot_name = %s"
+        self.until(lambda: self.value(statement, active, slot), f"slot {slot}, active {active}")
+
+    def backend(self) -> int:
+        """Return the process that writes for the worker."""
+        statement = "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'cdcsync apply %%'"
+        pid: int = self.until(lambda: self.value(statement), "backend of the worker")
+        return pid
 
     def live(self, indexes: int = 1, patience_s: float = PATIENCE_S) -> None:
         """Wait until so many indexes are complete."""
@@ -189,9 +204,16 @@ def pipeline(embedder: str, index: str = "", **settings: str) -> Iterator[Pipeli
             made.connection.close()
 
 
+CPUCLOCK_SCHED = 2
+"""With a process's complement above its three bits, Linux's clock of that process: all its threads, in nanoseconds."""
+
+
 def processor_ms(pid: int) -> float:
-    """Return how many milliseconds of a processor a process has had."""
-    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e6
+    """Return how many milliseconds of a processor a process has had, all its threads together.
+
+    Source: clock_getcpuclockid(3); Linux, include/linux/posix-timers.h (CPUCLOCK_SCHED).
+    """
+    return time.clock_gettime(~pid << 3 | CPUCLOCK_SCHED) * 1000
 
 
 def bucket(before: dict[str, float], after: dict[str, float], name: str, share: float) -> float:

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 # A script imports from its own directory; a type checker names files by their place in the repository.
 if TYPE_CHECKING:
     from bench._pipeline import Pipeline, pipeline
-    from bench.report import report
+    from bench.report import FIXED, report
 else:
     from _pipeline import Pipeline, pipeline
-    from report import report
+    from report import FIXED, report
 
 MODEL = 'type = "sentence-transformers"\nmodel = "sentence-transformers/all-MiniLM-L6-v2"'
 ROWS, ROUNDS = 500, int(os.environ.get("ROUNDS", "5"))
@@ -94,7 +94,7 @@ def main() -> None:
         **{f"goal_over_{name}": GOAL_S / figures[f"{name}_s"] for name in ("search", "evaluate", "judged", "status")},
         "goal_over_interrupted": GOAL_WORD_S / figures["interrupted_s"],
     }
-    report("commands", figures, ratios, dict.fromkeys(ratios, 1.0))
+    report("commands", figures, ratios, dict.fromkeys(ratios, 1.0), FIXED)
 
 
 if __name__ == "__main__":

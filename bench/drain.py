@@ -158,6 +158,7 @@ def main() -> None:
         {"load_at_start": load, **{f"{side}_rows_per_s": CHANGES / seconds for side, seconds in medians.items()}},
         {f"ours_over_{side}": medians[side] / medians["ours"] for side in others if side in medians},
         {f"ours_over_{side}": goal for side, goal in others.items() if side in medians},
+        {f"ours_over_{side}": f"{side}, same run" for side in others if side in medians},
     )
 
 

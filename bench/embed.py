@@ -123,6 +123,7 @@ def main() -> None:
         },
         {"pipeline_over_encode": median(one / other for one, other in zip(alone, worker, strict=True))},
         {"pipeline_over_encode": 0.95},
+        "the model alone, same run",
     )
 
 

@@ -213,6 +213,10 @@ def main() -> None:
         },
         {"live_p99_before_over_beside": before / beside, "rest_and_100_mb_over_peak": (rest + GOAL_MORE_MB) / peak},
         {"live_p99_before_over_beside": GOAL_P99, "rest_and_100_mb_over_peak": 1.0},
+        {
+            "live_p99_before_over_beside": "our own before it, same run",
+            "rest_and_100_mb_over_peak": "our own at rest + 100 MB, same run",
+        },
     )
 
 

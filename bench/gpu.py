@@ -23,11 +23,11 @@ from cdcsync.demo.corpus import docstrings
 if TYPE_CHECKING:
     from bench._pipeline import pipeline
     from bench.embed import ROUNDS, encode, in_turns
-    from bench.report import report
+    from bench.report import not_run, report
 else:
     from _pipeline import pipeline
     from embed import ROUNDS, encode, in_turns
-    from report import report
+    from report import not_run, report
 
 WORDS = (5, 120)
 """The fewest and the most words of a text."""
@@ -126,7 +126,7 @@ def main() -> None:
     asked = options.parse_args()
     torch = importlib.import_module("torch")
     if asked.device == "cuda" and not torch.cuda.is_available():
-        print("gpu: not run: torch sees no accelerator here (--device cpu measures a processor)")
+        not_run("gpu", "torch sees no accelerator here (--device cpu measures a processor)")
         return
     corpus = [entry.doc for entry in docstrings()]
     texts = written(corpus, SAMPLE + ROUNDS * asked.texts)
@@ -137,7 +137,7 @@ def main() -> None:
     if asked.device == "cuda":
         print(f"on {torch.cuda.get_device_name()}")
     ratios = {name: figures.pop(name) for name in list(figures) if name.endswith("_over_encode")}
-    report("gpu", figures, ratios, dict.fromkeys(ratios, GOAL))
+    report("gpu", figures, ratios, dict.fromkeys(ratios, GOAL), "the model alone, same run")
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def main() -> None:
         },
         {"needed_over_embedded": needed / embedded},
         {"needed_over_embedded": 1.0},
+        "the texts of this run, counted in SQL",
     )
 
 
