@@ -6,7 +6,6 @@ A fault that finds no victim (a worker that is not there, a connection that is n
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -99,17 +98,15 @@ def overtake(history: History) -> None:
         history.settle_crash()
         return
     try:
-        frozen.process.wait(120)
-    except subprocess.TimeoutExpired:
-        raise Broken("a worker that was overtaken does not end") from None
+        frozen.until_said("overtaken", patience_s=120)
+    except TimeoutError:
+        raise Broken(f"a worker that was overtaken goes on:\n{frozen.tail()}") from None
     finally:
         rivals.prolong()
-    if frozen.crashed:
+    if not frozen.alive:
         history.settle_crash(frozen)
         return
-    if "another worker has taken over" not in frozen.tail():
-        raise Broken(f"a worker that was overtaken ended for another reason:\n{frozen.tail()}")
-    frozen.killed = True
+    frozen.kill()  # it stands by
     if any(link.sent > sent for link, sent in awake.items()):
         history.fire("frozen worker overtaken")
 
@@ -144,10 +141,8 @@ def take_over(history: History) -> None:
     second = history.start()
     second.until_said("standby", "streaming")
     rest(history)
-    taken = first.kill()
-    # A crash of the target before may have cost the first one its place: then the second has it, and says so.
-    if not taken and second.said("streaming") and "another worker has taken over" in first.tail():
-        first.killed = True
+    # A crash of the target before may have cost the first one its place already.
+    taken = first.kill() and not first.said("overtaken")
     history.settle_crash(first)
     history.lose()
     history.streaming()
