@@ -20,6 +20,57 @@ def test_every_place_that_commits_or_acknowledges_has_a_crash_point() -> None:
     assert not lacking, "\n".join(lacking)
 
 
+NEW = "new.py"
+
+HEAD = """
+from cdcsync.target.apply import IndexWriter
+from cdcsync.target.stage import Stage
+from cdcsync.target.ddl.views import put_view as put, read_view
+STATEMENT = sql.SQL("DELETE FROM {}")
+async def mine(connection, statement):
+    await connection.execute(sql.SQL(statement).format("t"))
+"""
+
+
+def _found(body: str, head: str = HEAD) -> list[str]:
+    """Return what is found in a function with this body."""
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    text = f"{head}async def new(connection, writers: dict[str, IndexWriter], something):\n{lines}"
+    return [one.what for one in commits.lacking({**commits.sources(), NEW: text}, only=NEW)]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        'await connection.execute("DELETE FROM t")',
+        'text = sql.SQL("INSERT INTO {}").format(1)\nfor one in something:\n    await connection.execute(text)',
+        "await connection.execute(STATEMENT.format(1))",
+        'await fetch_value(connection, "UPDATE t SET a = 1 RETURNING a")',
+        'await mine(connection, "ALTER TABLE {} ADD a text")',
+        "await put(connection)",
+        "for one in writers.values():\n    await one.apply(1)",
+        "stage = Stage(connection)\nawait stage.copy([])",
+    ],
+)
+def test_what_commits_is_found_however_it_is_named(body: str) -> None:
+    assert len(_found(body)) == 1
+    indent = "    " if "for " in body else ""
+    assert _found(f"{body}\n{indent}crash_point('done')") == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        'await connection.execute("SELECT 1")',
+        'statement = sql.SQL("SELECT {}")\nawait connection.execute(statement, ["DELETED"])',
+        "await read_view(connection)",
+        "await something.apply(1)",
+    ],
+)
+def test_what_only_reads_is_no_place_that_commits(body: str) -> None:
+    assert _found(body) == []
+
+
 def test_no_two_crash_points_have_the_same_name() -> None:
     assert [name for name, times in Counter(commits.points()).items() if times > 1] == []
 
