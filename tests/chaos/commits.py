@@ -160,10 +160,14 @@ class Leaving(msgspec.Struct, frozen=True):
 
 def points(package: Path = PACKAGE) -> list[str]:
     """Return the names of all crash points, in the order of files and lines; a name that is used twice comes twice."""
+    return [point for path in sorted(package.rglob("*.py")) for point in points_of(path.read_text())]
+
+
+def points_of(text: str) -> list[str]:
+    """Return the names of the crash points of a file."""
     return [
         str(call.args[0].value)
-        for path in sorted(package.rglob("*.py"))
-        for call in ast.walk(ast.parse(path.read_text()))
+        for call in ast.walk(ast.parse(text))
         if _is_point(call) and isinstance(call, ast.Call) and isinstance(call.args[0], ast.Constant)
     ]
 

@@ -8,6 +8,7 @@ import pytest
 
 from tests import ROOT
 from tests.chaos import commits
+from tests.chaos.killing_tests import killed_at
 from tests.chaos.scenes import ELSEWHERE, SCENES
 
 
@@ -78,11 +79,45 @@ def test_no_two_crash_points_have_the_same_name() -> None:
 def test_a_point_that_no_history_comes_to_is_one_that_a_test_kills_at() -> None:
     assert set(ELSEWHERE) <= set(commits.points())
     assert not ELSEWHERE.keys() & SCENES.keys()
-    for point, file in ELSEWHERE.items():
-        text = (ROOT / file).read_text()
-        module = file.rpartition("test_")[2].removesuffix(".py")
-        # By its name, or with all the points of the module that it tests.
-        assert point in text or f"points({module})" in text, (point, file)
+    killed = {file: killed_at((ROOT / file).read_text()) for file in set(ELSEWHERE.values())}
+    assert [(point, file) for point, file in ELSEWHERE.items() if point not in killed[file]] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '    pipeline.start(CDCSYNC_CRASH_AT="batch committed#2")',
+        '    for at in ("slot created", "batch committed"):\n        pipeline.command("run", CDCSYNC_CRASH_AT=at)',
+        "    kill_at(monkeypatch, streaming, 'batch committed')",
+    ],
+)
+def test_a_use_of_a_point_in_a_test_is_a_kill(text: str) -> None:
+    assert "batch committed" in killed_at(f"def test_it(pipeline):\n{text}\n")
+
+
+def test_the_points_that_a_test_is_parametrized_by_are_killed_at() -> None:
+    text = (
+        "from cdcsync.target import keys\n"
+        "@pytest.mark.parametrize('at', {})\n"
+        "def test_it(at):\n"
+        "    kill_at(monkeypatch, keys, at)\n"
+    )
+
+    assert killed_at(text.format("['slot created']")) == {"slot created"}
+    assert killed_at(text.format("points(keys)")) == {"vectors without a chunk deleted"}
+    assert killed_at(text.format("[one for one in points(keys) if one.startswith('slot')]")) == set()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "    # killed at batch committed\n    pipeline.start()",
+        '    """Kill at batch committed."""\n    pipeline.start(CDCSYNC_CRASH_AT="slot created")',
+        '    assert pipeline.said("batch committed")',
+    ],
+)
+def test_a_point_that_is_only_spoken_of_is_not_killed_at(text: str) -> None:
+    assert "batch committed" not in killed_at(f"def test_it(pipeline):\n{text}\n")
 
 
 @pytest.mark.proof
