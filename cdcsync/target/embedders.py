@@ -37,7 +37,7 @@ async def read_embedders(connection: Connection, schema: str, slot: str) -> dict
 
 
 async def note_embedders(connection: Connection, schema: str, slot: str, states: Mapping[str, EmbedderState]) -> None:
-    """Note what is known of embedders."""
+    """Note what is known of embedders, each in a transaction of its own if there is none around them."""
     statement = sql.SQL(
         "INSERT INTO {} AS mine (slot, name, call_texts, call_bytes, calls, day, tokens, problem, hint, since,"
         " tried_again_at, loads_wait_until, texts_per_s, updated_at)"
@@ -57,6 +57,7 @@ async def note_embedders(connection: Connection, schema: str, slot: str, states:
                 *(*trouble, state.loads_wait_until, state.texts_per_s),
             ],
         )
+        crash_point("state of an embedder noted")
 
 
 async def forget_embedders(connection: Connection, schema: str, slot: str, keep: Collection[str] = ()) -> None:

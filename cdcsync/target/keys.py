@@ -17,6 +17,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons, in_parts, parts_after
 from cdcsync.postgres.queries import fetch_texts
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.relations import Names
 from cdcsync.target.ddl.tiers import DISCARDED
 from cdcsync.target.failures.documents import TABLE
@@ -170,6 +171,9 @@ async def delete_vectors_without_chunks(connection: Connection, schema: str, spe
     """Delete the vectors, and the places in the backlog, that belong to no chunk; returns how many.
 
     Searches never see such vectors, HNSW does; a text that no chunk has would be waited for without an end.
+
+    Needs a connection in autocommit: each table is read whole, so each has a transaction of its own, and no row stays
+    locked while the next table is read. A kill in between leaves vectors that the next build or repair deletes.
     """
     names = Names(schema, spec.relations)
     tiers = [tier for one in spec.generations for tier in names.tiers(one.generation).values()]
@@ -180,6 +184,7 @@ async def delete_vectors_without_chunks(connection: Connection, schema: str, spe
                 table, names.chunks
             )
         )
+        crash_point("vectors without a chunk deleted")
         deleted += cursor.rowcount
     return deleted
 

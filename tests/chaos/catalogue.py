@@ -353,7 +353,8 @@ def _has(tree: ast.AST, names: list[str]) -> bool:
 
 def page() -> str:
     """Return the page."""
-    known = tests()
+    known, points = tests(), set(commits.points())
+    by_chaos = sorted(points - ELSEWHERE.keys())
     lines = [
         "# Reliability",
         "",
@@ -364,8 +365,10 @@ def page() -> str:
         "- **Tests** run with `make test`, on real PostgreSQL servers.",
         "- **Chaos** (`make chaos SEEDS=200`): histories from seeds with real worker processes, two servers that crash"
         " and fail over, a writer and a provider. It counts each fault that took effect and each crash point at which a"
-        " worker died, and fails where one never did. At the end an oracle in plain SQL compares every index with its"
-        " source. `make chaos SEED=17` runs one history again: the seed decides what happens, the machine how fast.",
+        " process died. Of 200 histories, each fault must have taken effect in one, and a process must have died in one"
+        " at each crash point that histories come to; tests kill at the others. At the end an oracle in plain SQL"
+        " compares every index with its source. `make chaos SEED=17` runs one history again: the seed decides what"
+        " happens, the machine how fast.",
         "- **Simulation** (`make simulate`): the pure modules under a seeded scheduler, with a source and a target in"
         " memory that lie in the ways real ones can. It is exact: a seed always gives the same history, and a failing"
         " one is made smaller.",
@@ -377,8 +380,8 @@ def page() -> str:
         "- **Fuzzing** (`make fuzz MINUTES=5`): arbitrary bytes for every parser, guided by the code that they reach.",
         "- **Peers** (`python bench/peers.py kills`): the same changes and the same kills, to cdcsync and to pgai.",
         "",
-        f"There are {len(CATALOGUE)} properties, {len(FAULTS)} faults, {len(set(commits.points()))} crash points and"
-        f" {len(MUTANTS)} known faults.",
+        f"There are {len(CATALOGUE)} properties, {len(FAULTS)} faults, {len(MUTANTS)} known faults and {len(points)}"
+        f" crash points: chaos kills at {len(by_chaos)} of them, tests at the other {len(ELSEWHERE)}.",
         "",
         "## Properties",
         "",
@@ -417,14 +420,23 @@ def page() -> str:
         "",
         "## Crash points",
         "",
-        "A worker is killed directly after each of these (`CDCSYNC_CRASH_AT`). The number is of the histories of that"
-        " campaign in which one died there.",
+        "Every place that commits or acknowledges has a crash point directly after it, and a transaction has another"
+        " one before its end. The process that comes to it is killed there (`CDCSYNC_CRASH_AT`), be it a worker or a"
+        " command such as `migrate`.",
+        "",
+        f"Histories come to {len(by_chaos)} of the {len(points)}. In the last campaign on record processes died at"
+        f" {len(campaign.hit.keys() & set(by_chaos))} of them; the number is of the histories in which one did.",
         "",
     ]
+    lines += [f"- {name}: {campaign.hit.get(name) or 'not in that campaign'}" for name in by_chaos]
     lines += [
-        f"- {name}" + (f", by `{ELSEWHERE[name]}`" if name in ELSEWHERE else f": {campaign.hit.get(name, 0)}")
-        for name in sorted(set(commits.points()))
+        "",
+        f"No history comes to the other {len(ELSEWHERE)}: they need thousands of rows, an index of an earlier version,"
+        " an operator's approval, or a table that is created while the slot is. A test kills the process at each, or"
+        " ends its session there.",
+        "",
     ]
+    lines += [f"- {name}: `{ELSEWHERE[name]}`" for name in sorted(ELSEWHERE)]
     took = found()
     lines += ["", "## Known faults put back", "", "| Fault | Found by | Seeds |", "|---|---|---|"]
     lines += [

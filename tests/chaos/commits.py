@@ -6,8 +6,11 @@ A *commit site* is one of:
   and another as the next statement after it.
 - `await` of a statement that writes by itself, outside of a transaction. It needs a crash point as the next statement.
 - `await` of a function that leaves the commit to its caller, outside of a transaction. The same.
+- `await` of a function of an `INSIDE` file that writes, outside of a transaction. The same.
 - `await` of what tells the source something for good: a status, a slot, a mark. The same.
 
+A statement is what the call is given, with names resolved to their assignments: see `statements`. Senders are the
+functions of `SENDING` and each function that passes one of its parameters on to a sender as the statement.
 A function leaves the commit to its caller if its docstring says "The caller commits" or "the caller's transaction".
 """
 
@@ -21,7 +24,7 @@ from pathlib import Path
 
 import msgspec
 
-PACKAGE = Path(__file__).parents[2] / "cdcsync"
+from tests.chaos.statements import PACKAGE, file_of, module
 
 FOLDERS = ("source", "target", "flows", "worker", "postgres")
 """What a worker runs, but for the files below."""
@@ -40,7 +43,6 @@ COMMANDS = (
 
 INSIDE = (
     "target/apply.py",
-    "target/keys.py",
     "target/stage.py",
     "target/failures/documents.py",
     "target/ddl/chunks_view.py",
@@ -53,7 +55,10 @@ INSIDE = (
     "target/ddl/tiers.py",
     "target/ddl/views.py",
 )
-"""Files whose functions all run in their caller's transaction; a transaction of their own in it is a savepoint."""
+"""Files whose functions run in their caller's transaction; a transaction of their own in it is a savepoint.
+
+Each await of one that writes is a commit site if there is no transaction around it.
+"""
 
 OWNERS = {
     "target/registry.py": re.compile(r"registry(\(.*\))?\.(\w+)$", re.IGNORECASE),
@@ -63,11 +68,13 @@ OWNERS = {
 }
 """Files that hold every statement on a table and leave each commit to the caller, with how a caller names them."""
 
+QUERIES = PACKAGE / "postgres" / "queries.py"
+
 TRANSACTIONS = ("transaction", "_chain")
 """What makes a transaction of a block."""
 
-SENDING = ("execute", "fetch_row", "_run")
-"""Calls that send a statement."""
+SENDING = frozenset(("execute", "executemany", "copy"))
+"""Calls that send a statement; what passes a parameter of its own on to one of them sends, too."""
 
 EXEMPT = {
     ("flows/evaluate/recall.py", "_snapshot"): "reads only",
@@ -96,7 +103,7 @@ FINAL = (".send_status", ".create_slot", ".set_failover", "emit_mark")
 """Calls that tell the source something for good."""
 
 WRITES = re.compile(
-    r"\s*(INSERT|UPDATE|DELETE|TRUNCATE|CREATE|ALTER|DROP|COMMENT|VACUUM|REINDEX|WITH .*(INSERT|UPDATE|DELETE) "
+    r"\s*((INSERT|UPDATE|DELETE|TRUNCATE|CREATE|ALTER|DROP|COMMENT|VACUUM|REINDEX)\b|WITH .*(INSERT|UPDATE|DELETE) "
     r"|SELECT pg_(drop_replication_slot|replication_slot_advance|logical_emit_message))",
     re.DOTALL,
 )
@@ -118,25 +125,49 @@ class Leaving(msgspec.Struct, frozen=True):
 
     functions: set[str]
     owned: set[tuple[re.Pattern[str], str]]
+    inside: set[str]
+    methods: set[str] = set()
+    holders: set[str] = set()
+
+    def within(self, text: str) -> Leaving:
+        """Return the same for the calls in a file: of what it imports from `INSIDE` files, and of objects of theirs."""
+        written, inside = module(text), _inside_writing()
+        names = {
+            name
+            for name, (came, there) in written.imported.items()
+            if file_of(came) in INSIDE and there in inside[file_of(came)]
+        }
+        classes = {name for name, (came, _) in written.imported.items() if file_of(came) in INSIDE} - names
+        methods = {name for names in inside.values() for name in names}
+        return Leaving(self.functions, self.owned, names, methods, written.holders(classes))
 
     def without(self, names: set[str]) -> Leaving:
         """Return the same without functions of these names."""
-        return Leaving(self.functions - names, self.owned)
+        return msgspec.structs.replace(self, functions=self.functions - names)
 
     def has(self, call: ast.Call) -> bool:
         """Say whether a call is one of such a function."""
-        if _called(call) in self.functions:
+        if _called(call) in self.functions or _called(call) in self.inside:
             return True
+        if isinstance(call.func, ast.Attribute) and _called(call) in self.methods:
+            receiver = {one.id for one in ast.walk(call.func.value) if isinstance(one, ast.Name)}
+            receiver |= {one.attr for one in ast.walk(call.func.value) if isinstance(one, ast.Attribute)}
+            if receiver & self.holders:
+                return True
         named = ast.unparse(call.func)
         return any(match[2] == name for pattern, name in self.owned if (match := pattern.search(named)))
 
 
 def points(package: Path = PACKAGE) -> list[str]:
     """Return the names of all crash points, in the order of files and lines; a name that is used twice comes twice."""
+    return [point for path in sorted(package.rglob("*.py")) for point in points_of(path.read_text())]
+
+
+def points_of(text: str) -> list[str]:
+    """Return the names of the crash points of a file."""
     return [
         str(call.args[0].value)
-        for path in sorted(package.rglob("*.py"))
-        for call in ast.walk(ast.parse(path.read_text()))
+        for call in ast.walk(ast.parse(text))
         if _is_point(call) and isinstance(call, ast.Call) and isinstance(call.args[0], ast.Constant)
     ]
 
@@ -153,12 +184,55 @@ def lacking(files: Mapping[str, str], *, only: str | None = None) -> list[Site]:
     callers = {name for file, text in files.items() if file not in OWNERS for name in _callers(text)}
     owned = {(pattern, name) for file, pattern in OWNERS.items() for name in _writing(files[file])}
     names = [name for name in files if name not in OWNERS and only in (None, name)]
-    return sorted(site for name in names for site in _sites(name, _parsed(files[name]), Leaving(callers, owned)))
+    leaving = Leaving(callers, owned, set())
+    return sorted(site for name in names for site in _sites(name, files[name], leaving.within(files[name])))
 
 
 @cache
-def _writing(text: str) -> frozenset[str]:
-    """Return the methods of a file that write, by themselves or by another one of them."""
+def _inside_writing() -> Mapping[str, frozenset[str]]:
+    """Return the functions of each `INSIDE` file that write, by themselves or by others of such files."""
+    texts = {file: (PACKAGE / file).read_text() for file in INSIDE}
+    callers = {name for path in PACKAGE.rglob("*.py") for name in _callers(path.read_text())}
+    writing: set[str] = set()
+    while True:
+        found = {file: _writing(text, frozenset(callers | writing)) for file, text in texts.items()}
+        more = {name for names in found.values() for name in names}
+        if more <= writing:
+            return found
+        writing |= more
+
+
+@cache
+def _senders(text: str) -> frozenset[str]:
+    """Return what a file calls that sends a statement: of `SENDING`, of the package's queries, and of its own."""
+    senders = set(SENDING)
+    for one in (QUERIES.read_text(), text):
+        tree = module(one).tree
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        while True:
+            more = {function.name for function in functions if _passes_on(function, senders)}
+            if more <= senders:
+                break
+            senders |= more
+    return frozenset(senders)
+
+
+def _passes_on(function: ast.FunctionDef | ast.AsyncFunctionDef, senders: set[str]) -> bool:
+    """Say whether a function sends a parameter of its own as a statement."""
+    parameters = {one.arg for one in function.args.args + function.args.kwonlyargs} - {"self", "connection"}
+    return any(
+        isinstance(named, ast.Name) and named.id in parameters
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and _called(node) in senders
+        for argument in node.args[:2]
+        if not isinstance(argument, ast.List | ast.Tuple | ast.Dict)
+        for named in ast.walk(argument)
+    )
+
+
+@cache
+def _writing(text: str, others: frozenset[str] = frozenset()) -> frozenset[str]:
+    """Return the functions of a file that write, by themselves or by another one of them, or of `others`."""
     functions = [node for node in ast.walk(_parsed(text)) if isinstance(node, ast.AsyncFunctionDef)]
     writing: set[str] = set()
     while True:
@@ -166,7 +240,7 @@ def _writing(text: str) -> frozenset[str]:
             one.name
             for one in functions
             for node in ast.walk(one)
-            if isinstance(node, ast.Call) and (_called(node) in writing or _writes(node))
+            if isinstance(node, ast.Call) and (_called(node) in writing | others or _writes(node, text))
         }
         if more <= writing:
             return frozenset(writing)
@@ -182,17 +256,18 @@ def _callers(text: str) -> frozenset[str]:
 
 @cache
 def _parsed(text: str) -> ast.Module:
-    return ast.parse(text)
+    return module(text).tree
 
 
-def _sites(file: str, tree: ast.Module, callers: Leaving) -> Iterator[Site]:
+def _sites(file: str, text: str, callers: Leaving) -> Iterator[Site]:
+    tree = _parsed(text)
     inside = _inside(tree)
     for function in ast.walk(tree):
         if not isinstance(function, ast.AsyncFunctionDef) or function.name in inside or _by_caller(function):
             continue
         if (file, function.name) not in EXEMPT:
             order = list(_statements(function.body))
-            yield from _of_block(file, function.name, function.body, order, callers.without(inside))
+            yield from _of_block(file, function.name, function.body, order, callers.without(inside), text)
 
 
 def _inside(tree: ast.Module) -> set[str]:
@@ -226,7 +301,7 @@ def _header(statement: ast.stmt) -> Iterator[ast.AST]:
 
 
 def _of_block(
-    file: str, function: str, body: list[ast.stmt], order: list[ast.stmt], callers: Leaving
+    file: str, function: str, body: list[ast.stmt], order: list[ast.stmt], callers: Leaving, text: str
 ) -> Iterator[Site]:
     """Yield what lacks a point among these statements; inside a transaction nothing commits by itself."""
     for statement in body:
@@ -241,29 +316,27 @@ def _of_block(
                 yield Site(file, statement.lineno, function, "transaction", "a point after it")
             continue
         for block in _blocks(statement):
-            yield from _of_block(file, function, block, order, callers)
-        for what in _commits(statement, callers):
+            yield from _of_block(file, function, block, order, callers, text)
+        for what in _commits(statement, callers, text):
             if not _is_point(_next(order, statement)):
                 yield Site(file, statement.lineno, function, what, "a point after it")
 
 
-def _commits(statement: ast.stmt, callers: Leaving) -> Iterator[str]:
+def _commits(statement: ast.stmt, callers: Leaving, text: str) -> Iterator[str]:
     for node in _header(statement):
         if isinstance(node, ast.Await) and isinstance(node.value, ast.Call):
             name = _called(node.value)
             if callers.has(node.value) or ast.unparse(node.value.func).endswith(FINAL):
                 yield name
-            elif _writes(node.value):
+            elif _writes(node.value, text):
                 yield "a statement that writes"
 
 
-def _writes(call: ast.Call) -> bool:
-    """Say whether a statement is written in the call that changes something which outlives the session."""
-    if _called(call) not in SENDING:
+def _writes(call: ast.Call, text: str) -> bool:
+    """Say whether a call in a file sends a statement that changes something which outlives the session."""
+    if _called(call) not in _senders(text):
         return False
-    texts = [node.value for node in ast.walk(call) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    made = any(isinstance(node, ast.Call) and _called(node).endswith("_statement") for node in ast.walk(call))
-    return made or any(WRITES.match(text) and "TEMP TABLE" not in text for text in texts)
+    return any(WRITES.match(one) and "TEMP TABLE" not in one for one in module(text).texts(call))
 
 
 def _called(call: ast.Call) -> str:
