@@ -12,6 +12,8 @@ been streamed, and every series must be flat.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import random
 import subprocess
 import sys
@@ -35,6 +37,8 @@ LARGE_EVERY = 600
 """After so many changes comes a large transaction: every 15 seconds."""
 LARGE_ROWS = 500
 """Rows that it updates: some 200 kB to decode, three times `DECODED_AT_ONCE`, and each to be embedded."""
+OPEN_S = 2.0
+"""How long it stays open after that, in the spool of the worker."""
 ROLLED_BACK = 0.25
 """Share of the large transactions that are rolled back."""
 DECODED_AT_ONCE = "64kB"
@@ -87,6 +91,7 @@ RETAINED = (
 """The WAL that no checkpoint may remove: from the oldest transaction that the slot may have to decode again."""
 TEMPORARY = "SELECT coalesce(sum(temp_bytes), 0) / 2^20 FROM pg_stat_database"
 """What was written to temporary files of statements, in all; a series is made of what is added."""
+SPOOL = "spool"
 STREAMED = "SELECT coalesce(sum(stream_txns), 0) FROM pg_stat_replication_slots"
 DEAD = "SELECT coalesce(sum(n_dead_tup), 0) FROM pg_stat_all_tables WHERE schemaname = 'cdcsync'"
 SIZE = (
@@ -167,6 +172,7 @@ class Load:
         with self._connection.transaction(force_rollback=roll_back), self._connection.cursor() as cursor:
             rows = [(text(chance), number) for number in chance.sample(range(oldest, self._next), LARGE_ROWS)]
             cursor.executemany("UPDATE comments SET body = %s WHERE id = %s", rows)
+            self._stop.wait(OPEN_S)
         self.committed += not roll_back
 
 
@@ -203,7 +209,13 @@ def measurements(
         return lambda: len(list(Path(f"/proc/{pid}/{of}").iterdir()))
 
     def spooled() -> float:
-        return sum(path.stat().st_size for path in spool.rglob("*") if path.is_file()) / 2**20
+        """The files of the spool have no names: only the process that has them open leads to them."""
+        size = 0
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it was closed just now
+                if os.readlink(link).startswith(f"{spool}/"):
+                    size += link.stat().st_size
+        return size / 2**20
 
     return {
         Series("memory of the worker", "MiB", allowed=4): memory,
@@ -211,7 +223,7 @@ def measurements(
         Series("threads", "threads", allowed=1): entries("task"),
         Series("sessions", "sessions", allowed=1): value(SESSIONS),
         Series("WAL held by the slot", "MiB", allowed=16): value(RETAINED),
-        Series("spool", "MiB", allowed=1): spooled,
+        Series(SPOOL, "MiB", allowed=1): spooled,
         Series("temporary files, written", "MiB", allowed=1): added(TEMPORARY),
         Series("dead rows of our tables", "rows", allowed=2_000, share=0.5): value(DEAD),
         Series("size of our tables", "MiB", allowed=2, share=0.2): value(SIZE),
@@ -268,9 +280,12 @@ def soak(seconds: float, picture: Path | None, directory: Path) -> int:
         picture.write_text(draw(series))
         print(f"the picture is {picture}")
     flat = sum(one.flat for one in series)
+    spooled = max(value for one in series if one.name == SPOOL for _, value in one.points)
+    if not streamed or not spooled:
+        print("no transaction was streamed, or none was seen in the spool")
     done = f"{load.committed:,} transactions in {seconds:,.0f} s, {streamed:,} streamed"
     print(f"{done}; {flat} of {len(series)} series are flat")
-    return 0 if streamed and flat == len(series) else 1
+    return 0 if streamed and spooled and flat == len(series) else 1
 
 
 def measure(
