@@ -371,12 +371,17 @@ def page() -> str:
         " happens, the machine how fast.",
         "- **Simulation** (`make simulate`): the pure modules under a seeded scheduler, with a source and a target in"
         " memory that lie in the ways real ones can. It is exact: a seed always gives the same history, and a failing"
-        " one is made smaller.",
+        " one is made smaller. It tests the code of the pure floors, which does no I/O: how transactions are put"
+        " together, batches, progress, visibility, and the spool with its file. The flows between them (reading pages,"
+        " applying batches, moving the checkpoint, acknowledging) are written once more for it, in"
+        " `tests/simulation/worker.py`, and its target is a dictionary: a fault in the flows or in the SQL of the"
+        " product does not show there. Tests on servers and chaos attack those.",
         "- **Soak** (`make soak MINUTES=30`): a worker under an even load, with searches, replays, comparisons and"
-        " ended sessions beside it. Memory, files, threads, sessions, WAL, spool, dead rows and sizes are measured,"
-        " and none may grow: a line is fitted through each, with its error, and `build/soak.svg` shows them.",
+        " ended sessions beside it; some of its transactions are large enough to be streamed. Memory, files, threads,"
+        " sessions, the WAL that the slot holds, the spool, temporary files, dead rows and sizes are measured, and none"
+        " may grow: a line is fitted through each, with its error, and `build/soak.svg` shows them.",
         "- **Known faults put back** (`make mutants`): each of the faults listed at the end is put into a copy of the"
-        " code, one at a time, and has to be found.",
+        " code, one at a time, and has to be found, in the words of the property that it breaks.",
         "- **Fuzzing** (`make fuzz MINUTES=5`): arbitrary bytes for every parser, guided by the code that they reach.",
         "- **Peers** (`python bench/peers.py kills`): the same changes and the same kills, to cdcsync and to pgai.",
         "",
@@ -437,13 +442,33 @@ def page() -> str:
         "",
     ]
     lines += [f"- {name}: `{ELSEWHERE[name]}`" for name in sorted(ELSEWHERE)]
-    took = found()
-    lines += ["", "## Known faults put back", "", "| Fault | Found by | Seeds |", "|---|---|---|"]
-    lines += [
-        f"| {one.name} | {one.found_by}{': ' + one.fault if one.fault else ''} | {took.get(one.name) or ''} |"
-        for one in MUTANTS
+    return "\n".join([*lines, *_known_faults()]) + "\n"
+
+
+def _known_faults() -> list[str]:
+    """Return the part about the known faults that are put back."""
+    record = found()
+    lines = [
+        "",
+        "## Known faults put back",
+        "",
+        "What finds a fault passes without it: the same test, or the same seeds. A failure counts only in the words of"
+        " the property, not if something else goes wrong. The simulation looks for a fault among all its histories."
+        " Chaos is pointed at the fault or the crash point that brings it out (`--only`), which a campaign reaches"
+        f" once in some {len(FAULTS)} or {len(set(commits.points()) - ELSEWHERE.keys())} histories: its numbers are of"
+        " such histories, and say nothing of how long a campaign would look.",
+        "",
+        f"The last run on record is of {record.day}; what is not said was not looked for, or not found, in that run.",
+        "",
+        "| Fault | Found by | Seeds | Seen |",
+        "|---|---|---|---|",
     ]
-    return "\n".join(lines) + "\n"
+    by = {"simulation": "simulation", "chaos": 'chaos, `--only "{}"`', "tests": "`{}`"}
+    for one in MUTANTS:
+        seen = record.found.get(one.name)
+        seeds, said = ("", "") if seen is None else (seen.seeds or "", seen.said.replace("|", "\\|"))
+        lines.append(f"| {one.name} | {by[one.found_by].format(one.fault)} | {seeds} | {said and f'`{said}`'} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ A place that has moved or changed makes the patch fail, loudly: the fault has to
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +13,17 @@ import msgspec
 PACKAGE = Path(__file__).parents[2] / "cdcsync"
 
 FOUND = Path(__file__).with_name("found.json")
-"""How many seeds finding each fault took when that was last recorded; 0 where tests found it."""
+"""What the last run that was recorded found."""
 
 Finder = Literal["simulation", "chaos", "tests"]
+
+
+UNEQUAL = r"^Wrong: .+ is .+ in the target and .+ in the source"
+"""The words of the simulation when the target does not equal the source."""
+
+
+DIFFERS = r"in vain for (\w+), \('live', ''\): \1:"
+"""The words of a scene in which an index is live, and differs from its table for as long as the scene waits."""
 
 
 class Mutant(msgspec.Struct, frozen=True):
@@ -25,6 +32,7 @@ class Mutant(msgspec.Struct, frozen=True):
     :param found_by: what has to notice it.
     :param fault: of chaos, the fault or the crash point that brings it out; of tests, the one that fails. Tests are
         for what a second safeguard hides from histories, so that only the first one's own test can tell.
+    :param words: a pattern of the property's words: a failure that says anything else does not count as finding it.
     """
 
     name: str
@@ -33,6 +41,7 @@ class Mutant(msgspec.Struct, frozen=True):
     new: str
     found_by: Finder = "simulation"
     fault: str = ""
+    words: str = UNEQUAL
 
     def apply(self, package: Path) -> None:
         """Put the fault into a copy of the package.
@@ -52,12 +61,14 @@ MUTANTS = (
         "model/transactions.py",
         "return (Committed(message.end_lsn, message.commit_time_us),)",
         "return (Committed(message.commit_lsn, message.commit_time_us),)",
+        words=r"^Wrong: the checkpoint \S+ is not the end of a transaction",
     ),
     Mutant(
         "what was received is acknowledged, not what is committed",
         "model/progress.py",
         "self.acknowledged = self.checkpoint\n        return",
         "self.acknowledged = self.received\n        return",
+        words=r"^Wrong: \S+ was acknowledged, beyond the checkpoint",
     ),
     Mutant(
         "the checkpoint moves past a transaction of which a part is applied",
@@ -173,16 +184,25 @@ MUTANTS = (
         "source/spool.py",
         '        """Throw everything away."""\n        for xid in list(self._open):\n            self.drop(xid)\n',
         '        """Throw everything away."""\n',
+        words="^Wrong: what was spooled for another connection is kept",
     ),
     Mutant(
-        "a worker that was overtaken writes behind its successor's back",
+        "a worker that was overtaken writes behind its successor's back: no fence",
         "target/pipelines.py",
-        '", commits = commits + 1 WHERE slot = %s AND fence = %s"\n'
-        '                " AND commits = %s AND checkpoint IS NOT DISTINCT FROM %s::pg_lsn RETURNING',
-        '", commits = commits + 1 WHERE slot = %s AND %s::bigint IS NOT NULL"\n'
-        '                " AND concat(%s::bigint, %s::pg_lsn) IS NOT NULL RETURNING',
+        ", commits = commits + 1 WHERE slot = %s AND fence = %s",
+        ", commits = commits + 1 WHERE slot = %s AND %s::bigint IS NOT NULL",
         "tests",
-        "tests/server/target/test_pipelines.py::test_nothing_is_written_under_an_older_fence",
+        "tests/server/target/test_pipelines.py::test_who_was_taken_over_while_it_waited_commits_nothing",
+        r"assert \[\] == \[True\]",
+    ),
+    Mutant(
+        "a checkpoint moves from what this worker never committed: no chain",
+        "target/pipelines.py",
+        " AND commits = %s AND checkpoint IS NOT DISTINCT FROM %s::pg_lsn RETURNING",
+        " AND concat(%s::bigint, %s::pg_lsn) IS NOT NULL RETURNING",
+        "tests",
+        "tests/server/target/test_pipelines.py::test_the_checkpoint_moves_only_from_what_was_last_committed",
+        "DID NOT RAISE TargetRewound",
     ),
     Mutant(
         "a target that went back is taken for what this worker left",
@@ -191,6 +211,7 @@ MUTANTS = (
         "        if False:\n",
         "chaos",
         "target fails over with loss",
+        r"^Broken: .*documents (missing|of another text|not in the source)",
     ),
     Mutant(
         "fingerprints are ignored",
@@ -198,8 +219,9 @@ MUTANTS = (
         '(compare="nothing is known of what its values were made of")\n    name = str(table.name)\n',
         "()\n    return Difference()\n    name = str(table.name)\n",
         "tests",
-        "tests/server/scenarios/test_unsent_changes.py"
-        "::test_what_a_publication_did_not_send_for_a_moment_reaches_the_index[schema]",
+        "tests/server/source/test_fingerprints.py"
+        "::test_what_may_change_values_without_a_row_event_has_the_table_read_again",
+        r"where None = Difference\(reread=None",
     ),
     Mutant(
         "what was altered and altered back is no change",
@@ -209,6 +231,7 @@ MUTANTS = (
         "tests",
         "tests/server/scenarios/test_undone.py"
         "::test_an_index_equals_its_table_after_what_was_altered_and_altered_back[swapped_down]",
+        DIFFERS,
     ),
     Mutant(
         "a table's name tells whose rows it has, and not its OID",
@@ -218,6 +241,7 @@ MUTANTS = (
         "tests",
         "tests/server/scenarios/test_undone.py"
         "::test_an_index_equals_its_table_after_what_was_altered_and_altered_back[tables_down]",
+        DIFFERS,
     ),
     Mutant(
         "a slot is used though tables changed while it was created",
@@ -226,8 +250,8 @@ MUTANTS = (
         "            if True:\n                break\n",
         "tests",
         "tests/server/flows/setup/test_start.py"
-        "::test_a_slot_is_made_again_if_tables_changed_meanwhile_also_after_a_kill[columns renamed-slot that is made"
-        " again dropped]",
+        "::test_a_slot_that_cannot_decode_a_table_is_doubted_then_a_gap_and_another_slot_takes_its_place",
+        "in vain for the event slot_doubtful",
     ),
     Mutant(
         "a page follows one that was given up",
@@ -237,6 +261,7 @@ MUTANTS = (
         "tests",
         "tests/unit/flows/backfill/test_marks.py"
         "::test_no_page_follows_one_that_was_given_up_until_the_request_is_served_again",
+        "DID NOT RAISE SourceUnavailable",
     ),
     Mutant(
         "what others made meanwhile is not looked for again",
@@ -246,6 +271,7 @@ MUTANTS = (
         "tests",
         "tests/unit/flows/embed/test_dispatcher.py"
         "::test_a_text_that_another_call_makes_while_its_caller_stores_others_is_not_asked_for_again",
+        r"assert \(\[\[b'a'\]\], .* == \(\[\[b'a'\], \[b",
     ),
     Mutant(
         "rows that are gone stay after a gap",
@@ -254,6 +280,7 @@ MUTANTS = (
         "return Page(snapshot, [],",
         "chaos",
         "forgotten position committed",
+        r"^Broken: .*documents not in the source",
     ),
     Mutant(
         "a row that leaves the condition stays",
@@ -261,7 +288,8 @@ MUTANTS = (
         "            if holds is False:\n                deleted.append(change.key)\n",
         "            if holds is False:\n",
         "tests",
-        "tests/server/scenarios/test_where.py",
+        "tests/server/scenarios/test_where.py::test_rows_enter_and_leave_as_their_values_change",
+        DIFFERS,
     ),
     Mutant(
         "a condition that only the source decides is taken to hold",
@@ -270,6 +298,7 @@ MUTANTS = (
         "if not complete(change.row):",
         "chaos",
         "provider: error 500",
+        r"^Broken: .*documents not in the source",
     ),
     Mutant(
         "a load reads the rows that the condition leaves out",
@@ -278,6 +307,7 @@ MUTANTS = (
         "for one in (self.row_filter,) if one]",
         "chaos",
         "kill -9",
+        r"^Broken: .*documents not in the source",
     ),
     Mutant(
         "vectors of one model are stored for another one too",
@@ -286,6 +316,7 @@ MUTANTS = (
         "along = changes.vectors",
         "tests",
         "tests/server/target/test_filling.py::test_a_page_gives_vectors_to_some_chunks_and_queues_the_others",
+        "assert 0 == 1",
     ),
     Mutant(
         "a move to the settled tier takes a vector that changed meanwhile",
@@ -294,6 +325,7 @@ MUTANTS = (
         " AND c.version IS NOT NULL FOR UPDATE",
         "tests",
         "tests/server/target/test_settling.py::test_a_change_that_commits_during_a_move_wins",
+        r"assert \[\('new', 'set.* == \[\('new', 'fre",
     ),
     Mutant(
         "a new vector leaves the one before it in the settled tier",
@@ -302,6 +334,7 @@ MUTANTS = (
         "pass",
         "chaos",
         "move committed",
+        r"^Broken: .*(vectors twice|vectors of another text)",
     ),
     Mutant(
         "a vector that is stored ends the wait of other texts too",
@@ -312,12 +345,33 @@ MUTANTS = (
         '                " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"',
         "chaos",
         "vectors committed",
+        r"^Broken: .*(chunks without a vector|vectors of another text)",
     ),
 )
 """All of them."""
 
 
-def found() -> dict[str, int | None]:
-    """Return how many seeds finding each fault took when that was last recorded, by name."""
-    kept: dict[str, int | None] = json.loads(FOUND.read_text())
-    return kept
+class Found(msgspec.Struct, frozen=True):
+    """What finding a fault took.
+
+    :ivar seeds: of histories, the last of which failed; 0 where a test did.
+    :ivar said: the words of that failure, without what differs from run to run.
+    """
+
+    seeds: int
+    said: str
+
+
+class Record(msgspec.Struct, frozen=True):
+    """One run: what it did not look for, or did not find, is not in it.
+
+    :ivar day: when it ran, in UTC.
+    """
+
+    day: str
+    found: dict[str, Found]
+
+
+def found(path: Path = FOUND) -> Record:
+    """Return what the last run that was recorded found, by the names of the faults."""
+    return msgspec.json.decode(path.read_bytes(), type=Record)

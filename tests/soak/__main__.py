@@ -1,15 +1,19 @@
 """Let a worker run under a steady load and see that nothing grows: `python -m tests.soak --minutes 30`.
 
 Rows of two tables are inserted, updated, moved and deleted at an even pace, so that the tables keep their sizes; one
-index has documents of both. Beside that the index is searched, read again (`replay`) and compared (`verify`), and the
-worker's sessions are ended now and then, as in production. Every few seconds its memory, files and threads, its
-sessions, the WAL that its slot holds, what lies in the spool, and the dead rows and sizes of its tables are measured.
-In the end source and index are compared, and every series must be flat.
+index has documents of both. Now and then a transaction is large enough to be streamed before it commits, and the worker
+has to spool it; some of them are rolled back. Beside that the index is searched, read again (`replay`) and compared
+(`verify`), and the worker's sessions are ended now and then, as in production. Every few seconds its memory, files and
+threads, its sessions, the WAL that its slot holds, what lies in the spool, what the server writes to temporary files,
+and the dead rows and sizes of its tables are measured. In the end source and index are compared, transactions must have
+been streamed, and every series must be flat.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import random
 import subprocess
 import sys
@@ -29,6 +33,16 @@ from tests.soak.series import Series
 TICKETS, COMMENTS = 400, 2_000
 """Rows of the tables, from the beginning to the end."""
 CHANGES_PER_S = 40
+LARGE_EVERY = 600
+"""After so many changes comes a large transaction: every 15 seconds."""
+LARGE_ROWS = 500
+"""Rows that it updates: some 200 kB to decode, three times `DECODED_AT_ONCE`, and each to be embedded."""
+OPEN_S = 2.0
+"""How long it stays open after that, in the spool of the worker."""
+ROLLED_BACK = 0.25
+"""Share of the large transactions that are rolled back."""
+DECODED_AT_ONCE = "64kB"
+"""The least logical_decoding_work_mem: larger transactions are streamed while they are open."""
 WARM_UP = 0.2
 """The share of the run before anything counts: caches, pools and tables fill."""
 DISTURB_S = 60.0
@@ -72,9 +86,13 @@ WORDS = ["order", "delivery", "refund", "broken", "parcel", "late", "invoice", "
 
 SESSIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'cdcsync%'"
 RETAINED = (
-    "SELECT coalesce(max(pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn)), 0) / 2^20"
-    " FROM pg_replication_slots"
+    "SELECT coalesce(max(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)), 0) / 2^20 FROM pg_replication_slots"
 )
+"""The WAL that no checkpoint may remove: from the oldest transaction that the slot may have to decode again."""
+TEMPORARY = "SELECT coalesce(sum(temp_bytes), 0) / 2^20 FROM pg_stat_database"
+"""What was written to temporary files of statements, in all; a series is made of what is added."""
+SPOOL = "spool"
+STREAMED = "SELECT coalesce(sum(stream_txns), 0) FROM pg_stat_replication_slots"
 DEAD = "SELECT coalesce(sum(n_dead_tup), 0) FROM pg_stat_all_tables WHERE schemaname = 'cdcsync'"
 SIZE = (
     "SELECT coalesce(sum(pg_total_relation_size(oid)), 0) / 2^20 FROM pg_class"
@@ -124,6 +142,8 @@ class Load:
             while not self._stop.wait(1 / CHANGES_PER_S):
                 self._change()
                 self.committed += 1
+                if self.committed % LARGE_EVERY == 0:
+                    self._change_many()
         except BaseException as error:
             self.failure = error
 
@@ -145,6 +165,16 @@ class Load:
                     execute("INSERT INTO comments VALUES (%s, %s, %s)", [self._next, ticket, text(chance)])
                 self._next += 1
 
+    def _change_many(self) -> None:
+        """Update many rows in one transaction, and sometimes roll it back."""
+        chance, oldest = self._chance, self._next - COMMENTS
+        roll_back = chance.random() < ROLLED_BACK
+        with self._connection.transaction(force_rollback=roll_back), self._connection.cursor() as cursor:
+            rows = [(text(chance), number) for number in chance.sample(range(oldest, self._next), LARGE_ROWS)]
+            cursor.executemany("UPDATE comments SET body = %s WHERE id = %s", rows)
+            self._stop.wait(OPEN_S)
+        self.committed += not roll_back
+
 
 def measurements(
     pid: int, connection: psycopg.Connection[tuple[object, ...]], spool: Path
@@ -159,6 +189,18 @@ def measurements(
 
         return ask
 
+    def added(statement: str) -> Callable[[], float]:
+        """Return what gives the growth of a counter since it was asked last."""
+        total = value(statement)
+        last = total()
+
+        def ask() -> float:
+            nonlocal last
+            before, last = last, total()
+            return last - before
+
+        return ask
+
     def memory() -> float:
         status = Path(f"/proc/{pid}/status").read_text()
         return int(status.partition("VmRSS:")[2].split()[0]) / 1024
@@ -167,7 +209,13 @@ def measurements(
         return lambda: len(list(Path(f"/proc/{pid}/{of}").iterdir()))
 
     def spooled() -> float:
-        return sum(path.stat().st_size for path in spool.rglob("*") if path.is_file()) / 2**20
+        """The files of the spool have no names: only the process that has them open leads to them."""
+        size = 0
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it was closed just now
+                if os.readlink(link).startswith(f"{spool}/"):
+                    size += link.stat().st_size
+        return size / 2**20
 
     return {
         Series("memory of the worker", "MiB", allowed=4): memory,
@@ -175,7 +223,8 @@ def measurements(
         Series("threads", "threads", allowed=1): entries("task"),
         Series("sessions", "sessions", allowed=1): value(SESSIONS),
         Series("WAL held by the slot", "MiB", allowed=16): value(RETAINED),
-        Series("spool", "MiB", allowed=1): spooled,
+        Series(SPOOL, "MiB", allowed=1): spooled,
+        Series("temporary files, written", "MiB", allowed=1): added(TEMPORARY),
         Series("dead rows of our tables", "rows", allowed=2_000, share=0.5): value(DEAD),
         Series("size of our tables", "MiB", allowed=2, share=0.2): value(SIZE),
     }
@@ -198,7 +247,7 @@ def command(config: Path, *arguments: str) -> str:
 def soak(seconds: float, picture: Path | None, directory: Path) -> int:
     """Run the worker, measure, and return the exit status: 1 if something grows."""
     with (
-        Cluster(settings={"autovacuum_naptime": "5s"}) as cluster,
+        Cluster(settings={"autovacuum_naptime": "5s", "logical_decoding_work_mem": DECODED_AT_ONCE}) as cluster,
         psycopg.connect(cluster.dsn(), autocommit=True) as admin,
     ):
         admin.execute(TABLES.encode())
@@ -215,6 +264,7 @@ def soak(seconds: float, picture: Path | None, directory: Path) -> int:
             load.stop()
             print(command(config, "verify", "tickets"), end="")
             print(command(config, "verify", "comments"), end="")
+            streamed = int(str((admin.execute(STREAMED.encode()).fetchone() or (0,))[0]))
         finally:
             if worker.alive:
                 worker.stop()
@@ -230,8 +280,12 @@ def soak(seconds: float, picture: Path | None, directory: Path) -> int:
         picture.write_text(draw(series))
         print(f"the picture is {picture}")
     flat = sum(one.flat for one in series)
-    print(f"{load.committed:,} transactions in {seconds:,.0f} s; {flat} of {len(series)} series are flat")
-    return 0 if flat == len(series) else 1
+    spooled = max(value for one in series if one.name == SPOOL for _, value in one.points)
+    if not streamed or not spooled:
+        print("no transaction was streamed, or none was seen in the spool")
+    done = f"{load.committed:,} transactions in {seconds:,.0f} s, {streamed:,} streamed"
+    print(f"{done}; {flat} of {len(series)} series are flat")
+    return 0 if streamed and spooled and flat == len(series) else 1
 
 
 def measure(
