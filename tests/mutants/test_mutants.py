@@ -80,7 +80,14 @@ def test_a_failure_in_other_words_does_not_count() -> None:
         find(broken, minutes=0.5)
 
 
-def test_what_fails_without_the_fault_finds_nothing() -> None:
+def test_what_fails_without_the_fault_finds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "test_fails.py").write_text("def test_it():\n    assert 1 == 2\n")
+
+    with pytest.raises(FoundElse, match="fails without the fault, too: test_it: assert 1 == 2"):
+        find(msgspec.structs.replace(MOVED, found_by="tests", fault=f"{tmp_path}/test_fails.py::test_it"), 0.5)
+
+
+def test_what_does_not_run_finds_nothing() -> None:
     with pytest.raises(FoundElse, match=r"no test of|pytest ended with"):
         control("tests", "tests/mutants/none_such.py", 1)
 

@@ -1,7 +1,9 @@
 """A worker made of the product's pure floors (assembler, batch, progress, deliveries, spool) and nothing else.
 
-What the flows do between them is done here in the same order, one step at a time, so that a scheduler can let anything
-happen in between. The target is a dictionary whose transactions are atomic, and whose answers may be lost.
+The flows between them (reading pages, applying batches, moving the checkpoint, acknowledging) are written once more
+here, in the order of the product's, one step at a time, so that a scheduler can let anything happen in between. So a
+fault in the product's flows, or in its SQL, is not found here. The target is a dictionary whose transactions are
+atomic, and whose answers may be lost.
 """
 
 from __future__ import annotations
