@@ -604,7 +604,7 @@ def _paused(history: History, worker: Worker, since: int, *, away: bool) -> bool
     """Wait until the indexes of `articles` are paused, or the worker has ended; returns whether they are.
 
     :param away: whether they must still be, as their column is; otherwise it is enough that the worker said so after
-        so many bytes of its log.
+        so many bytes of its log, or that it reads them again: it does not tell of a pause that its next look ends.
     :raises Broken: the worker lives and does not pause them.
     """
 
@@ -613,7 +613,8 @@ def _paused(history: History, worker: Worker, since: int, *, away: bool) -> bool
             stated = "SELECT FROM cdcsync.indexes WHERE name = ANY (%s) AND state = 'paused'"
             return len(history.execute(history.target, stated, list(OF_ARTICLES))) == len(OF_ARTICLES)
         new = worker.log.read_bytes()[since:].decode(errors="replace").splitlines()
-        named = {one for one in OF_ARTICLES for line in new if '"index_paused"' in line and f'"{one}"' in line}
+        told = [line for line in new if '"index_paused"' in line or '"backfill_requested"' in line]
+        named = {one for one in OF_ARTICLES for line in told if f'"index": "{one}"' in line}
         return named == set(OF_ARTICLES)
 
     history.writer.allow()
