@@ -126,10 +126,14 @@ def _end_of_other(text: str, token: re.Match[str]) -> int:
     return end + length
 
 
+def names(words: Sequence[Token]) -> list[str]:
+    """Return the words that may be names, keywords among them."""
+    return [word.text for word in words if word.kind in ("name", "quoted")]
+
+
 def named_columns(words: Sequence[Token], columns: Mapping[str, object]) -> tuple[str, ...]:
     """Return the columns that a condition may name: those whose names it holds."""
-    names = [word.text for word in words if word.kind in ("name", "quoted")]
-    return tuple(dict.fromkeys(name for name in names if name in columns))
+    return tuple(dict.fromkeys(name for name in names(words) if name in columns))
 
 
 def reads_row(words: Sequence[Token], called: str) -> bool:

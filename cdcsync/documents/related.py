@@ -26,7 +26,7 @@ import msgspec
 from cdcsync.config import QualifiedName, Related
 from cdcsync.config.names import MAX_NAME_BYTES, WHOLE_ROW
 from cdcsync.config.names import quote as _name
-from cdcsync.documents.lexer import ROW, Token, Unreadable, reads_row, tokens
+from cdcsync.documents.lexer import ROW, Token, Unreadable, names, reads_row, tokens
 from cdcsync.documents.templates import Template, sql_text
 from cdcsync.errors import ConfigError
 
@@ -241,7 +241,7 @@ def columns_read(related: Iterable[RelatedRows]) -> dict[QualifiedName, tuple[st
     for top in related:
         for one in top.walk():
             where, order = _words(one.where), _words(one.order_by)
-            words = [word.text for word in (*where, *order) if word.kind in ("name", "quoted")]
+            words = names((*where, *order))
             if reads_row(where, ROW) or any(reads_row(order, called) for called in (one.name, VIA)):
                 words.append(WHOLE_ROW)
             for at, step in enumerate(one.steps):

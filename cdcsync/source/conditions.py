@@ -28,7 +28,7 @@ import psycopg
 from psycopg import sql
 
 from cdcsync.config import QualifiedName
-from cdcsync.documents.lexer import ROW, Token, Unreadable, named_columns, parts_of_row, tokens
+from cdcsync.documents.lexer import ROW, Token, Unreadable, named_columns, names, parts_of_row, tokens
 from cdcsync.model.conditions import WORDS_WITH_A_VALUE, ColumnKind, Where, columns_read, understood
 from cdcsync.model.rows import SOURCE_TABLE
 from cdcsync.postgres.errors import locked_out, passing, speaking_of, translate, without_values
@@ -161,7 +161,7 @@ async def _examine(
         raise Refused(
             str(error), "give one SQL condition, without comments, its names as they are or in plain double quotes"
         ) from None
-    if system := [word.text for word in words if word.kind in ("name", "quoted") and word.text in SYSTEM_COLUMNS]:
+    if system := [name for name in names(words) if name in SYSTEM_COLUMNS]:
         raise Refused(
             f"it reads the system column {system[0]}, which changes without a change of the row",
             "use the table's own columns",
