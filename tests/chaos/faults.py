@@ -584,7 +584,7 @@ def type_changed(history: History) -> None:
     if away := history.chance.random() < 0.5:
         statements.append("ALTER TABLE articles RENAME tenant TO tenancy")
     history.pause_expected = True
-    before = worker.log.stat().st_size
+    before = len(worker.events())
     if not _ddl(history, *statements):
         return
     try:
@@ -604,7 +604,7 @@ def _paused(history: History, worker: Worker, since: int, *, away: bool) -> bool
     """Wait until the indexes of `articles` are paused, or the worker has ended; returns whether they are.
 
     :param away: whether they must still be, as their column is; otherwise it is enough that the worker said so after
-        so many bytes of its log, or that it reads them again: it does not tell of a pause that its next look ends.
+        so many of its events, or that it reads them again: it does not tell of a pause that its next look ends.
     :raises Broken: the worker lives and does not pause them.
     """
 
@@ -612,10 +612,8 @@ def _paused(history: History, worker: Worker, since: int, *, away: bool) -> bool
         if away:
             stated = "SELECT FROM cdcsync.indexes WHERE name = ANY (%s) AND state = 'paused'"
             return len(history.execute(history.target, stated, list(OF_ARTICLES))) == len(OF_ARTICLES)
-        new = worker.log.read_bytes()[since:].decode(errors="replace").splitlines()
-        told = [line for line in new if '"index_paused"' in line or '"backfill_requested"' in line]
-        named = {one for one in OF_ARTICLES for line in told if f'"index": "{one}"' in line}
-        return named == set(OF_ARTICLES)
+        told = [one for one in worker.events()[since:] if one["event"] in ("index_paused", "backfill_requested")]
+        return {one["index"] for one in told} >= set(OF_ARTICLES)
 
     history.writer.allow()
     try:
