@@ -12,22 +12,17 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
-from typing import Any
 
-import msgspec
-
-from tests.chaos.coverage import OUTCOMES, RECORD, TABLE, Outcome, forget, note, read, record, report, write_table
+from tests.chaos.coverage import RECORD, TABLE, Outcome, forget, note, read, record, report, unseen, write_table
 from tests.chaos.faults import FAULTS
 from tests.chaos.history import History
 from tests.chaos.scenes import SCENES, reachable
@@ -39,84 +34,11 @@ WHOLE = 200
 ONE_SERVER = 0.15
 """Share of histories whose source is the target too."""
 
-LEAST_COVERED = 0.5
-"""Of so many of the texts that a campaign has embedded, a second call must have been one that is found."""
-
-KINDS = ("streamed", "prepared", "truncated")
-"""Kinds of transactions that are rare and must come in a campaign of `WHOLE` histories."""
-
 GRACE_S = 90.0
 """How long a job that was interrupted may take to end its workers and servers, on a busy machine."""
 
 SERVERS = ("postgres", "sh")
 """Names of the processes that end by themselves if the job does: servers, and what watches over each."""
-
-
-class Checked(Outcome):
-    """What became of a seed, with how much of it the checks could see.
-
-    :ivar kinds: how many transactions of each kind the writer committed.
-    :ivar embedded: how many texts were embedded.
-    :ivar covered: of how many of these a second call would have been found.
-    :ivar compared: how often the slot's position was compared with the checkpoint.
-    """
-
-    kinds: dict[str, int] = msgspec.field(default_factory=dict)
-    embedded: int = 0
-    covered: int = 0
-    compared: int = 0
-
-
-def checked(directory: Path, seeds: Collection[int] | None = None) -> list[Checked]:
-    """Return the outcomes of a campaign by seed, as `read` does; what an earlier version did not note is 0."""
-    path = directory / OUTCOMES
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    found = {one.seed: one for one in (msgspec.json.decode(line, type=Checked) for line in lines)}
-    return [found[seed] for seed in sorted(found) if seeds is None or seed in seeds]
-
-
-def unseen(outcomes: Sequence[Checked], *, whole: bool = False) -> list[str]:
-    """Print how much the checks of a campaign could see, and return what was too little.
-
-    :param whole: whether every kind of transaction has to have come.
-    """
-    embedded, covered = sum(one.embedded for one in outcomes), sum(one.covered for one in outcomes)
-    kinds = sum((Counter(one.kinds) for one in outcomes), Counter[str]())
-    print(
-        f"{covered} of {embedded} embedded texts were seen in the target, so a second call for them would be found;"
-        f" {sum(one.compared for one in outcomes)} comparisons of the slot with the checkpoint;"
-        f" transactions: {', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}"
-    )
-    failed = []
-    if any(one.problem is None for one in outcomes) and covered < LEAST_COVERED * max(1, embedded):
-        failed.append(f"only {covered} of {embedded} embedded texts were seen in the target before the end")
-    if whole:
-        failed += [f"no transaction was {kind}" for kind in KINDS if not kinds[kind]]
-    for line in failed:
-        print(f"FAIL {line}")
-    return failed
-
-
-def keep(outcomes: Sequence[Checked], path: Path = RECORD) -> None:
-    """Record what a campaign came to, with the commit that it ran on, its seeds, and how much its checks could see."""
-    record(outcomes, path)
-    kinds = sum((Counter(one.kinds) for one in outcomes), Counter[str]())
-    kept = msgspec.json.decode(path.read_bytes(), type=dict[str, Any]) | {
-        "commit": commit(),
-        "seeds": [min((one.seed for one in outcomes), default=0), max((one.seed for one in outcomes), default=0)],
-        "kinds": dict(sorted(kinds.items())),
-        "embedded": sum(one.embedded for one in outcomes),
-        "covered": sum(one.covered for one in outcomes),
-        "compared": sum(one.compared for one in outcomes),
-    }
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(kept), indent=1) + b"\n")
-
-
-def commit() -> str:
-    """Return the commit of this tree, with a + if files differ from it; nothing outside a repository."""
-    described = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-    done = subprocess.run(described, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
 
 
 def plan(seed: int, faults: Sequence[str], points: Sequence[str]) -> tuple[str | None, list[str], bool]:
@@ -133,7 +55,7 @@ def plan(seed: int, faults: Sequence[str], points: Sequence[str]) -> tuple[str |
     return point, chosen, chance.random() < ONE_SERVER
 
 
-def run_seed(seed: int, source: Side, target: Side, directory: Path, only: str | None = None) -> Checked:
+def run_seed(seed: int, source: Side, target: Side, directory: Path, only: str | None = None) -> Outcome:
     """Run one history; a property that does not hold is the outcome's problem.
 
     :param only: a fault or a crash point, in place of the seed's plan.
@@ -161,7 +83,7 @@ def run_seed(seed: int, source: Side, target: Side, directory: Path, only: str |
         history.note(f"{problem}\n{traceback.format_exc()}")
     history.note("the end")
     (history.directory / "history.txt").write_text("\n".join(history.notes))
-    return Checked(
+    return Outcome(
         seed,
         time.monotonic() - began,
         [point or "", *faults],
@@ -178,7 +100,7 @@ def run_seed(seed: int, source: Side, target: Side, directory: Path, only: str |
 
 def run(
     seeds: Iterable[int], *, jobs: int, directory: Path, only: str | None = None, until_failure: bool = False
-) -> list[Checked]:
+) -> list[Outcome]:
     """Run histories, several at a time, each in a process with a pair of servers that it has to itself meanwhile.
 
     Interrupted, it returns the outcomes of the histories that have ended.
@@ -204,7 +126,7 @@ def run(
         print("interrupted", flush=True)
         _end_jobs([process for process in processes if process.pid is not None])
     waiting.cancel_join_thread()
-    return checked(directory, wanted)
+    return read(directory, wanted)
 
 
 def _end_jobs(processes: Sequence[BaseProcess]) -> None:
@@ -300,10 +222,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     points = reachable()
     if options.report is not None:
-        outcomes = checked(options.report)
+        outcomes = read(options.report)
         write_table(options.report, outcomes, FAULTS, points)
         if options.record:
-            keep(outcomes)
+            record(outcomes)
         whole = len(outcomes) >= WHOLE
         failed = report(outcomes, FAULTS, points, whole=whole) + unseen(outcomes, whole=whole)
         return 1 if failed else 0
@@ -324,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.only is None and len(outcomes) > 1:  # a single history may have a short middle
         failed += unseen(outcomes, whole=whole)
     if options.record:
-        keep(outcomes)
+        record(outcomes)
     if len(outcomes) < len(seeds):
         print(f"{len(seeds) - len(outcomes)} of {len(seeds)} histories did not end")
     print(f"{time.monotonic() - began:.0f} s; logs and {TABLE} are in {directory}")

@@ -5,6 +5,7 @@ Each history that ends adds its outcome to a file at once, so that a campaign ca
 
 from __future__ import annotations
 
+import subprocess
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -21,8 +22,21 @@ TABLE = "coverage.tsv"
 """In how many histories each fault fired beside each crash point that was hit."""
 
 
+LEAST_COVERED = 0.5
+"""Of so many of the texts that a campaign has embedded, a second call must have been one that is found."""
+
+KINDS = ("streamed", "prepared", "truncated")
+"""Kinds of transactions that are rare and must come in a campaign of `WHOLE` histories."""
+
+
 class Outcome(msgspec.Struct):
-    """What became of a seed."""
+    """What became of a seed, with how much of it the checks could see.
+
+    :ivar kinds: how many transactions of each kind the writer committed.
+    :ivar embedded: how many texts were embedded.
+    :ivar covered: of how many of these a second call would have been found.
+    :ivar compared: how often the slot's position was compared with the checkpoint.
+    """
 
     seed: int
     seconds: float
@@ -31,6 +45,10 @@ class Outcome(msgspec.Struct):
     hit: set[str]
     transactions: int
     problem: str | None = None
+    kinds: dict[str, int] = msgspec.field(default_factory=dict)
+    embedded: int = 0
+    covered: int = 0
+    compared: int = 0
 
 
 def note(directory: Path, outcome: Outcome) -> None:
@@ -88,14 +106,46 @@ def report(
     return failed
 
 
+def unseen(outcomes: Sequence[Outcome], *, whole: bool = False) -> list[str]:
+    """Print how much the checks of a campaign could see, and return what was too little.
+
+    :param whole: whether every kind of transaction has to have come.
+    """
+    embedded, covered = sum(one.embedded for one in outcomes), sum(one.covered for one in outcomes)
+    kinds = sum((Counter(one.kinds) for one in outcomes), Counter[str]())
+    print(
+        f"{covered} of {embedded} embedded texts were seen in the target, so a second call for them would be found;"
+        f" {sum(one.compared for one in outcomes)} comparisons of the slot with the checkpoint;"
+        f" transactions: {', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}"
+    )
+    failed = []
+    if any(one.problem is None for one in outcomes) and covered < LEAST_COVERED * max(1, embedded):
+        failed.append(f"only {covered} of {embedded} embedded texts were seen in the target before the end")
+    if whole:
+        failed += [f"no transaction was {kind}" for kind in KINDS if not kinds[kind]]
+    for line in failed:
+        print(f"FAIL {line}")
+    return failed
+
+
 class Record(msgspec.Struct, frozen=True):
-    """What a campaign came to: in how many of its histories each fault fired, and each crash point was hit."""
+    """What a campaign came to: in how many of its histories each fault fired, and each crash point was hit.
+
+    :ivar commit: the commit that it ran on, with a + if files differed from it; nothing outside a repository.
+    :ivar seeds: the least and the greatest. The last four are sums of what the outcomes have.
+    """
 
     histories: int
     transactions: int
     failures: int
     fired: dict[str, int]
     hit: dict[str, int]
+    commit: str = ""
+    seeds: tuple[int, int] = (0, 0)
+    kinds: dict[str, int] = {}
+    embedded: int = 0
+    covered: int = 0
+    compared: int = 0
 
 
 def record(outcomes: Sequence[Outcome], path: Path = RECORD) -> None:
@@ -106,8 +156,21 @@ def record(outcomes: Sequence[Outcome], path: Path = RECORD) -> None:
         sum(one.problem is not None for one in outcomes),
         dict(sorted(Counter(name for one in outcomes for name in one.fired).items())),
         dict(sorted(Counter(name for one in outcomes for name in one.hit).items())),
+        commit(),
+        (min((one.seed for one in outcomes), default=0), max((one.seed for one in outcomes), default=0)),
+        dict(sorted(sum((Counter(one.kinds) for one in outcomes), Counter[str]()).items())),
+        sum(one.embedded for one in outcomes),
+        sum(one.covered for one in outcomes),
+        sum(one.compared for one in outcomes),
     )
     path.write_bytes(msgspec.json.format(msgspec.json.encode(kept), indent=1) + b"\n")
+
+
+def commit() -> str:
+    """Return the commit of this tree, with a + if files differ from it; nothing outside a repository."""
+    described = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    done = subprocess.run(described, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def recorded(path: Path = RECORD) -> Record:

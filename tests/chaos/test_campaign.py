@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.campaign import KINDS, Checked, checked, commit, end_with_descendants, keep, unseen
-from tests.chaos.coverage import Outcome, note, recorded
+from tests.chaos.campaign import end_with_descendants
+from tests.chaos.coverage import KINDS, OUTCOMES, Outcome, commit, forget, note, read, record, recorded, unseen
 from tests.chaos.provider import Held, Loss, Provider
 
 JOB = """
@@ -83,9 +83,9 @@ def test_an_overtaken_worker_may_still_ask_for_what_its_successor_has_embedded(p
     assert not provider.repeated([loss], set(), within_s=20.0)
 
 
-def outcome(seed: int, embedded: int, covered: int, **kinds: int) -> Checked:
+def outcome(seed: int, embedded: int, covered: int, **kinds: int) -> Outcome:
     """Return the outcome of a history in which nothing went wrong."""
-    return Checked(
+    return Outcome(
         seed, 1.0, ["", "kill -9"], {"kill -9": 1}, set(), 9, kinds=kinds, embedded=embedded, covered=covered
     )
 
@@ -102,7 +102,7 @@ def test_a_campaign_fails_whose_checks_saw_too_little() -> None:
 
 
 def test_a_record_says_which_seeds_ran_on_which_commit_and_how_much_was_checked(tmp_path: Path) -> None:
-    keep([outcome(3, 100, 90, streamed=1), outcome(7, 50, 40, streamed=2)], tmp_path / "kept.json")
+    record([outcome(3, 100, 90, streamed=1), outcome(7, 50, 40, streamed=2)], tmp_path / "kept.json")
 
     kept = json.loads((tmp_path / "kept.json").read_bytes())
     assert kept["commit"] == commit()
@@ -116,6 +116,15 @@ def test_a_record_says_which_seeds_ran_on_which_commit_and_how_much_was_checked(
 
 
 def test_outcomes_of_an_earlier_version_can_be_read(tmp_path: Path) -> None:
-    note(tmp_path, Outcome(3, 7.0, ["batch committed"], {}, set(), 50))
+    earlier = {"seed": 3, "seconds": 7.0, "plan": ["batch committed"], "fired": {}, "hit": [], "transactions": 50}
+    (tmp_path / OUTCOMES).write_text(json.dumps(earlier) + "\n")
 
-    assert [(one.seed, one.transactions, one.embedded) for one in checked(tmp_path)] == [(3, 50, 0)]
+    assert [(one.seed, one.transactions, one.embedded) for one in read(tmp_path)] == [(3, 50, 0)]
+
+
+def test_what_was_checked_is_kept_when_other_seeds_are_run_again(tmp_path: Path) -> None:
+    for seed in (3, 4):
+        note(tmp_path, outcome(seed, 100, 90, streamed=1))
+    forget(tmp_path, [4])
+
+    assert read(tmp_path) == [outcome(3, 100, 90, streamed=1)]

@@ -8,7 +8,19 @@ import msgspec
 import pytest
 
 from tests.chaos.campaign import main
-from tests.chaos.coverage import TABLE, Outcome, Record, beside, note, read, record, recorded, report, write_table
+from tests.chaos.coverage import (
+    TABLE,
+    Outcome,
+    Record,
+    beside,
+    commit,
+    note,
+    read,
+    record,
+    recorded,
+    report,
+    write_table,
+)
 
 KILLED = Outcome(3, 7.0, ["batch committed", "kill -9", "kill -9"], {"kill -9": 2}, {"batch committed"}, 50)
 CUT = Outcome(4, 5.0, ["slot created", "target unreachable"], {"target unreachable": 1}, set(), 20, "Broken: lost")
@@ -71,5 +83,5 @@ def test_what_a_campaign_came_to_is_kept_by_histories(campaign: Path, tmp_path: 
     record(read(campaign), tmp_path / "kept.json")
 
     assert recorded(tmp_path / "kept.json") == Record(
-        2, 70, 1, {"kill -9": 1, "target unreachable": 1}, {"batch committed": 1}
+        2, 70, 1, {"kill -9": 1, "target unreachable": 1}, {"batch committed": 1}, commit(), (3, 4)
     )
