@@ -21,7 +21,7 @@ from cdcsync.backoff import Backoff
 from cdcsync.config import Config
 from cdcsync.config.values import is_loopback
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import LeaseLost, SchemaChanged, TablesChanged, TargetRewound, Unavailable, leading
+from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TablesChanged, TargetRewound, Unavailable, leading
 from cdcsync.flows.setup.approval import Held, hold_unapproved
 from cdcsync.http.listening import serve
 from cdcsync.model.pauses import Pauses
@@ -38,6 +38,10 @@ from cdcsync.worker.state import WorkerState
 from cdcsync.worker.systemd import ServiceManager, keep_informed
 
 log = structlog.get_logger()
+
+REFUSALS = 3
+"""How often in a row a server may refuse what the examination found fit, before the worker ends: somebody may edit the
+same publication, or drop a table, between the two."""
 
 
 async def run(
@@ -143,6 +147,7 @@ async def _work_through_schema_changes(
     known: set[str] = set()
     ahead: list[Report] = []
     """The examination for the next pipeline, if it was made while the one before still worked."""
+    refusals = 0
 
     async def look_again() -> None:
         found = await examine(config, embedders)
@@ -179,6 +184,7 @@ async def _work_through_schema_changes(
             state.waiting_for = None
             match ending:
                 case "ready":
+                    refusals = 0
                     while unopened:
                         tasks.start_soon(unopened.pop().run)
                     paused = await pipeline.work()
@@ -190,6 +196,11 @@ async def _work_through_schema_changes(
             paused = [error]
         except TablesChanged as error:
             log.info("tables_changed", where=error.where, because=error.message)
+        except SetupError as error:
+            refusals += 1
+            if error.sqlstate is None or refusals >= REFUSALS:
+                raise
+            log.warning("set_up_refused", where=error.where, error=error.message)
         except TargetRewound as error:
             known.clear()
             log.error("target_rewound", error=str(error), fix=error.hint)

@@ -10,15 +10,14 @@ from types import MappingProxyType
 
 import anyio
 import msgspec
-import psycopg
 import structlog
 
 from cdcsync.config import Config, QualifiedName
-from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse, TablesChanged
+from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse
 from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_gaps, refuse_standby, refuse_undecodable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.autovacuums import Vacuumed
-from cdcsync.postgres.errors import LOCKED_OUT, first_line, speaking_of
+from cdcsync.postgres.errors import LOCKED_OUT, speaking_of
 from cdcsync.postgres.locking import BRIEFLY, PUBLISHING_WAITS, exclusive_locks, until_locked
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.target import SHARED
@@ -123,7 +122,7 @@ async def set_up_publication(
 
     :param tables: none if somebody holds all of them.
     :param index_of: an index that needs each table.
-    :raises TablesChanged: one of the tables was dropped meanwhile.
+    :raises SetupError: the source refuses that: somebody dropped a table, or edited the publication, meanwhile.
     :raises SchemaChanged: somebody holds a table of an index, so that it cannot be added.
     """
     name = config.source.publication
@@ -162,8 +161,6 @@ async def set_up_publication(
                 where=f"publication {name}",
                 hint=locks[0].remedy if locks else "wait for the session that holds the table: pg_locks names it",
             ) from error
-        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
-            raise TablesChanged(f"a table is gone: {first_line(error)}", where=f"publication {name}") from error
 
 
 async def refuse_early(source: Connection, session: ApplySession, config: Config) -> None:
