@@ -359,7 +359,7 @@ class Writer:
                 moved = session.execute(
                     "UPDATE articles SET id = id + 1000 WHERE id = %s"
                     " AND NOT EXISTS (SELECT FROM articles WHERE id = %s)"
-                    " RETURNING concat_ws(' ', 'titled:', title, title, body)",
+                    " RETURNING concat_ws(' ', 'titled:', title, 'shelved:', title, title, body)",
                     [key, key + 1000],
                 )
                 self.moved += ["".join(row[0].split()) for row in moved.fetchall()]
