@@ -292,7 +292,8 @@ class History:
 
     def streaming(self) -> None:
         """Wait until the newest worker streams, or has ended."""
-        self.worker.until_said("streaming", patience_s=CONVERGE_S)
+        worker = self.worker
+        until(lambda: worker.streams or not worker.alive, "the worker to stream", CONVERGE_S)
 
     def ensure_worker(self) -> Worker:
         """Start a worker if none runs; one that ended by itself without a reason is a failure."""

@@ -92,6 +92,12 @@ class Worker:
         """Say whether the process has logged one of these events."""
         return any(event.get("event") in names for event in self.events())
 
+    @property
+    def streams(self) -> bool:
+        """Whether it has begun to stream, and has not had to stand by for a command or another worker since."""
+        last = [event["event"] for event in self.events() if event.get("event") in ("streaming", "standby")][-1:]
+        return last == ["streaming"]
+
     def until_said(self, *names: str, patience_s: float = 300.0) -> None:
         """Wait until the process has logged one of these events, or has ended."""
         until(lambda: self.said(*names) or not self.alive, f"the event {' or '.join(names)}", patience_s)
