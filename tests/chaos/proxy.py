@@ -71,9 +71,15 @@ class Link:
     def ask(self, statement: str, patience_s: float = 30.0) -> bool:
         """Run a statement in the client's session, which must be idle, without the client's knowledge.
 
-        :returns: whether it was run: a replication connection takes none, and a session may have ended.
+        :returns: whether it was run: a replication connection takes none, a session may have ended, and a connection
+            that forwards nothing brings no answer; one of an earlier history may stay so for good.
         """
-        if self.ended_at is not None or self._startup is None or b"\0replication\0" in self._startup:
+        if (
+            not self.gate.is_set()
+            or self.ended_at is not None
+            or self._startup is None
+            or b"\0replication\0" in self._startup
+        ):
             return False
         query = statement.encode() + b"\0"
         self._asked = threading.Event()
