@@ -30,21 +30,22 @@ from cdcsync.embedders.protocol import Distance, Kind, Vectors
 VERSION = 1
 """Part of the identity: raise it with any change to what vectors come out."""
 
-TRIGRAM_WEIGHT = 3 / 8
-"""A word of seven letters then counts half for itself and half for its trigrams. Exact in binary, see above."""
+TRIGRAM_EIGHTHS = 3
+"""What a trigram weighs, in eighths of a word's weight. A word of seven letters then counts half for itself and half
+for its trigrams. Exact in binary, see above."""
 
 WORDS_REMEMBERED = 131_072
-"""Words whose components are kept: nearly all words of running text, in some 35 MB. With more, all are forgotten."""
+"""Words whose components are kept: nearly all words of running text, in some 25 MB. With more, all are forgotten."""
 
 COMPONENTS_REMEMBERED = 8 * WORDS_REMEMBERED
 """Components that are kept, as many as so many words of usual length have. Digests and identifiers are longer, and no
-two of them are alike: without this bound, 131,072 of them take 90 MB."""
+two of them are alike: without this bound, 131,072 of them take several times as much."""
 
 THREAD_TEXTS = 32
 """From this many texts on, work moves to a thread: it then takes long enough for the event loop to notice."""
 
 _WORD = re.compile(r"\w+")
-_Integers = npt.NDArray[np.int64]
+_Integers = npt.NDArray[np.int32]
 
 _TRIGRAM_SEED = 0x5EED
 """Where the trigrams' checksums start: the trigram `the` is not to share its component with the word `the`."""
@@ -65,7 +66,7 @@ class _Words(dict[str, int]):
     def clear(self) -> None:
         """Forget all words."""
         super().clear()
-        self._counts, self._starts, self._places, self._weights = array("q"), array("q"), array("q"), array("d")
+        self._counts, self._starts, self._places, self._eighths = array("i"), array("i"), array("i"), array("b")
 
     def __missing__(self, word: str) -> int:
         padded = f"^{word}$"
@@ -74,8 +75,8 @@ class _Words(dict[str, int]):
         self._starts.append(len(self._places))
         self._counts.append(len(hashes))
         self._places.extend([each % self._dimensions for each in hashes])
-        self._weights.append(1.0 if hashes[0] >> 31 else -1.0)
-        self._weights.extend([TRIGRAM_WEIGHT if each >> 31 else -TRIGRAM_WEIGHT for each in hashes[1:]])
+        self._eighths.append(8 if hashes[0] >> 31 else -8)
+        self._eighths.extend([TRIGRAM_EIGHTHS if each >> 31 else -TRIGRAM_EIGHTHS for each in hashes[1:]])
         self[word] = number = len(self)
         return number
 
@@ -83,11 +84,11 @@ class _Words(dict[str, int]):
         """Return how many components each word has, and the places and weights of all of them, in the words' order."""
         with self._turn:
             numbers = np.fromiter(map(self.__getitem__, words), np.int64, len(words))
-            counts = np.frombuffer(self._counts, np.int64)[numbers]
-            starts = np.frombuffer(self._starts, np.int64)[numbers]
+            counts = np.frombuffer(self._counts, np.int32)[numbers]
+            starts = np.frombuffer(self._starts, np.int32)[numbers]
             lie = np.repeat(starts - (np.cumsum(counts) - counts), counts)
             lie += np.arange(len(lie))
-            found = counts, np.frombuffer(self._places, np.int64)[lie], np.frombuffer(self._weights)[lie]
+            found = counts, np.frombuffer(self._places, np.int32)[lie], np.frombuffer(self._eighths, np.int8)[lie] / 8
             if len(self) > WORDS_REMEMBERED or len(self._places) > COMPONENTS_REMEMBERED:
                 self.clear()
             return found
