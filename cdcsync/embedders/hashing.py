@@ -35,11 +35,11 @@ TRIGRAM_EIGHTHS = 3
 for its trigrams. Exact in binary, see above."""
 
 WORDS_REMEMBERED = 131_072
-"""Words whose components are kept: nearly all words of running text, in some 25 MB. With more, all are forgotten."""
+"""Words whose components are kept: nearly all words of running text, in some 26 MB. With more, all are forgotten."""
 
 COMPONENTS_REMEMBERED = 8 * WORDS_REMEMBERED
 """Components that are kept, as many as so many words of usual length have. Digests and identifiers are longer, and no
-two of them are alike: without this bound, 131,072 of them take several times as much."""
+two of them are alike: without this bound, 131,072 of them take two to three times as much."""
 
 THREAD_TEXTS = 32
 """From this many texts on, work moves to a thread: it then takes long enough for the event loop to notice."""

@@ -47,6 +47,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import exclusive_locks
+from cdcsync.postgres.refusals import TOO_MANY_CONNECTIONS
 from cdcsync.postgres.sessions import Session
 from cdcsync.preflight import Finding
 from cdcsync.preflight.families import followed_catalog
@@ -77,7 +78,7 @@ source refuses to answer."""
 
 AWAY_LOOKS = 2
 """Looks in a row that the source refuses, after which it is taken to be shutting down: the first may just have found
-its session ended. And so after as many more: the stream may have found the source between two of its shutdowns."""
+its session ended. That is said again after every two more: the stream may have come back between two shutdowns."""
 
 RELATIONS_S = 60.0
 """How often it is looked whether somebody dropped a relation of an index in the target."""
@@ -115,8 +116,8 @@ class Watch:
         :param deliveries: what the stream has delivered for each index.
         :param received: says how far the stream has been received.
         :param unapproved: the changes that indexes wait for an approval of.
-        :param source_ends: called for as long as the source takes no connections: a server that is shut down waits
-            until what it has sent is flushed here, and that may take a connection to it, or the target.
+        :param source_ends: called at every second look in a row that the source refuses: a server that is shut down
+            waits until what it has sent is flushed here, and that may take a connection to it, or the target.
         """
         self._config = config
         self._plans = plans
@@ -169,9 +170,11 @@ class Watch:
                 except (Unavailable, SetupError) as error:
                     # A table that is dropped while its columns are read is an error too; the next look tells more.
                     log.debug("watch_waits", error=str(error))
-                    away += isinstance(error, SourceUnavailable)
-                    if away and away % AWAY_LOOKS == 0:
-                        self._source_ends()
+                    # A server without a free connection still sends: its stream has a place of its own.
+                    if isinstance(error, SourceUnavailable) and error.sqlstate != TOO_MANY_CONNECTIONS:
+                        away += 1
+                        if away % AWAY_LOOKS == 0:
+                            self._source_ends()
                 with anyio.move_on_after(AWAITED_S if self._truncations.awaited or away else WATCH_S):
                     await self._nudged.wait()
                     await anyio.sleep(NUDGED_S)

@@ -182,9 +182,10 @@ def connect_error(error: psycopg.Error, side: Side, where: str) -> CdcsyncError:
     """
     text = first_line(error)
     if (refusal := explain(text)) is not None:
+        code = error.sqlstate or refusal.sqlstate
         if refusal.lasting:
-            return SetupError(refusal.message, where=where, hint=refusal.hint, sqlstate=error.sqlstate)
-        return unavailable(side, refusal.message, where=where, hint=refusal.hint, sqlstate=error.sqlstate)
+            return SetupError(refusal.message, where=where, hint=refusal.hint, sqlstate=code)
+        return unavailable(side, refusal.message, where=where, hint=refusal.hint, sqlstate=code)
     for code, pattern in (
         ("28P01", r"password authentication failed|no password supplied"),
         ("28000", r'pg_hba\.conf|role ".*" does not exist|role ".*" is not permitted to log in'),

@@ -13,13 +13,19 @@ import msgspec
 from cdcsync.config.names import quote
 from cdcsync.postgres.passfile import to_edit
 
+TOO_MANY_CONNECTIONS = "53300"
+
 
 class Refusal(msgspec.Struct, frozen=True):
-    """A failed attempt to connect; waiting helps unless it is `lasting`."""
+    """A failed attempt to connect; waiting helps unless it is `lasting`.
+
+    :ivar sqlstate: PostgreSQL's code for it, which libpq does not pass on, where somebody goes by that.
+    """
 
     message: str
     hint: str | None = None
     lasting: bool = False
+    sqlstate: str | None = None
 
 
 _SERVER = r'connection to server at "(?P<host>[^"]*)"(?: \([^)]*\))?, port (?P<port>\d+) failed: '
@@ -162,7 +168,11 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
     ),
     (
         r"too many clients already|remaining connection slots are reserved",
-        Refusal("all connections of the server are in use", "raise max_connections, or close some"),
+        Refusal(
+            "all connections of the server are in use",
+            "raise max_connections, or close some",
+            sqlstate=TOO_MANY_CONNECTIONS,
+        ),
     ),
     (r"the database system is starting up", Refusal("the server is starting up")),
     (r"the database system is shutting down", Refusal("the server is shutting down")),

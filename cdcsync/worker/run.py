@@ -39,9 +39,9 @@ from cdcsync.worker.systemd import ServiceManager, keep_informed
 
 log = structlog.get_logger()
 
-REFUSALS = 3
-"""How often in a row a server may refuse what the examination found fit, before the worker ends: somebody may edit the
-same publication, or drop a table, between the two."""
+SET_UP_ATTEMPTS = 3
+"""How often in a row a server may refuse a set-up in the same words, though the examination finds nothing wrong, before
+the worker ends. Once it may: somebody edits the same publication, or drops a table, between the two."""
 
 
 async def run(
@@ -147,7 +147,8 @@ async def _work_through_schema_changes(
     known: set[str] = set()
     ahead: list[Report] = []
     """The examination for the next pipeline, if it was made while the one before still worked."""
-    refusals = 0
+    refused: list[str] = []
+    """What a server said to the last set-ups, where that was the same each time."""
 
     async def look_again() -> None:
         found = await examine(config, embedders)
@@ -179,12 +180,12 @@ async def _work_through_schema_changes(
             look_again=look_again,
         )
         paused: list[SchemaChanged] = []
+        before, refused = refused, []
         try:
             ending = await pipeline.set_up(broken)
             state.waiting_for = None
             match ending:
                 case "ready":
-                    refusals = 0
                     while unopened:
                         tasks.start_soon(unopened.pop().run)
                     paused = await pipeline.work()
@@ -197,10 +198,14 @@ async def _work_through_schema_changes(
         except TablesChanged as error:
             log.info("tables_changed", where=error.where, because=error.message)
         except SetupError as error:
-            refusals += 1
-            if error.sqlstate is None or refusals >= REFUSALS:
+            refused = [one for one in before if one == str(error)] + [str(error)]
+            if error.sqlstate is None or len(refused) == SET_UP_ATTEMPTS:
                 raise
-            log.warning("set_up_refused", where=error.where, error=error.message)
+            if not state.stopping.is_set():
+                state.waiting_for = str(error)
+                log.warning("set_up_refused", error=str(error), fix=error.hint)
+            with anyio.move_on_after(STANDBY_POLL_S):
+                await state.stopping.wait()
         except TargetRewound as error:
             known.clear()
             log.error("target_rewound", error=str(error), fix=error.hint)

@@ -417,7 +417,9 @@ def page() -> str:
         "## Faults of the chaos harness",
         "",
         f"The last campaign on record ran {campaign.histories} histories with {campaign.transactions:,} transactions;"
-        f" {campaign.failures or 'none'} failed. The number is of the histories in which the fault took effect.",
+        f" {campaign.failures or 'none'} failed"
+        + (f", {campaign.again} of them run again once what they had found was mended" if campaign.again else "")
+        + ". The number is of the histories in which the fault took effect.",
         "",
     ]
     lines += [f"- {name}: {campaign.fired.get(name, 0)}" for name in sorted(FAULTS)]

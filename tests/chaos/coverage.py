@@ -15,6 +15,9 @@ import msgspec
 OUTCOMES = "outcomes.jsonl"
 """The outcomes of a campaign, each on a line, in the order in which the histories ended."""
 
+FAILED = "failed.txt"
+"""The seeds of a campaign that have failed and were run again."""
+
 RECORD = Path(__file__).with_name("campaign.json")
 """What the last campaign that was recorded came to, for docs/reliability.md."""
 
@@ -36,6 +39,7 @@ class Outcome(msgspec.Struct):
     :ivar embedded: how many texts were embedded.
     :ivar covered: of how many of these a second call would have been found.
     :ivar compared: how often the slot's position was compared with the checkpoint.
+    :ivar again: whether it was run again, because it had failed.
     """
 
     seed: int
@@ -49,6 +53,7 @@ class Outcome(msgspec.Struct):
     embedded: int = 0
     covered: int = 0
     compared: int = 0
+    again: bool = False
 
 
 def note(directory: Path, outcome: Outcome) -> None:
@@ -58,8 +63,11 @@ def note(directory: Path, outcome: Outcome) -> None:
 
 
 def forget(directory: Path, seeds: Collection[int]) -> None:
-    """Remove what these seeds came to when they were run before."""
-    kept = [one for one in read(directory) if one.seed not in seeds]
+    """Remove what these seeds came to when they were run before, but for which of them failed."""
+    found = read(directory)
+    with (directory / FAILED).open("a") as failed:
+        failed.writelines(f"{one.seed}\n" for one in found if one.seed in seeds and one.problem)
+    kept = [one for one in found if one.seed not in seeds]
     (directory / OUTCOMES).write_bytes(b"".join(msgspec.json.encode(one) + b"\n" for one in kept))
 
 
@@ -68,6 +76,10 @@ def read(directory: Path, seeds: Collection[int] | None = None) -> list[Outcome]
     path = directory / OUTCOMES
     lines = path.read_bytes().splitlines() if path.exists() else []
     found = {one.seed: one for one in (msgspec.json.decode(line, type=Outcome) for line in lines)}
+    failed = directory / FAILED
+    for seed in map(int, failed.read_text().split() if failed.exists() else ()):
+        if seed in found:
+            found[seed].again = True
     return [found[seed] for seed in sorted(found) if seeds is None or seed in seeds]
 
 
@@ -132,7 +144,7 @@ class Record(msgspec.Struct, frozen=True):
     """What a campaign came to: in how many of its histories each fault fired, and each crash point was hit.
 
     :ivar commit: the commit that it ran on, with a + if files differed from it; nothing outside a repository.
-    :ivar seeds: the least and the greatest. The last four are sums of what the outcomes have.
+    :ivar seeds: the least and the greatest. The last five are sums of what the outcomes have.
     """
 
     histories: int
@@ -146,6 +158,7 @@ class Record(msgspec.Struct, frozen=True):
     embedded: int = 0
     covered: int = 0
     compared: int = 0
+    again: int = 0
 
 
 def record(outcomes: Sequence[Outcome], path: Path = RECORD) -> None:
@@ -162,6 +175,7 @@ def record(outcomes: Sequence[Outcome], path: Path = RECORD) -> None:
         sum(one.embedded for one in outcomes),
         sum(one.covered for one in outcomes),
         sum(one.compared for one in outcomes),
+        sum(one.again for one in outcomes),
     )
     path.write_bytes(msgspec.json.format(msgspec.json.encode(kept), indent=1) + b"\n")
 

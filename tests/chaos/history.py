@@ -397,7 +397,7 @@ class History:
         self.note(f"of {self.embedded} embedded texts, {self.covered} were seen in the target while it all went on")
         kept = {place for _, place in self._held()} if self.provider.rewound else set()
         repeated = self.provider.repeated(self.losses, kept, within_s=LOSS_S)
-        if self._read_again():
+        if self.gap_expected or self.pause_expected:
             # When everything is read again, another row may have taken the old key, and the vector's place, before the
             # page is read on which the moved row is.
             repeated = [
@@ -412,14 +412,6 @@ class History:
         if tracebacks:
             raise Broken(f"a traceback in {tracebacks}")
         self._stop_in_order()
-
-    def _read_again(self) -> bool:
-        """Say whether a worker has read a table from its beginning, as changes of it were lost or skipped."""
-        return any(
-            event.get("event") in ("resync_requested", "index_read_again")
-            or (event.get("event"), event.get("kind")) == ("backfill_requested", "resync")
-            for event in self._events()
-        )
 
     def refuse_what_had_no_cause(self) -> None:
         """See that no worker reported a loss that there was not, or paused an index whose tables were as they should.

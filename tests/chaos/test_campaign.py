@@ -128,3 +128,17 @@ def test_what_was_checked_is_kept_when_other_seeds_are_run_again(tmp_path: Path)
     forget(tmp_path, [4])
 
     assert read(tmp_path) == [outcome(3, 100, 90, streamed=1)]
+
+
+def test_a_record_says_how_many_histories_failed_before_they_were_run_again(tmp_path: Path) -> None:
+    failed = outcome(4, 100, 90)
+    failed.problem = "orphans"
+    for one in (outcome(3, 100, 90), failed):
+        note(tmp_path, one)
+    for seed in (3, 4):
+        forget(tmp_path, [seed])
+        note(tmp_path, outcome(seed, 100, 90))
+
+    record(read(tmp_path), tmp_path / "kept.json")
+    kept = recorded(tmp_path / "kept.json")
+    assert (kept.histories, kept.failures, kept.again) == (2, 0, 1)

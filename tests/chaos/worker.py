@@ -94,9 +94,9 @@ class Worker:
 
     @property
     def streams(self) -> bool:
-        """Whether it has begun to stream, and has not had to stand by for a command or another worker since."""
-        last = [event["event"] for event in self.events() if event.get("event") in ("streaming", "standby")][-1:]
-        return last == ["streaming"]
+        """Whether it has begun to stream, and no command or other worker has taken its place since."""
+        places = ("streaming", "standby", "overtaken")
+        return [event["event"] for event in self.events() if event.get("event") in places][-1:] == ["streaming"]
 
     def until_said(self, *names: str, patience_s: float = 300.0) -> None:
         """Wait until the process has logged one of these events, or has ended."""

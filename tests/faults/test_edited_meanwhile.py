@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.configs import configuration
 from tests.support.servers import Database
-from tests.support.workers import Pipeline, until
+from tests.support.workers import PATIENCE_S, Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.faults]
 
@@ -85,6 +85,41 @@ def test_a_worker_whose_set_up_is_overtaken_by_an_edit_examines_everything_again
 
     pipeline.event("set_up_refused")
     pipeline.source.execute("UPDATE articles SET title = title || ' again'")
-    pipeline.event("streaming")
     until(in_step, pipeline.tail)
+    assert worker.poll() is None
+
+
+def refuse(pipeline: Pipeline, words: str) -> None:
+    """Have the source refuse every edit of a publication, in words that no examination can foresee.
+
+    :param words: an expression of SQL.
+    """
+    pipeline.source.execute(WITHOUT_NOTES)
+    pipeline.source.execute("CREATE SEQUENCE public.refusals")
+    pipeline.source.execute(
+        "CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql"
+        f" AS $$ BEGIN RAISE EXCEPTION '%', {words} USING HINT = 'ask the owner'; END $$".encode()
+    )
+    pipeline.source.execute(
+        "CREATE EVENT TRIGGER refuses ON ddl_command_start WHEN TAG IN ('ALTER PUBLICATION') EXECUTE FUNCTION refuse()"
+    )
+
+
+def test_a_refusal_that_stays_the_same_ends_the_worker_with_its_reason(pipeline: Pipeline) -> None:
+    refuse(pipeline, "'not today'")
+    worker = pipeline.start()
+    assert worker.wait(timeout=PATIENCE_S) == 2
+    refusals = [event for event in pipeline.events() if event["event"] == "set_up_refused"]
+    assert [(one["error"], one["fix"]) for one in refusals] == [("publication cdcsync: not today", "ask the owner")] * 2
+    assert "error: not today\n" in pipeline.tail()
+
+
+def test_refusals_for_ever_new_reasons_end_no_worker(pipeline: Pipeline) -> None:
+    refuse(pipeline, "'number ' || nextval('public.refusals')")
+    worker = pipeline.start()
+    until(lambda: pipeline.times("set_up_refused") > 3, pipeline.tail)
+    pipeline.source.execute("DROP EVENT TRIGGER refuses")
+    pipeline.event("publication_extended")
+    pipeline.source.execute("UPDATE notes SET title = title || ' again'")
+    until(pipeline.in_step_now, pipeline.tail)
     assert worker.poll() is None
