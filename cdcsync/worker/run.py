@@ -21,7 +21,16 @@ from cdcsync.backoff import Backoff
 from cdcsync.config import Config
 from cdcsync.config.values import is_loopback
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TablesChanged, TargetRewound, Unavailable, leading
+from cdcsync.errors import (
+    CdcsyncError,
+    LeaseLost,
+    SchemaChanged,
+    SetupError,
+    TablesChanged,
+    TargetRewound,
+    Unavailable,
+    leading,
+)
 from cdcsync.flows.setup.approval import Held, hold_unapproved
 from cdcsync.http.listening import serve
 from cdcsync.model.pauses import Pauses
@@ -202,10 +211,8 @@ async def _work_through_schema_changes(
             if error.sqlstate is None or len(refused) == SET_UP_ATTEMPTS:
                 raise
             if not state.stopping.is_set():
-                state.waiting_for = str(error)
                 log.warning("set_up_refused", error=str(error), fix=error.hint)
-            with anyio.move_on_after(STANDBY_POLL_S):
-                await state.stopping.wait()
+                await _wait(state, error)
         except TargetRewound as error:
             known.clear()
             log.error("target_rewound", error=str(error), fix=error.hint)
@@ -216,10 +223,8 @@ async def _work_through_schema_changes(
         except Unavailable as error:
             known.clear()
             if not state.stopping.is_set():
-                state.waiting_for = str(error)
                 log.warning("set_up_waits", error=str(error))
-            with anyio.move_on_after(STANDBY_POLL_S):
-                await state.stopping.wait()
+                await _wait(state, error)
         finally:
             await pipeline.aclose()
         for why in paused:
@@ -239,11 +244,16 @@ async def _hold(
         async with cancelled_by(state.stopping):
             return await hold_unapproved(state.config, specs, report.catalog, embedders)
     except Unavailable as error:
-        state.waiting_for = str(error)
         log.warning("set_up_waits", error=str(error))
-        with anyio.move_on_after(STANDBY_POLL_S):
-            await state.stopping.wait()
+        await _wait(state, error)
     return None
+
+
+async def _wait(state: WorkerState, error: CdcsyncError) -> None:
+    """Wait a second before another set-up, or until told to stop, and show why."""
+    state.waiting_for = str(error)
+    with anyio.move_on_after(STANDBY_POLL_S):
+        await state.stopping.wait()
 
 
 async def _examine_again(config: Config, state: WorkerState, embedders: dict[str, Embedder]) -> Report:

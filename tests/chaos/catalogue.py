@@ -418,7 +418,11 @@ def page() -> str:
         "",
         f"The last campaign on record ran {campaign.histories} histories with {campaign.transactions:,} transactions;"
         f" {campaign.failures or 'none'} failed"
-        + (f", {campaign.again} of them run again once what they had found was mended" if campaign.again else "")
+        + (
+            f" in the end: {campaign.again} had failed at first, and were run again once what they had found was mended"
+            if campaign.again
+            else ""
+        )
         + ". The number is of the histories in which the fault took effect.",
         "",
     ]

@@ -21,8 +21,8 @@ from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
 
 POLL_S = 0.05
-"""How often it is looked whether the worker has dropped a generation: it keeps the reason why it has not only until it
-goes on, a few tenths of a second."""
+"""How often it is looked whether the worker has dropped a generation. If it could not, it says why until it goes on:
+for some tenths of a second."""
 
 
 async def drop(config: Config, index: str, generation: int) -> int:
