@@ -28,6 +28,10 @@ Vectors = npt.NDArray[np.float64]
 CROWD = 2_500
 """Rows that the planner does not read one by one for ten of them."""
 
+SPARSE = 2
+"""Links of a node with which a search of a crowd that looks at twelve finds a fifth of what is near: the graph is drawn
+by chance, and with twice as many links some graphs let it find nine tenths."""
+
 
 def crowd(count: int = CROWD) -> Vectors:
     """Return vectors among which HNSW gets lost when it looks at few: scattered, in 16 dimensions."""

@@ -10,7 +10,7 @@ from psycopg import sql
 
 from cdcsync.flows.evaluate.recall import evaluate
 from tests.support.indexes import SCHEMA
-from tests.support.recalls import counted, crowd, indexed
+from tests.support.recalls import SPARSE, counted, crowd, indexed
 
 if TYPE_CHECKING:
     from tests.support.servers import Database
@@ -31,7 +31,7 @@ async def test_equals_at_the_same_distance_are_hits_whichever_is_returned(databa
 
 
 async def test_the_exact_search_is_exact_whatever_the_session_has_off(database: Database) -> None:
-    async with indexed(database, crowd()) as (index, spec):
+    async with indexed(database, crowd(), m=SPARSE) as (index, spec):
         await index.connection.execute("SET enable_seqscan = off; SET enable_bitmapscan = off; SET enable_sort = off")
         scans, _ = await counted(index.connection)
         found = await evaluate(index.connection, SCHEMA, spec, queries=20, ef_search=[12])
@@ -41,7 +41,7 @@ async def test_the_exact_search_is_exact_whatever_the_session_has_off(database: 
 
 
 async def test_a_vector_does_not_find_itself(database: Database) -> None:
-    async with indexed(database, crowd()) as (index, spec):
+    async with indexed(database, crowd(), m=SPARSE) as (index, spec):
         # A vector that found itself would never miss.
         found = await evaluate(index.connection, SCHEMA, spec, queries=40, k=1, ef_search=[1])
     assert found.measured[0].recall < 0.9
