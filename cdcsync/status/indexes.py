@@ -250,9 +250,8 @@ def _of_other_generations(
                 f"index {name}: no [embedders] section makes the vectors of generation {one.generation} ({one.model}),"
                 f" so what changes gets none there; put it back, or free it: cdcsync migrate {name} drop"
             )
-        if one.of_other_chunks:
-            continue
-        if (reason := generation_waits(entry, one, builds)) is not None:
+        # The builds of other chunks are told of with their index.
+        if (reason := one.reason if one.of_other_chunks else generation_waits(entry, one, builds)) is not None:
             give_up = f"; to give it up: cdcsync migrate {name} drop" if one.state == "filling" else ""
             yield f"index {name}: {hindrance(one.generation, one.state, reason)}{give_up}"
     if names.get(live) not in (None, wanted) and wanted not in names.values():
@@ -272,8 +271,6 @@ def _of_other_chunks(name: str, entry: Entry, other: Entry, listed: Listed, why:
         yield f"index {name}: {which} is paused: {other.pause}"
     elif other.state == "building" and why is not None:
         yield f"index {name}: {which} waits to be built: {why}"
-    elif other.state == "live" and other.reason is not None:
-        yield f"index {name}: {hindrance(other.generation, other.state, other.reason)}"
     yield from _left_out(name, listed, of=f" of generation {other.generation}")
 
 

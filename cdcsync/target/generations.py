@@ -71,7 +71,7 @@ DDL: tuple[LiteralString, ...] = (
     "COMMENT ON COLUMN {schema}.generations.quantise IS 'What the HNSW index keeps of numbers: binary, a bit.'",
     "ALTER TABLE {schema}.generations ADD COLUMN IF NOT EXISTS reason text",
     "COMMENT ON COLUMN {schema}.generations.reason IS"
-    " 'Why the generation could not be filled, built or dropped when that was last tried.'",
+    " 'Why the generation could not be filled, built, dropped or made live when that was last tried.'",
     # Those of the versions before this table.
     """
     INSERT INTO {schema}.generations
@@ -265,12 +265,12 @@ class Generations:
             [index, generation],
         )
 
-    async def keep(self, connection: Connection, index: str, generation: int, reason: str | None) -> None:
-        """Note that a generation that was to be dropped stays, and why."""
+    async def keep(self, connection: Connection, index: str, generation: int, reason: str) -> None:
+        """Note why what was asked of a generation is not done; one that was to be dropped stays."""
         await connection.execute(
             sql.SQL(
-                "UPDATE {} SET state = CASE WHEN ready_at IS NULL THEN 'filling' ELSE 'ready' END, reason = %s"
-                " WHERE index_name = %s AND generation = %s AND state = 'dropping'"
+                "UPDATE {} SET reason = %s, state = CASE WHEN state <> 'dropping' THEN state"
+                " WHEN ready_at IS NULL THEN 'filling' ELSE 'ready' END WHERE index_name = %s AND generation = %s"
             ).format(self._table),
             [reason, index, generation],
         )
@@ -314,8 +314,8 @@ class Generations:
             [column == "ready_at", index, generation],
         )
 
-    async def note_reason(self, connection: Connection, index: str, generation: int, reason: str) -> None:
-        """Note why a generation cannot be filled or built now."""
+    async def note_reason(self, connection: Connection, index: str, generation: int, reason: str | None) -> None:
+        """Note why a generation cannot be filled or built now; None forgets why something was not done."""
         await connection.execute(
             sql.SQL("UPDATE {} SET reason = %s WHERE index_name = %s AND generation = %s").format(self._table),
             [reason, index, generation],

@@ -157,15 +157,14 @@ class Registry:
     async def ask_for_activation(self, connection: Connection, index: str) -> None:
         """Ask the holder of the pipeline's lock to have searches use the chunks that stand beside an index."""
         await connection.execute(
-            sql.SQL("UPDATE {} SET activation_asked_at = now(), reason = NULL WHERE name = %s").format(self._table),
+            sql.SQL("UPDATE {} SET activation_asked_at = now() WHERE name = %s").format(self._table),
             [beside_name(index)],
         )
 
-    async def withdraw(self, connection: Connection, index: str, reason: str) -> None:
-        """Note that what was asked of an index that stands beside another cannot be done, and why."""
+    async def withdraw(self, connection: Connection, index: str) -> None:
+        """Note that nothing is asked any more of an index that stands beside another."""
         await connection.execute(
-            sql.SQL("UPDATE {} SET activation_asked_at = NULL, reason = %s WHERE name = %s").format(self._table),
-            [reason, index],
+            sql.SQL("UPDATE {} SET activation_asked_at = NULL WHERE name = %s").format(self._table), [index]
         )
 
     async def exchange(self, connection: Connection, index: str) -> None:
@@ -178,8 +177,8 @@ class Registry:
         for before, after in ((index, passing), (beside_name(index), index), (passing, beside_name(index))):
             await connection.execute(
                 sql.SQL(
-                    "UPDATE {} SET name = %s, stem = coalesce(stem, name), activation_asked_at = NULL, declined = NULL,"
-                    " reason = CASE state WHEN 'paused' THEN reason END WHERE name = %s"
+                    "UPDATE {} SET name = %s, stem = coalesce(stem, name), activation_asked_at = NULL, declined = NULL"
+                    " WHERE name = %s"
                 ).format(self._table),
                 [after, before],
             )

@@ -14,6 +14,7 @@ The rules:
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from typing import assert_never
 
@@ -53,6 +54,12 @@ from cdcsync.tracing import PREFIX, Tracing
 
 PROMPT_STATUS_S = 1.0
 """A moved checkpoint is reported within this time, so that the source can recycle WAL."""
+
+NUDGE_S = 0.005
+NUDGE_GROWTH = 4
+"""A source that has fallen quiet gets a status after this time, and others at pauses that grow by this factor: since
+PostgreSQL 16 a walsender can miss what is committed just as it goes to sleep, and would then send it with what comes
+next, or once it hears from here. So a change waits a few times as long as the silence before it lasted, at most."""
 
 TURN_MESSAGES = 50
 """Messages handled before other tasks get a turn: half a millisecond, which the target may wait for the next statement
@@ -117,6 +124,9 @@ class Receiver:
         self._tracing = tracing
         self._status_every_s = status_every_s
         self._status_due = anyio.current_time()
+        self._nudge_due = self._status_due
+        self._nudge_s = NUDGE_S
+        """The pause until the nudge after the next one."""
         self._quiet = False
         self._handled = 0
         self._came = False
@@ -136,6 +146,8 @@ class Receiver:
         while True:
             frame = self._slot.poll()
             if frame is None:
+                if self._came:
+                    self._nudge_due, self._nudge_s = anyio.current_time() + NUDGE_S, NUDGE_S
                 self._account()
                 await self._report_when_due()
                 yield (Dry(self._lag.heard >= self._source_end),)
@@ -154,7 +166,7 @@ class Receiver:
                         )
             self._quiet = False
             self._open_batch.note_more()
-            self._came = True
+            self._came, self._nudge_due = True, math.inf
             self._told = max(self._told, frame.wal_end)
             match frame:
                 case Keepalive():
@@ -246,7 +258,7 @@ class Receiver:
 
     def _patience(self) -> float:
         """Return how long to wait before a status is due, in seconds."""
-        left_s = self._status_due - anyio.current_time()
+        left_s = min(self._status_due, self._nudge_due) - anyio.current_time()
         if self._progress.checkpoint > self._progress.acknowledged or self._open_batch.applying:
             left_s = min(left_s, PROMPT_STATUS_S)
         return max(0.0, left_s)
@@ -255,7 +267,14 @@ class Receiver:
         now = anyio.current_time()
         moved = self._progress.checkpoint > self._progress.acknowledged
         prompt = moved and self._status_due - self._status_every_s + PROMPT_STATUS_S <= now
-        if now >= self._status_due or prompt:
+        due, nudge = now >= self._status_due or prompt, now >= self._nudge_due
+        if due:
             self._status_due = now + self._status_every_s
-            await self._slot.send_status(self._progress.received, self._progress.acknowledge(), ask=self._quiet)
+        if nudge:
+            self._nudge_s *= NUDGE_GROWTH
+            self._nudge_due = now + self._nudge_s
+        if due or nudge:
+            # A nudge asks for no reply: that would be news, after which it begins again.
+            ask = due and self._quiet
+            await self._slot.send_status(self._progress.received, self._progress.acknowledge(), ask=ask)
             crash_point("status sent")

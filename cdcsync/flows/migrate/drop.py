@@ -11,18 +11,17 @@ from cdcsync.flows.migrate.present import opened, other_generation
 from cdcsync.flows.setup.exchange import do_what_was_asked
 from cdcsync.flows.setup.indexes import drop_generations
 from cdcsync.postgres.errors import speaking_of
-from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.beside import asks_for_others
 from cdcsync.target.entries import Entry
-from cdcsync.target.generations import Generation, Generations
+from cdcsync.target.generations import Generations
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
 
 POLL_S = 0.05
-"""How often it is looked whether the worker has dropped a generation. If it could not, it says why until it goes on:
-for some tenths of a second."""
+"""How often it is looked whether the worker has dropped a generation. If it could not drop one that is being filled, it
+says why until it fills it again: for some tenths of a second."""
 
 
 async def drop(config: Config, index: str, generation: int) -> int:
@@ -58,7 +57,13 @@ async def drop(config: Config, index: str, generation: int) -> int:
                 one for one in await generations.around(connection, index) if one.generation == other.generation
             ]:
                 if left[0].state != "dropping":
-                    raise await _refusal(connection, schema, index, left[0])
+                    # A fill that has gone on since then took the reason back.
+                    why = left[0].reason or "something uses its tables"
+                    raise SetupError(
+                        f"generation {generation} could not be dropped: {why}",
+                        where=f"index {index}",
+                        hint=f"see what is there now: cdcsync migrate {index} status",
+                    )
                 if await pipelines.try_lock(connection):
                     await do_what_was_asked(connection, config)
                     spec = await stored_spec(connection, schema, index, config.index_named(index))
@@ -70,20 +75,6 @@ async def drop(config: Config, index: str, generation: int) -> int:
                         _require_followed(entry, generation)
                     await anyio.sleep(POLL_S)
     return other.generation
-
-
-async def _refusal(connection: Connection, schema: str, index: str, kept: Generation) -> SetupError:
-    """Return the error of a generation that stays."""
-    reason = kept.reason
-    if kept.of_other_chunks:
-        entry = await Registry(schema).find(connection, kept.index_name)
-        reason = None if entry is None else entry.reason
-    # A fill that has gone on since then took the reason back.
-    return SetupError(
-        f"generation {kept.generation} could not be dropped: {reason or 'something uses its tables'}",
-        where=f"index {index}",
-        hint=f"see what is there now: cdcsync migrate {index} status",
-    )
 
 
 def _require_followed(entry: Entry | None, generation: int) -> None:

@@ -13,6 +13,7 @@ import anyio
 import msgspec
 
 from cdcsync.config import Config
+from cdcsync.config.names import beside_name
 from cdcsync.embedders import Embedder
 from cdcsync.errors import SetupError
 from cdcsync.flows.migrate.present import opened, other_generation
@@ -155,6 +156,7 @@ async def switch(config: Config, index: str, generation: int, *, confirmed: bool
             if beside is not None:
                 _require_live(beside)
                 await Registry(schema).ask_for_activation(connection, index)
+                await Generations(schema).note_reason(connection, beside.name, generation, None)
             else:
                 live = await stored_spec(connection, schema, index, config.index_named(index))
                 spec = next(one for one in live.others if one.generation == generation)
@@ -208,7 +210,8 @@ async def _answered(connection: Connection, config: Config, index: str, generati
             if entry is None or entry.generation == generation:
                 return
             if other is None or other.activation_asked_at is None:
-                why = "nobody asks for it any more" if other is None or other.reason is None else other.reason
+                beside = await Generations(schema).of(connection, beside_name(index))
+                why = next((one.reason for one in beside if one.reason), "nobody asks for it any more")
                 raise SetupError(
                     f"generation {generation} did not become live: {why}",
                     where=f"index {index}",

@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from cdcsync.config import QualifiedName
-from cdcsync.config.names import own_name
 from cdcsync.errors import SetupError
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import LOCKED_OUT
@@ -61,10 +60,8 @@ async def withdraw(connection: Connection, schema: str, index: str, generation: 
 
     :param index: the one that it is of, which for chunks that stand beside an index is their own.
     """
-    beside = own_name(index) != index
     async with connection.transaction():
-        if beside:
-            await Registry(schema).withdraw(connection, index, reason)
-        await Generations(schema).keep(connection, index, generation, None if beside else reason)
+        await Registry(schema).withdraw(connection, index)
+        await Generations(schema).keep(connection, index, generation, reason)
         crash_point("request withdrawn")
     crash_point("withdrawn request committed")

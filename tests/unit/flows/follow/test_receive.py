@@ -14,7 +14,7 @@ import pytest
 from cdcsync.config import QualifiedName
 from cdcsync.errors import SourceUnavailable
 from cdcsync.flows.follow.open_batch import Limits, OpenBatch
-from cdcsync.flows.follow.receive import TURN_MESSAGES, Dry, Heard, Passed, Receiver
+from cdcsync.flows.follow.receive import NUDGE_GROWTH, NUDGE_S, TURN_MESSAGES, Dry, Heard, Passed, Receiver
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch
@@ -268,6 +268,37 @@ async def test_a_moved_checkpoint_shortens_the_wait_for_the_next_status(tmp_path
             await anext(events)
     (wait,) = slot.waits
     assert wait <= 1.0
+
+
+async def test_a_source_that_fell_quiet_is_nudged_at_growing_pauses_and_not_asked_to_reply(tmp_path: Path) -> None:
+    slot = FakeSlot()
+    slot.sent.set()
+    async with Reception(tmp_path, slot).events() as events:
+        for _ in range(2):
+            slot.frames.append(Keepalive(Lsn(99), 0, False))
+            assert await anext(events) == (Passed(Lsn(99), promptly=False),)
+            slot.sent = anyio.Event()
+            slot.waits.clear()
+            before = len(slot.statuses)
+            for number in range(5):
+                assert await anext(events) == (Dry(heard_all=False),)
+                assert len(slot.statuses) - before <= number + 1  # the first one says that the stream is read at all
+            assert all(wait <= NUDGE_S * NUDGE_GROWTH**number for number, wait in enumerate(slot.waits))
+            assert slot.waits[3] > NUDGE_S
+            slot.sent.set()
+    assert len(slot.statuses) >= 8
+    assert not any(slot.asked)
+
+
+async def test_a_source_that_keeps_sending_is_not_nudged(tmp_path: Path) -> None:
+    slot = FakeSlot(Keepalive(Lsn(98), 0, False))
+    reception = Reception(tmp_path, slot)
+    await reception.until_dry()
+    await anyio.sleep(2 * NUDGE_S)
+    slot.frames.extend([data(begin(20)), data(relation())])
+    slot.frames.extend(data(insert(str(key))) for key in range(3 * TURN_MESSAGES))
+    await reception.until_dry()
+    assert len(slot.statuses) == 1
 
 
 async def test_the_last_status_waits_for_the_batch_in_hand(tmp_path: Path) -> None:
