@@ -51,6 +51,7 @@ MORE: Runs = {
     "fan_out": ((), {}),
     "replay": ((), {}),
     "audit": ((), {}),
+    "wakeups": ((), {}),
 }
 
 RUNS = GOALS | MORE
