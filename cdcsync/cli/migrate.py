@@ -347,7 +347,10 @@ def _print_generations(index: str, generations: Sequence[GenerationStatus]) -> N
             out.print(text, markup=False, highlight=False)
     for one in generations:
         if one.reason is not None:
-            out.print(plain(hindrance(one.generation, one.state, one.reason)), markup=False, highlight=False)
+            out.print(plain(hindrance(one.generation, one.reason)), markup=False, highlight=False)
+        if one.refusal is not None:
+            text = f"what was last asked of generation {one.generation} was not done: {plain(one.refusal)}"
+            out.print(text, markup=False, highlight=False)
 
 
 def _size(amount: float) -> str:

@@ -27,10 +27,11 @@ class GenerationStatus(msgspec.Struct, frozen=True):
     `state` is `live`, or else `filling`, `ready`, `activating` or `dropping`. Of `chunks`, `vectors` have a vector,
     `waiting` wait for one, and `failed` cannot have one. `rate` is in chunks a second over the whole fill, `eta_s` in
     seconds; both are None unless it is being filled. `bytes` is the disk space of its tables and indexes. `reason` says
-    why it cannot be filled or built now, or else why what was asked of it was not done. `own_chunks` says in which keys
-    a generation that has chunks of its own is unlike the live one; it is empty for one that shares the live one's
-    chunks. `read` is the share of the table's rows that it was made of so far, while it is filled. `failed_documents`
-    is how many rows at least no document could be made of, in a generation that has chunks of its own.
+    why it cannot be filled or built now, `refusal` why it was not dropped or made live when that was last asked.
+    `own_chunks` says in which keys a generation that has chunks of its own is unlike the live one; it is empty for one
+    that shares the live one's chunks. `read` is the share of the table's rows that it was made of so far, while it is
+    filled. `failed_documents` is how many rows at least no document could be made of, in a generation that has chunks
+    of its own.
     """
 
     generation: int
@@ -52,6 +53,7 @@ class GenerationStatus(msgspec.Struct, frozen=True):
     rate: float | None = None
     eta_s: float | None = None
     reason: str | None = None
+    refusal: str | None = None
     own_chunks: list[str] = []
     read: float | None = None
     failed_documents: int = 0
@@ -78,7 +80,7 @@ async def read_generations(
     for one in generations:
         of = other if other is not None and one.of_other_chunks else entry
         status = await _read(connection, schema, of, one, live=one.generation == entry.generation, evaluated=evaluated)
-        status = msgspec.structs.replace(status, reason=generation_waits(of, one, builds))
+        status = msgspec.structs.replace(status, reason=generation_waits(of, one, builds), refusal=one.refusal)
         if other is not None and of is other:
             load = await History(schema).last_load(connection, other.name)
             share = None if load is None or not load.rows_total else min(1.0, load.rows_done / load.rows_total)
@@ -89,17 +91,15 @@ async def read_generations(
                 state=_state_beside(other, status.state),
                 failed_documents=left_out.at_least,
                 own_chunks=[str(change) for change in _unlike(entry, other)],
-                reason=index_waits(other, builds) or one.reason,
+                reason=index_waits(other, builds),
             )
         found.append(status)
     return found
 
 
-def hindrance(generation: int, state: str, reason: str) -> str:
-    """Return a sentence of what could not be done to a generation, and why."""
-    if state == "filling":
-        return f"generation {generation} cannot be filled or built now, which is tried again: {reason}"
-    return f"what was asked of generation {generation} was not done: {reason}"
+def hindrance(generation: int, reason: str) -> str:
+    """Return a sentence of why a generation cannot be filled or built now."""
+    return f"generation {generation} cannot be filled or built now, which is tried again: {reason}"
 
 
 def _state_beside(other: Entry, state: str) -> str:

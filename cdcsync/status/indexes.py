@@ -250,10 +250,9 @@ def _of_other_generations(
                 f"index {name}: no [embedders] section makes the vectors of generation {one.generation} ({one.model}),"
                 f" so what changes gets none there; put it back, or free it: cdcsync migrate {name} drop"
             )
-        # The builds of other chunks are told of with their index.
-        if (reason := one.reason if one.of_other_chunks else generation_waits(entry, one, builds)) is not None:
+        if not one.of_other_chunks and (reason := generation_waits(entry, one, builds)) is not None:
             give_up = f"; to give it up: cdcsync migrate {name} drop" if one.state == "filling" else ""
-            yield f"index {name}: {hindrance(one.generation, one.state, reason)}{give_up}"
+            yield f"index {name}: {hindrance(one.generation, reason)}{give_up}"
     if names.get(live) not in (None, wanted) and wanted not in names.values():
         yield (
             f"index {name}: the configuration asks for the embedder {wanted}, and the index continues with"

@@ -71,7 +71,10 @@ DDL: tuple[LiteralString, ...] = (
     "COMMENT ON COLUMN {schema}.generations.quantise IS 'What the HNSW index keeps of numbers: binary, a bit.'",
     "ALTER TABLE {schema}.generations ADD COLUMN IF NOT EXISTS reason text",
     "COMMENT ON COLUMN {schema}.generations.reason IS"
-    " 'Why the generation could not be filled, built, dropped or made live when that was last tried.'",
+    " 'Why the generation could not be filled or built when that was last tried.'",
+    "ALTER TABLE {schema}.generations ADD COLUMN IF NOT EXISTS refusal text",
+    "COMMENT ON COLUMN {schema}.generations.refusal IS"
+    " 'Why the generation was not dropped or made live when that was last asked.'",
     # Those of the versions before this table.
     """
     INSERT INTO {schema}.generations
@@ -110,6 +113,7 @@ class Generation(msgspec.Struct, frozen=True):
     ready_at: datetime | None = None
     live_at: datetime | None = None
     reason: str | None = None
+    refusal: str | None = None
 
     @classmethod
     def of(cls, spec: IndexSpec, state: State) -> Generation:
@@ -255,24 +259,31 @@ class Generations:
 
     async def drop_asked(self, connection: Connection, index: str, generation: int) -> None:
         """Ask the holder of the pipeline's lock to drop a generation."""
-        # `keep` has to know whether it was ready: nothing has noted since when the first generation of an index is.
+        # `refuse` has to know whether it was ready: nothing has noted since when the first generation of an index is.
         await connection.execute(
             sql.SQL(
-                "UPDATE {} SET state = 'dropping', reason = NULL,"
+                "UPDATE {} SET state = 'dropping', refusal = NULL,"
                 " ready_at = CASE WHEN state = 'ready' THEN coalesce(ready_at, clock_timestamp()) ELSE ready_at END"
                 " WHERE index_name = %s AND generation = %s"
             ).format(self._table),
             [index, generation],
         )
 
-    async def keep(self, connection: Connection, index: str, generation: int, reason: str) -> None:
+    async def activation_asked(self, connection: Connection, index: str, generation: int) -> None:
+        """Forget why a generation was not made live, or dropped, when that was last asked: it is asked again."""
+        await connection.execute(
+            sql.SQL("UPDATE {} SET refusal = NULL WHERE index_name = %s AND generation = %s").format(self._table),
+            [index, generation],
+        )
+
+    async def refuse(self, connection: Connection, index: str, generation: int, why: str) -> None:
         """Note why what was asked of a generation is not done; one that was to be dropped stays."""
         await connection.execute(
             sql.SQL(
-                "UPDATE {} SET reason = %s, state = CASE WHEN state <> 'dropping' THEN state"
+                "UPDATE {} SET refusal = %s, state = CASE WHEN state <> 'dropping' THEN state"
                 " WHEN ready_at IS NULL THEN 'filling' ELSE 'ready' END WHERE index_name = %s AND generation = %s"
             ).format(self._table),
-            [reason, index, generation],
+            [why, index, generation],
         )
 
     async def limit(self, connection: Connection, index: str, generation: int, max_rows_per_s: int | None) -> None:
@@ -307,15 +318,16 @@ class Generations:
         """Note that something was reached now; a generation that is ready says so in its state too."""
         await connection.execute(
             sql.SQL(
-                "UPDATE {} SET {} = clock_timestamp(), reason = NULL,"
+                "UPDATE {} SET {} = clock_timestamp(),"
+                " reason = NULL, refusal = CASE WHEN NOT %s THEN refusal END,"
                 " state = CASE WHEN %s AND state = 'filling' THEN 'ready' ELSE state END"
                 " WHERE index_name = %s AND generation = %s"
             ).format(self._table, sql.Identifier(column)),
-            [column == "ready_at", index, generation],
+            [column == "live_at", column == "ready_at", index, generation],
         )
 
-    async def note_reason(self, connection: Connection, index: str, generation: int, reason: str | None) -> None:
-        """Note why a generation cannot be filled or built now; None forgets why something was not done."""
+    async def note_reason(self, connection: Connection, index: str, generation: int, reason: str) -> None:
+        """Note why a generation cannot be filled or built now."""
         await connection.execute(
             sql.SQL("UPDATE {} SET reason = %s WHERE index_name = %s AND generation = %s").format(self._table),
             [reason, index, generation],

@@ -162,10 +162,11 @@ class Registry:
         )
 
     async def withdraw(self, connection: Connection, index: str) -> None:
-        """Note that nothing is asked any more of an index that stands beside another."""
-        await connection.execute(
-            sql.SQL("UPDATE {} SET activation_asked_at = NULL WHERE name = %s").format(self._table), [index]
+        """Note that an index which stands beside another is not to be activated any more, if that was asked."""
+        statement = sql.SQL(
+            "UPDATE {} SET activation_asked_at = NULL WHERE name = %s AND activation_asked_at IS NOT NULL"
         )
+        await connection.execute(statement.format(self._table), [index])
 
     async def exchange(self, connection: Connection, index: str) -> None:
         """Exchange the names of an index and of the one that stands beside it, and with these all that refers to them.

@@ -6,10 +6,13 @@ The rules:
 
 1. A status is sent on time whatever the applier, the target or the embedder do: while there is no room, the receiver
    waits for room and for the next status, and reads nothing. A status reports as flushed only what is committed.
-2. Silence is not health. While nothing comes, each status asks for a reply; a source that has not sent a frame for too
-   long is away.
+2. Silence is not health. While nothing comes, each status that is due asks for a reply; a source that has not sent a
+   frame for too long is away.
 3. Events come in the order of the stream; a transaction that was streamed while it was open comes whole, at its
    commit. Its descriptions of tables hold for it, and afterwards those that came last.
+4. A source that falls quiet is nudged: since PostgreSQL 16 a walsender can miss what is committed just as it goes to
+   sleep, and sends it only with the next commit, or once it hears from its client. So statuses follow the last news
+   soon, and then at pauses that grow, until the next one is due anyway. They ask for no reply.
 """
 
 from __future__ import annotations
@@ -56,10 +59,11 @@ PROMPT_STATUS_S = 1.0
 """A moved checkpoint is reported within this time, so that the source can recycle WAL."""
 
 NUDGE_S = 0.005
+"""How soon after the last news a source that has fallen quiet is nudged."""
+
 NUDGE_GROWTH = 4
-"""A source that has fallen quiet gets a status after this time, and others at pauses that grow by this factor: since
-PostgreSQL 16 a walsender can miss what is committed just as it goes to sleep, and would then send it with what comes
-next, or once it hears from here. So a change waits a few times as long as the silence before it lasted, at most."""
+"""By this factor the pauses between nudges grow: a change that was missed waits at most this many times as long as the
+silence before it had lasted, and never beyond the next status that is due."""
 
 TURN_MESSAGES = 50
 """Messages handled before other tasks get a turn: half a millisecond, which the target may wait for the next statement
@@ -124,9 +128,10 @@ class Receiver:
         self._tracing = tracing
         self._status_every_s = status_every_s
         self._status_due = anyio.current_time()
-        self._nudge_due = self._status_due
+        self._nudge_due = math.inf
+        """When the source is nudged next, once it has fallen quiet; before that, never."""
         self._nudge_s = NUDGE_S
-        """The pause until the nudge after the next one."""
+        """The pause before that nudge."""
         self._quiet = False
         self._handled = 0
         self._came = False
@@ -146,7 +151,7 @@ class Receiver:
         while True:
             frame = self._slot.poll()
             if frame is None:
-                if self._came:
+                if self._nudge_due == math.inf:
                     self._nudge_due, self._nudge_s = anyio.current_time() + NUDGE_S, NUDGE_S
                 self._account()
                 await self._report_when_due()
@@ -166,7 +171,9 @@ class Receiver:
                         )
             self._quiet = False
             self._open_batch.note_more()
-            self._came, self._nudge_due = True, math.inf
+            self._came = True
+            if type(frame) is XLogData or frame.wal_end > self._told:  # else it only answers
+                self._nudge_due = math.inf
             self._told = max(self._told, frame.wal_end)
             match frame:
                 case Keepalive():
@@ -274,7 +281,6 @@ class Receiver:
             self._nudge_s *= NUDGE_GROWTH
             self._nudge_due = now + self._nudge_s
         if due or nudge:
-            # A nudge asks for no reply: that would be news, after which it begins again.
             ask = due and self._quiet
             await self._slot.send_status(self._progress.received, self._progress.acknowledge(), ask=ask)
             crash_point("status sent")

@@ -19,9 +19,8 @@ from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
 
-POLL_S = 0.05
-"""How often it is looked whether the worker has dropped a generation. If it could not drop one that is being filled, it
-says why until it fills it again: for some tenths of a second."""
+POLL_S = 0.2
+"""How often it is looked whether the worker has dropped a generation, or says why it cannot."""
 
 
 async def drop(config: Config, index: str, generation: int) -> int:
@@ -57,8 +56,7 @@ async def drop(config: Config, index: str, generation: int) -> int:
                 one for one in await generations.around(connection, index) if one.generation == other.generation
             ]:
                 if left[0].state != "dropping":
-                    # A fill that has gone on since then took the reason back.
-                    why = left[0].reason or "something uses its tables"
+                    why = left[0].refusal or "something else was asked of it meanwhile"
                     raise SetupError(
                         f"generation {generation} could not be dropped: {why}",
                         where=f"index {index}",

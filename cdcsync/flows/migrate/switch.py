@@ -156,7 +156,7 @@ async def switch(config: Config, index: str, generation: int, *, confirmed: bool
             if beside is not None:
                 _require_live(beside)
                 await Registry(schema).ask_for_activation(connection, index)
-                await Generations(schema).note_reason(connection, beside.name, generation, None)
+                await Generations(schema).activation_asked(connection, beside.name, generation)
             else:
                 live = await stored_spec(connection, schema, index, config.index_named(index))
                 spec = next(one for one in live.others if one.generation == generation)
@@ -211,7 +211,8 @@ async def _answered(connection: Connection, config: Config, index: str, generati
                 return
             if other is None or other.activation_asked_at is None:
                 beside = await Generations(schema).of(connection, beside_name(index))
-                why = next((one.reason for one in beside if one.reason), "nobody asks for it any more")
+                refusals = [one.refusal for one in beside if one.generation == generation and one.refusal]
+                why = refusals[0] if refusals else "nobody asks for it any more"
                 raise SetupError(
                     f"generation {generation} did not become live: {why}",
                     where=f"index {index}",

@@ -55,13 +55,13 @@ async def attempt(
         ) from error
 
 
-async def withdraw(connection: Connection, schema: str, index: str, generation: int, reason: str) -> None:
+async def withdraw(connection: Connection, schema: str, index: str, generation: int, why: str) -> None:
     """Note that what was asked of a generation cannot be done, and why: it stays, and is not live.
 
     :param index: the one that it is of, which for chunks that stand beside an index is their own.
     """
     async with connection.transaction():
         await Registry(schema).withdraw(connection, index)
-        await Generations(schema).keep(connection, index, generation, reason)
+        await Generations(schema).refuse(connection, index, generation, why)
         crash_point("request withdrawn")
     crash_point("withdrawn request committed")

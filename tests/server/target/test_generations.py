@@ -55,6 +55,33 @@ async def test_a_fill_moves_forward_only_and_ends_with_the_request_to_drop_it(re
     assert (second.state, second.max_rows_per_s, second.cursor) == ("dropping", None, 0)
 
 
+@pytest.mark.parametrize(("asked_of", "stays"), [(1, "ready"), (2, "filling")])
+async def test_a_refusal_stays_until_it_is_asked_again_and_is_no_reason_of_a_fill(
+    registered: Connection, asked_of: int, stays: str
+) -> None:
+    async def of(generation: int) -> tuple[str, str | None, str | None]:
+        one = (await GENERATIONS.of(registered, "articles"))[generation - 1]
+        return one.state, one.refusal, one.reason
+
+    await GENERATIONS.drop_asked(registered, "articles", asked_of)
+    await GENERATIONS.refuse(registered, "articles", asked_of, "a view depends on it")
+    assert await of(asked_of) == (stays, "a view depends on it", None)
+    await GENERATIONS.note_reason(registered, "articles", asked_of, "no memory")
+    await GENERATIONS.advance(registered, "articles", asked_of, cursor=100, chunks=40)
+    await GENERATIONS.stamp(registered, "articles", asked_of, "ready_at")
+    assert await of(asked_of) == ("ready", "a view depends on it", None)
+
+    await GENERATIONS.activation_asked(registered, "articles", asked_of)
+    assert await of(asked_of) == ("ready", None, None)
+    await GENERATIONS.refuse(registered, "articles", asked_of, "a dump reads it")
+    assert await of(asked_of) == ("ready", "a dump reads it", None)
+    await GENERATIONS.drop_asked(registered, "articles", asked_of)
+    assert await of(asked_of) == ("dropping", None, None)
+    await GENERATIONS.refuse(registered, "articles", asked_of, "a dump reads it")
+    await GENERATIONS.stamp(registered, "articles", asked_of, "live_at")
+    assert await of(asked_of) == ("ready", None, None)
+
+
 def test_an_index_with_another_generation_has_its_vectors_and_its_graph() -> None:
     spec = make_spec(hnsw=Hnsw(m=8, ef_construction=32), distance="l2")
     other = msgspec.structs.replace(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from cdcsync.status.builds import Build, waits
-from cdcsync.status.generations import hindrance
 
 OF_OTHERS = {"notes_chunks": Build(waits_for=7)}
 
@@ -26,8 +25,3 @@ def test_a_build_that_is_under_way_is_past_what_was_noted(
 ) -> None:
     said = waits(builds, ["articles_vectors_1_settled", "articles_chunks"], noted)
     assert said == why or (why == HELD and said is not None and said.startswith(HELD))
-
-
-@pytest.mark.parametrize("state", ["filling", "ready", "live"])
-def test_only_what_is_filled_is_said_to_be_tried_again(state: str) -> None:
-    assert ("tried again: no memory" in hindrance(2, state, "no memory")) == (state == "filling")

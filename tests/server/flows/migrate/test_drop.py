@@ -102,13 +102,14 @@ def test_unused_vectors_that_cannot_be_dropped_stay_say_why_and_stop_nobody(
         assert why in told
         first, second = migrate(pipeline, "status")
         assert (first["state"], second["state"]) == ("ready", "live")
-        assert why in first["reason"]
+        assert why in first["refusal"]
+        assert first["reason"] is None
         if follows:
             pipeline.source.execute("INSERT INTO articles VALUES (1000, 'a new one')")
             pipeline.in_step("articles")
         assert pipeline.answer("status")["indexes"]["articles"]["state"] == "live"
         assert migrate(pipeline, "rollback")["live"] == 1
-        assert migrate(pipeline, "status")[0]["reason"] is None
+        assert migrate(pipeline, "status")[0]["refusal"] is None
         migrate(pipeline, "activate")
     assert migrate(pipeline, "drop", "--yes")["dropped"] == 1
     assert pipeline.times("index_paused") == 0

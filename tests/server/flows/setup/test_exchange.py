@@ -52,7 +52,7 @@ def test_what_is_built_on_the_tables_is_in_the_way_and_nothing_else_changes(
         assert [one["state"] for one in migrate(pipeline, "status")] == ["live", "ready"]
         pipeline.source.execute("INSERT INTO articles VALUES (21, 'one more')")
         until(lambda: execute("SELECT count(*) FROM mine").fetchone() == (21,), pipeline.tail)
-        assert "has not" in migrate(pipeline, "status")[1]["reason"]
+        assert "has not" in migrate(pipeline, "status")[1]["refusal"]
         execute('ALTER TABLE cdcsync."articles~2_chunks" ENABLE ROW LEVEL SECURITY')
         execute(f'CREATE POLICY few ON cdcsync."articles~2_chunks" TO {reader} USING (id < 10)')
         assert migrate(pipeline, "activate")["live"] == 2
@@ -74,7 +74,7 @@ def test_what_is_built_on_the_tables_is_in_the_way_and_nothing_else_changes(
         pipeline.source.execute("INSERT INTO articles VALUES (1000, 'a new one')")
         until(lambda: execute("SELECT count(*) FROM mine").fetchone() == (22,), pipeline.tail)
         # A worker that goes on does not forget what it could not do.
-        assert "old depends on" in migrate(pipeline, "status")[0]["reason"]
+        assert "old depends on" in migrate(pipeline, "status")[0]["refusal"]
         execute("DROP VIEW old")
         assert migrate(pipeline, "drop", "--yes")["dropped"] == 1
     finally:

@@ -13,6 +13,7 @@ import pytest
 
 from cdcsync.config import QualifiedName
 from cdcsync.errors import SourceUnavailable
+from cdcsync.flows.follow import receive
 from cdcsync.flows.follow.open_batch import Limits, OpenBatch
 from cdcsync.flows.follow.receive import NUDGE_GROWTH, NUDGE_S, TURN_MESSAGES, Dry, Heard, Passed, Receiver
 from cdcsync.lsn import Lsn
@@ -274,27 +275,68 @@ async def test_a_source_that_fell_quiet_is_nudged_at_growing_pauses_and_not_aske
     slot = FakeSlot()
     slot.sent.set()
     async with Reception(tmp_path, slot).events() as events:
-        for _ in range(2):
-            slot.frames.append(Keepalive(Lsn(99), 0, False))
-            assert await anext(events) == (Passed(Lsn(99), promptly=False),)
+        for position in (98, 99):
+            slot.frames.append(Keepalive(Lsn(position), 0, False))
+            assert await anext(events) == (Passed(Lsn(position), promptly=False),)
             slot.sent = anyio.Event()
             slot.waits.clear()
+            assert await anext(events) == (Dry(heard_all=False),)
             before = len(slot.statuses)
-            for number in range(5):
+            for number in range(1, 5):
                 assert await anext(events) == (Dry(heard_all=False),)
-                assert len(slot.statuses) - before <= number + 1  # the first one says that the stream is read at all
+                assert len(slot.statuses) == before + number
             assert all(wait <= NUDGE_S * NUDGE_GROWTH**number for number, wait in enumerate(slot.waits))
             assert slot.waits[3] > NUDGE_S
             slot.sent.set()
-    assert len(slot.statuses) >= 8
     assert not any(slot.asked)
 
 
-async def test_a_source_that_keeps_sending_is_not_nudged(tmp_path: Path) -> None:
+async def test_a_source_that_only_answers_is_not_nudged_for_that(tmp_path: Path) -> None:
+    class Answering(FakeSlot):
+        """Says how far it has sent before each sleep, as a walsender does whose client has not received so far."""
+
+        async def send_status(self, received: Lsn, durable: Lsn, *, ask: bool = False) -> None:
+            await super().send_status(received, durable, ask=ask)
+            self.frames.append(Keepalive(Lsn(98), 0, False))
+            self.sent.set()
+            self.sent = anyio.Event()
+
+    slot = Answering(Keepalive(Lsn(98), 0, False))
+    async with Reception(tmp_path, slot).events() as events:
+        with anyio.move_on_after(0.5):
+            while True:
+                await anext(events)
+    assert 2 <= len(slot.statuses) <= 5
+
+
+@pytest.mark.parametrize("messages", [TURN_MESSAGES - 1, TURN_MESSAGES, TURN_MESSAGES + 1])
+@pytest.mark.parametrize("spooled", [False, True], ids=["whole", "streamed while it is open"])
+async def test_a_source_that_fell_quiet_is_nudged_however_much_it_had_sent(
+    tmp_path: Path, spooled: bool, messages: int
+) -> None:
+    xid = 7 if spooled else None
+    rows = [data(insert(str(key), xid)) for key in range(messages - 3)]
+    if spooled:
+        end = [data(pg.StreamStop()), data(pg.StreamCommit(7, 0, Lsn(30), Lsn(31), 5), 31)]
+        slot = FakeSlot(data(pg.StreamStart(7, True)), data(relation(7)), *rows, *end)
+    else:
+        slot = FakeSlot(data(begin(20), 20), data(relation()), *rows, data(commit(20), 21))
+    reception = Reception(tmp_path, slot)
+    await reception.until_dry()
+    before = len(slot.statuses)
+    with anyio.move_on_after(60):
+        async with reception.events() as events:
+            await anext(events)
+            await anext(events)
+    assert len(slot.statuses) > before
+
+
+async def test_a_source_that_keeps_sending_is_not_nudged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receive, "NUDGE_S", 0.2)
     slot = FakeSlot(Keepalive(Lsn(98), 0, False))
     reception = Reception(tmp_path, slot)
     await reception.until_dry()
-    await anyio.sleep(2 * NUDGE_S)
+    await anyio.sleep(0.3)
     slot.frames.extend([data(begin(20)), data(relation())])
     slot.frames.extend(data(insert(str(key))) for key in range(3 * TURN_MESSAGES))
     await reception.until_dry()
