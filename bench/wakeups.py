@@ -1,6 +1,6 @@
 """How often does a walsender miss a commit as it goes to sleep, and how long does that commit then wait?
 
-A row that a publication has is changed some microseconds after one that it has not, so that the walsender is just about
+A row of a published table is changed some microseconds after one of another table, so that the walsender is just about
 to sleep, and nothing else is written. Both sides are the worker's receiver, with a status due each second; one of them
 does not nudge a walsender that has fallen quiet. Blocks of one follow blocks of the other. A commit is late if it took
 longer than `LATE_S`. `BIN_DIR` measures another server than the embedded one.
@@ -74,7 +74,7 @@ def receiver(slot: SlotConnection, start: Lsn, progress: Progress, spool: Spool)
 
 
 async def block(dsn: str, name: str, changed: psycopg.Connection[Any], other: psycopg.Connection[Any]) -> list[float]:
-    """Commit so often, and return how long each commit took to be received, in seconds."""
+    """Commit a block of changes, and return how long each of them took to be received, in seconds."""
     taken: list[float] = []
     slot = await SlotConnection.connect(dsn)
     with tempfile.TemporaryDirectory() as directory:
@@ -95,7 +95,6 @@ async def block(dsn: str, name: str, changed: psycopg.Connection[Any], other: ps
                         progress.commit(ends)
                         break
                 taken.append(time.perf_counter() - committed)
-    changed.execute("SELECT pg_drop_replication_slot(%s)", [name])
     return taken
 
 
@@ -111,16 +110,17 @@ async def measured(dsn: str) -> dict[str, list[float]]:
         changed.execute("CREATE TABLE changed (id int PRIMARY KEY, value int)")
         changed.execute("INSERT INTO changed VALUES (1, 1)")
         changed.execute("CREATE PUBLICATION bench FOR TABLE changed")
-        for _ in range(BLOCKS):
+        for number in range(BLOCKS):
             for name, receive.NUDGE_S in NUDGES.items():
-                taken[name] += await block(dsn, name, changed, other)
+                taken[name] += await block(dsn, f"{name}_{number}", changed, other)
     return taken
 
 
 def main() -> None:
     """Measure and report."""
     bin_dir = os.environ.get("BIN_DIR")
-    with Cluster(bin_dir=Path(bin_dir) if bin_dir else None) as cluster:
+    slots = {"max_replication_slots": str(2 * BLOCKS), "max_wal_senders": str(2 * BLOCKS)}
+    with Cluster(bin_dir=Path(bin_dir) if bin_dir else None, settings=slots) as cluster:
         taken = anyio.run(measured, cluster.dsn())
     figures: dict[str, float] = {"commits": COMMITS // BLOCKS * BLOCKS}
     for name, of in taken.items():

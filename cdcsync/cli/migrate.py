@@ -349,7 +349,8 @@ def _print_generations(index: str, generations: Sequence[GenerationStatus]) -> N
         if one.reason is not None:
             out.print(plain(hindrance(one.generation, one.reason)), markup=False, highlight=False)
         if one.refusal is not None:
-            text = f"what was last asked of generation {one.generation} was not done: {plain(one.refusal)}"
+            said = f"generation {one.generation} was not dropped or made live when that was last asked"
+            text = f"{said}: {plain(one.refusal)}"
             out.print(text, markup=False, highlight=False)
 
 

@@ -16,6 +16,7 @@ from cdcsync.config.rerankers import Reranker
 from cdcsync.config.serving import Serve
 from cdcsync.config.shape import Section
 from cdcsync.config.values import (
+    MAX_DURATION_S,
     SEARCH_COLUMN,
     Address,
     BatchBytes,
@@ -69,7 +70,7 @@ class Source(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     streaming: bool = True
     spool_directory: str = ""
     spool_bytes: SpoolBytes = 10 * 1024**3
-    feedback_every_s: Seconds = 10.0
+    feedback_every_s: Annotated[float, Meta(ge=0.1, le=MAX_DURATION_S)] = 10.0
     heartbeat_every_s: Annotated[float, Meta(ge=0, le=10**9)] = 0.0
     failover: bool = True
     on_gap: Literal["stop", "resync"] = "stop"

@@ -74,7 +74,7 @@ DDL: tuple[LiteralString, ...] = (
     " 'Why the generation could not be filled or built when that was last tried.'",
     "ALTER TABLE {schema}.generations ADD COLUMN IF NOT EXISTS refusal text",
     "COMMENT ON COLUMN {schema}.generations.refusal IS"
-    " 'Why the generation was not dropped or made live when that was last asked.'",
+    " 'Why the worker did not drop the generation, or make it live, when that was last asked.'",
     # Those of the versions before this table.
     """
     INSERT INTO {schema}.generations
@@ -262,7 +262,7 @@ class Generations:
         # `refuse` has to know whether it was ready: nothing has noted since when the first generation of an index is.
         await connection.execute(
             sql.SQL(
-                "UPDATE {} SET state = 'dropping', refusal = NULL,"
+                "UPDATE {} SET state = 'dropping', reason = NULL, refusal = NULL,"
                 " ready_at = CASE WHEN state = 'ready' THEN coalesce(ready_at, clock_timestamp()) ELSE ready_at END"
                 " WHERE index_name = %s AND generation = %s"
             ).format(self._table),

@@ -33,9 +33,6 @@ from cdcsync.worker.state import WorkerState
 
 log = structlog.get_logger()
 
-SHORTEST_STATUS_S = 0.01
-"""Statuses are sent no more often, whatever the configuration says: the receiver would do nothing else."""
-
 
 class Streaming:
     """The connection to the slot, made again whenever it breaks."""
@@ -61,7 +58,7 @@ class Streaming:
         self._spool = spool
         self.begun = anyio.Event()
         """Set once the slot is followed: before that, a mark would never be delivered."""
-        self._status_every_s = max(SHORTEST_STATUS_S, config.source.feedback_every_s)
+        self._status_every_s = config.source.feedback_every_s
         self._silence_s = SILENCE_S
         self._failed_at: tuple[str, Lsn] | None = None
         """The source's last failure to decode a change, and the checkpoint at that time."""
@@ -71,9 +68,7 @@ class Streaming:
     def fit(self, wal_sender_timeout_s: float) -> None:
         """Send statuses often enough for the source's timeout, and take longer silence for its end; 0 means none."""
         if wal_sender_timeout_s > 0:
-            self._status_every_s = max(
-                SHORTEST_STATUS_S, min(self._config.source.feedback_every_s, wal_sender_timeout_s / 3)
-            )
+            self._status_every_s = min(self._config.source.feedback_every_s, wal_sender_timeout_s / 3)
             self._silence_s = wal_sender_timeout_s
 
     async def run(self) -> list[SchemaChanged]:

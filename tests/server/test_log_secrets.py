@@ -92,10 +92,10 @@ def stored(database: Database) -> str:
     """Return every column of ours that tells of an error."""
     columns = database.execute(
         "SELECT format('%%I.%%I', table_schema, table_name), format('%%I', column_name) FROM information_schema.columns"
-        " WHERE table_schema = 'cdcsync' AND column_name IN ('error', 'reason')",
+        " WHERE table_schema = 'cdcsync' AND column_name IN ('error', 'reason', 'refusal')",
         [],
     )
-    assert len(columns) >= 3
+    assert len(columns) >= 4
     return "\n".join(
         str(database.execute(f"SELECT {column} FROM {table} WHERE {column} IS NOT NULL")) for table, column in columns
     )

@@ -11,8 +11,8 @@ The rules:
 3. Events come in the order of the stream; a transaction that was streamed while it was open comes whole, at its
    commit. Its descriptions of tables hold for it, and afterwards those that came last.
 4. A source that falls quiet is nudged: since PostgreSQL 16 a walsender can miss what is committed just as it goes to
-   sleep, and sends it only with the next commit, or once it hears from its client. So statuses follow the last news
-   soon, and then at pauses that grow, until the next one is due anyway. They ask for no reply.
+   sleep, and sends it only with the next commit, or once it hears from its client. So statuses follow the last message
+   soon, and then at pauses that grow. They ask for no reply.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ PROMPT_STATUS_S = 1.0
 """A moved checkpoint is reported within this time, so that the source can recycle WAL."""
 
 NUDGE_S = 0.005
-"""How soon after the last news a source that has fallen quiet is nudged."""
+"""How soon after the last message a source that has fallen quiet is nudged."""
 
 NUDGE_GROWTH = 4
-"""By this factor the pauses between nudges grow: a change that was missed waits at most this many times as long as the
-silence before it had lasted, and never beyond the next status that is due."""
+"""The pauses between nudges grow by this factor. So a change that was missed waits for `NUDGE_S`, or this many times as
+long as the silence before it had lasted, and never beyond the next status that is due."""
 
 TURN_MESSAGES = 50
 """Messages handled before other tasks get a turn: half a millisecond, which the target may wait for the next statement

@@ -20,7 +20,7 @@ from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
 
 POLL_S = 0.2
-"""How often it is looked whether the worker has dropped a generation, or says why it cannot."""
+"""How often the command checks whether the worker has dropped a generation, or says why it cannot."""
 
 
 async def drop(config: Config, index: str, generation: int) -> int:

@@ -63,7 +63,9 @@ async def test_a_refusal_stays_until_it_is_asked_again_and_is_no_reason_of_a_fil
         one = (await GENERATIONS.of(registered, "articles"))[generation - 1]
         return one.state, one.refusal, one.reason
 
+    await GENERATIONS.note_reason(registered, "articles", asked_of, "no memory")
     await GENERATIONS.drop_asked(registered, "articles", asked_of)
+    assert await of(asked_of) == ("dropping", None, None)
     await GENERATIONS.refuse(registered, "articles", asked_of, "a view depends on it")
     assert await of(asked_of) == (stays, "a view depends on it", None)
     await GENERATIONS.note_reason(registered, "articles", asked_of, "no memory")

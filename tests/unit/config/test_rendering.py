@@ -34,7 +34,7 @@ RELATIONS = st.builds(QualifiedName, NAMES, NAMES).map(str)
 SECONDS = st.floats(min_value=0, max_value=86_400, exclude_min=True)
 CONFIGS = st.builds(
     Config,
-    source=st.builds(Source, streaming=st.booleans(), feedback_every_s=SECONDS, publication=NAMES),
+    source=st.builds(Source, streaming=st.booleans(), feedback_every_s=st.floats(0.1, 86_400), publication=NAMES),
     target=st.builds(Target, dsn=st.sampled_from(["", "service=app", "postgresql://ann@h/app"]), schema=SCHEMAS),
     worker=st.builds(Worker, batch_rows=st.integers(1, 100_000), stop_timeout_s=SECONDS),
     embedders=st.just({"a": SentenceTransformersEmbedder(model="m")})

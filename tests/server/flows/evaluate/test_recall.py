@@ -37,7 +37,7 @@ async def test_looking_further_finds_more_and_all_where_the_whole_table_is_read(
     async with indexed(database, crowd(), m=SPARSE) as (index, spec):
         found = await evaluate(index.connection, SCHEMA, spec, queries=40, ef_search=[12, 100, 1000])
     near, far, whole = found.measured
-    # So far into so small a table is dearer for HNSW than to compare all of it, which the planner knows.
+    # The planner expects that HNSW takes longer to look that far than it takes to compare the whole small table.
     assert [(one.ef_search, one.by_hnsw) for one in found.measured] == [(12, True), (100, True), (1000, False)]
     assert 0 < near.recall < far.recall < whole.recall == 1
     assert (found.queries, found.k) == (40, 10)

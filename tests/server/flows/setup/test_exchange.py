@@ -73,7 +73,7 @@ def test_what_is_built_on_the_tables_is_in_the_way_and_nothing_else_changes(
         assert "old depends on" in told
         pipeline.source.execute("INSERT INTO articles VALUES (1000, 'a new one')")
         until(lambda: execute("SELECT count(*) FROM mine").fetchone() == (22,), pipeline.tail)
-        # A worker that goes on does not forget what it could not do.
+        # A worker that resumes does not forget what it could not do.
         assert "old depends on" in migrate(pipeline, "status")[0]["refusal"]
         execute("DROP VIEW old")
         assert migrate(pipeline, "drop", "--yes")["dropped"] == 1

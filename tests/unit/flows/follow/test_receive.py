@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -258,7 +259,10 @@ async def test_statuses_are_sent_in_the_middle_of_a_large_transaction(tmp_path: 
     reception.spool.clear()
 
 
-async def test_a_moved_checkpoint_shortens_the_wait_for_the_next_status(tmp_path: Path) -> None:
+async def test_a_moved_checkpoint_shortens_the_wait_for_the_next_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receive, "NUDGE_S", math.inf)
     slot = FakeSlot()
     reception = Reception(tmp_path, slot)
     await reception.until_dry()
