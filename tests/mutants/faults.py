@@ -347,6 +347,25 @@ MUTANTS = (
         "vectors committed",
         r"^Broken: .*(chunks without a vector|vectors of another text)",
     ),
+    Mutant(
+        "a source that fell quiet is not nudged",
+        "flows/follow/receive.py",
+        "                if self._nudge_due == math.inf:\n",
+        "                if self._nudge_due == 0:\n",
+        "tests",
+        "tests/unit/flows/follow/test_receive.py::test_a_source_that_fell_quiet_is_nudged_however_much_it_had_sent",
+        r"assert 1 > 1",
+    ),
+    Mutant(
+        "generations are dropped as they were before an exchange",
+        "flows/setup/indexes.py",
+        "    if entry is None or (entry.generation, entry.stem) != (spec.generation, spec.stem):\n        return",
+        "    if entry is None:\n        return",
+        "tests",
+        "tests/server/flows/setup/test_exchange.py"
+        "::test_a_worker_that_examined_before_an_exchange_drops_nothing_of_what_stands_there_since",
+        r"assert \(1, 'ready'",
+    ),
 )
 """All of them."""
 

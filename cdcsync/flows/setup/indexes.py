@@ -221,6 +221,9 @@ async def drop_generations(target: Connection, schema: str, spec: IndexSpec) -> 
     """
     generations = Generations(schema)
     kept = {one.generation for one in spec.generations}
+    entry = await Registry(schema).find(target, spec.name)
+    if entry is None or (entry.generation, entry.stem) != (spec.generation, spec.stem):
+        return  # other chunks took its place since it was examined: `_as_examined` has it examined again
 
     async def drop(generation: int) -> None:
         async with target.transaction():

@@ -8,6 +8,10 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
+from cdcsync.flows.setup.indexes import drop_generations
+from cdcsync.postgres.sessions import connect
+from cdcsync.target.generations import Generations
+from cdcsync.target.search import stored_spec
 from tests.support.configs import Section, configuration
 from tests.support.migrations import loaded, migrate, ready, refused
 from tests.support.servers import Database
@@ -131,3 +135,23 @@ def test_nobody_waits_for_a_worker_whose_file_lacks_the_index(
     pipeline.configure(text)
     assert "no worker follows generation 2 any more" in refused(pipeline, "activate")
     assert "no worker follows the index" in refused(pipeline, "drop", "--yes")
+
+
+@pytest.mark.anyio
+async def test_a_worker_that_examined_before_an_exchange_drops_nothing_of_what_stands_there_since(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = beside(make_pipeline, database)
+    begun(pipeline)
+    pipeline.stop(pipeline.processes[-1])
+    schema, section = pipeline.config.target.schema, pipeline.config.indexes["articles"]
+    async with await connect(pipeline.config.target.dsn, "target") as connection:
+        examined = (await stored_spec(connection, schema, "articles", section)).beside
+        assert examined is not None
+        assert migrate(pipeline, "activate")["live"] == 2
+        await Generations(schema).drop_asked(connection, examined.name, 1)
+        await drop_generations(connection, schema, examined)
+        (other,) = await Generations(schema).of(connection, examined.name)
+    assert (other.generation, other.state, other.refusal) == (1, "dropping", None)
+    assert migrate(pipeline, "drop", "--yes")["dropped"] == 1
+    assert pipeline.target.execute("SELECT array_agg(name) FROM cdcsync.indexes").fetchone() == (["articles"],)

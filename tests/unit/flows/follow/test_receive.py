@@ -328,7 +328,7 @@ async def test_a_source_that_fell_quiet_is_nudged_however_much_it_had_sent(
     reception = Reception(tmp_path, slot)
     await reception.until_dry()
     before = len(slot.statuses)
-    with anyio.move_on_after(60):
+    with anyio.move_on_after(10):
         async with reception.events() as events:
             await anext(events)
             await anext(events)
