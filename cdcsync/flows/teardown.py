@@ -38,6 +38,7 @@ from cdcsync.target.belongings import (
 )
 from cdcsync.target.embedders import forget_embedders
 from cdcsync.target.entries import Entry
+from cdcsync.target.locked_session import worker_name
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 
@@ -129,6 +130,9 @@ async def drop_index(config: Config, index: str) -> list[Step]:
             own = {table for name in both if name in entries for table in entries[name].tables}
         with own_dependents(), speaking_of("target"):
             async with target.transaction():
+                now = await Registry(schema).find(target, index, lock=True)
+                if now is not None:
+                    await _let_go(target, config, now)  # a worker may have begun to follow it meanwhile
                 await drop_relations(target, schema, both, relations)
                 for name in both:
                     await Registry(schema).remove(target, name)
@@ -158,7 +162,11 @@ async def _let_go(target: Connection, config: Config, entry: Entry) -> None:
     :raises SetupError: one does.
     """
     pipelines = Pipelines(config.target.schema, config.source.slot)
-    if entry.unfollowed_at is not None or await pipelines.try_lock(target):
+    if entry.unfollowed_at is not None:
+        return
+    if await pipelines.try_lock(target):
+        # A worker that was cut off writes nothing more before it has examined what there is.
+        await pipelines.take_over(target, worker_name())
         return
     holder = await pipelines.holder(target)
     raise SetupError(

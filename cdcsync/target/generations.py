@@ -276,14 +276,18 @@ class Generations:
             [index, generation],
         )
 
-    async def refuse(self, connection: Connection, index: str, generation: int, why: str) -> None:
-        """Note why what was asked of a generation is not done; one that was to be dropped stays."""
+    async def refuse(self, connection: Connection, index: str, generation: int, why: str, *, drop: bool) -> None:
+        """Note why a generation is not dropped, so that it stays; or not made live, unless it is to be dropped by now.
+
+        :param drop: which of both was asked, and tried.
+        """
         await connection.execute(
             sql.SQL(
                 "UPDATE {} SET refusal = %s, state = CASE WHEN state <> 'dropping' THEN state"
-                " WHEN ready_at IS NULL THEN 'filling' ELSE 'ready' END WHERE index_name = %s AND generation = %s"
+                " WHEN ready_at IS NULL THEN 'filling' ELSE 'ready' END"
+                " WHERE index_name = %s AND generation = %s AND (state = 'dropping') = %s"
             ).format(self._table),
-            [why, index, generation],
+            [why, index, generation, drop],
         )
 
     async def limit(self, connection: Connection, index: str, generation: int, max_rows_per_s: int | None) -> None:

@@ -35,6 +35,10 @@ class Registry:
             return None
         statement = sql.SQL("SELECT to_jsonb(i) FROM {} AS i WHERE name = %s" + (" FOR UPDATE" if lock else ""))
         row = await fetch_row(connection, statement.format(self._table), [index])
+        if row is None and lock:
+            # If names were exchanged while this waited, the row that was waited for has another one now, and the one
+            # that has this name was not seen yet.
+            row = await fetch_row(connection, statement.format(self._table), [index])
         return None if row is None else msgspec.convert(row[0], Entry)
 
     async def both(self, connection: Connection, index: str) -> tuple[Entry | None, Entry | None]:

@@ -547,6 +547,7 @@ PLAN = "tests/server/flows/test_plan.py"
 START = "tests/server/flows/setup/test_start.py"
 
 ELSEWHERE: dict[str, str] = {
+    "fence raised by a command": "tests/server/scenarios/test_other_chunks.py",
     **dict.fromkeys(
         (
             *("rebuild dropped", "rebuild gone", "rebuild written", "rebuild begun", "tiers copied"),

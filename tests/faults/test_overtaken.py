@@ -3,15 +3,46 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
+from tests.support.configs import configuration
+from tests.support.migrations import filled, loaded, migrate, ready
 from tests.support.outages import MakeSimple
 from tests.support.servers import Database
-from tests.support.workers import until
+from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.faults]
+
+
+@contextmanager
+def cut_off(pipeline: Pipeline, *databases: Database) -> Iterator[None]:
+    """Have the running worker stand still, without sessions; afterwards it finds that it was overtaken.
+
+    Its watch may be the first to find that what it followed has changed.
+    """
+    fence = "SELECT fence FROM cdcsync.pipelines"
+    worker, streamed, before = pipeline.processes[-1], pipeline.times("streaming"), pipeline.target.execute(fence)
+    (held,), changed = before.fetchone() or (0,), pipeline.times("tables_changed")
+    worker.send_signal(signal.SIGSTOP)
+    for database in databases:
+        database.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name LIKE 'cdcsync%'"
+            " AND datname = current_database()"
+        )
+    yield
+    (raised,) = pipeline.target.execute(fence).fetchone() or (0,)
+    assert raised > held
+    worker.send_signal(signal.SIGCONT)
+    until(lambda: pipeline.times("overtaken") or pipeline.times("tables_changed") > changed, pipeline.tail)
+    until(lambda: pipeline.times("streaming") > streamed, pipeline.tail)
+    pipeline.source.execute("UPDATE articles SET title = title || ' again'")
+    shown = "SELECT count(*) > 0 AND bool_and(content LIKE '% again') FROM articles_index"
+    until(lambda: pipeline.target.execute(shown).fetchone() == (True,), pipeline.tail)
+    assert worker.poll() is None
+    assert pipeline.times("index_paused") == 0
 
 
 def test_a_worker_that_a_repair_overtook_stands_by_and_continues(
@@ -19,24 +50,38 @@ def test_a_worker_that_a_repair_overtook_stands_by_and_continues(
 ) -> None:
     source, target = make_database(), make_database()
     pipeline = make_simple(source.dsn, target.dsn, rows=50)
-    worker = pipeline.start()
+    pipeline.start()
     pipeline.live()
     pipeline.in_step()
-    streamed = pipeline.times("streaming")
-
-    worker.send_signal(signal.SIGSTOP)
-    for database in (source, target):
-        database.execute(
-            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name LIKE 'cdcsync%'"
-            " AND datname = current_database()"
-        )
-    target.execute("DELETE FROM cdcsync.articles_chunks WHERE id = 7")
-    repaired = pipeline.answer("verify", "articles", "--repair", "--json")
-    worker.send_signal(signal.SIGCONT)
-
-    assert repaired["repaired"]
-    pipeline.event("overtaken")
-    until(lambda: pipeline.times("streaming") > streamed, pipeline.tail)
-    source.execute("UPDATE articles SET title = title || ' again'")
+    with cut_off(pipeline, source, target):
+        target.execute("DELETE FROM cdcsync.articles_chunks WHERE id = 7")
+        assert pipeline.answer("verify", "articles", "--repair", "--json")["repaired"]
     pipeline.in_step()
-    assert worker.poll() is None
+
+
+def test_a_worker_whose_vectors_were_dropped_meanwhile_stands_by_and_continues(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    pipeline = filled(make_pipeline, database)
+    migrate(pipeline, "activate")
+    pipeline.in_step("articles")
+    with cut_off(pipeline, database):
+        assert migrate(pipeline, "drop", "--yes")["dropped"] == 1
+    pipeline.in_step("articles")
+
+
+@pytest.mark.parametrize("action", ["activate", "drop"])
+def test_a_worker_whose_chunks_were_exchanged_or_dropped_meanwhile_stands_by_and_continues(
+    action: str, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    pipeline = make_pipeline(configuration(database.dsn, indexes={"articles": {}}))
+    loaded(pipeline, "articles", rows=20)
+    pipeline.configure(configuration(database.dsn, indexes={"articles": {"text": "about: {title}"}}))
+    migrate(pipeline, "start")
+    ready(pipeline, 2)
+    with cut_off(pipeline, database):
+        migrate(pipeline, action, *(["--yes"] if action == "drop" else []))
+    shown = "SELECT count(*) FROM articles_index WHERE content LIKE 'about: % again'"
+    assert pipeline.target.execute(shown).fetchone() == (20 if action == "activate" else 0,)

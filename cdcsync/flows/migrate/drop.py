@@ -8,14 +8,13 @@ from cdcsync.config import Config
 from cdcsync.config.differences import as_stored, contents_of
 from cdcsync.errors import SetupError
 from cdcsync.flows.migrate.present import opened, other_generation
-from cdcsync.flows.setup.exchange import do_what_was_asked
+from cdcsync.flows.setup.exchange import do_without_worker
 from cdcsync.flows.setup.indexes import drop_generations
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.beside import asks_for_others
 from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generations
-from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
 
@@ -45,13 +44,14 @@ async def drop(config: Config, index: str, generation: int) -> int:
                         hint=f"see what is there now: cdcsync migrate {index} status",
                     )
                 await Generations(schema).drop_asked(connection, other.index_name, other.generation)
+                await Registry(schema).withdraw(connection, other.index_name)
                 section = config.index_named(index)
                 if other.of_other_chunks and asks_for_others(section, entry):
                     # Once nothing stands beside it any more, a worker with this file would make these in place.
                     await Registry(schema).decline(connection, index, [contents_of(as_stored(section))])
                 crash_point("end of a generation asked for")
             crash_point("end of a generation committed")
-            pipelines, generations = Pipelines(schema, config.source.slot), Generations(schema)
+            generations = Generations(schema)
             while left := [
                 one for one in await generations.around(connection, index) if one.generation == other.generation
             ]:
@@ -62,8 +62,7 @@ async def drop(config: Config, index: str, generation: int) -> int:
                         where=f"index {index}",
                         hint=f"see what is there now: cdcsync migrate {index} status",
                     )
-                if await pipelines.try_lock(connection):
-                    await do_what_was_asked(connection, config)
+                if await do_without_worker(connection, config):
                     spec = await stored_spec(connection, schema, index, config.index_named(index))
                     await drop_generations(connection, schema, spec)
                 else:

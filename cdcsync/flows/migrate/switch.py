@@ -17,8 +17,8 @@ from cdcsync.config.names import beside_name
 from cdcsync.embedders import Embedder
 from cdcsync.errors import SetupError
 from cdcsync.flows.migrate.present import opened, other_generation
-from cdcsync.flows.setup.attempts import attempt
-from cdcsync.flows.setup.exchange import do_what_was_asked
+from cdcsync.flows.setup.attempts import attempt, withdraw
+from cdcsync.flows.setup.exchange import do_without_worker
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection
@@ -33,7 +33,6 @@ from cdcsync.target.ddl.names import Names
 from cdcsync.target.entries import Entry
 from cdcsync.target.failures.documents import Listed, count_failed
 from cdcsync.target.generations import Generation, Generations
-from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
 
@@ -203,7 +202,6 @@ async def _answered(connection: Connection, config: Config, index: str, generati
     :raises SetupError: it could not become live.
     """
     schema = config.target.schema
-    pipelines = Pipelines(schema, config.source.slot)
     while True:
         with speaking_of("target", where=f"index {index}"):
             entry, other = await Registry(schema).both(connection, index)
@@ -218,8 +216,11 @@ async def _answered(connection: Connection, config: Config, index: str, generati
                     where=f"index {index}",
                     hint=f"see what is there now: cdcsync migrate {index} status",
                 )
-            locked = await pipelines.try_lock(connection)
-        if locked:
-            await do_what_was_asked(connection, config)
-        else:
-            await anyio.sleep(POLL_S)
+        if await do_without_worker(connection, config):
+            continue
+        if other.unfollowed_at is not None:
+            why = "no worker follows the index any more"
+            with speaking_of("target", where=f"index {index}"):
+                await withdraw(connection, schema, other.name, generation, why, drop=False)
+            _require_live(other)
+        await anyio.sleep(POLL_S)

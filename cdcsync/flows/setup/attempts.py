@@ -55,13 +55,15 @@ async def attempt(
         ) from error
 
 
-async def withdraw(connection: Connection, schema: str, index: str, generation: int, why: str) -> None:
+async def withdraw(connection: Connection, schema: str, index: str, generation: int, why: str, *, drop: bool) -> None:
     """Note that what was asked of a generation cannot be done, and why: it stays, and is not live.
 
     :param index: the one that it is of, which for chunks that stand beside an index is their own.
+    :param drop: whether it was to be dropped, and not to be made live.
     """
     async with connection.transaction():
-        await Registry(schema).withdraw(connection, index)
-        await Generations(schema).refuse(connection, index, generation, why)
+        if not drop:
+            await Registry(schema).withdraw(connection, index)
+        await Generations(schema).refuse(connection, index, generation, why, drop=drop)
         crash_point("request withdrawn")
     crash_point("withdrawn request committed")

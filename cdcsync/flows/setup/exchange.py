@@ -26,6 +26,8 @@ from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generations
+from cdcsync.target.locked_session import worker_name
+from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
 
@@ -55,8 +57,24 @@ async def do_what_was_asked(connection: Connection, config: Config) -> bool:
             # Nothing of it was done. The worker goes on with both, and the command says why.
             log.error("migration_refused", index=index, error=error.message, fix=error.hint)
             with speaking_of("target", where=f"index {index}"):
-                await withdraw(connection, schema, other.name, other.generation, error.with_fix)
+                await withdraw(connection, schema, other.name, other.generation, error.with_fix, drop=ends)
     return done
+
+
+async def do_without_worker(connection: Connection, config: Config) -> bool:
+    """Take the pipeline's lock and do what was asked, unless a worker holds the lock; says whether it was free.
+
+    The fence is raised first: a worker that was cut off writes nothing more by the names that it knows, and examines
+    them anew.
+    """
+    pipelines = Pipelines(config.target.schema, config.source.slot)
+    with speaking_of("target"):
+        if not await pipelines.try_lock(connection):
+            return False
+        await pipelines.take_over(connection, worker_name())
+        crash_point("fence raised by a command")
+    await do_what_was_asked(connection, config)
+    return True
 
 
 async def _do(connection: Connection, config: Config, other: Entry, *, ends: bool) -> None:
@@ -67,7 +85,7 @@ async def _do(connection: Connection, config: Config, other: Entry, *, ends: boo
     index, schema = own_name(other.name), config.target.schema
     section = config.indexes[index]
     with speaking_of("target", where=f"index {index}"):
-        await attempt(
+        did = await attempt(
             connection,
             lambda: _drop(connection, config, index) if ends else _exchange(connection, config, index),
             [
@@ -79,6 +97,8 @@ async def _do(connection: Connection, config: Config, other: Entry, *, ends: boo
             where=f"index {index}",
             vacuumed=Vacuumed(connection, [(schema, one) for one in (index, other.relations)]),
         )
+    if not did:
+        return
     if ends:
         log.info("generation_dropped", index=index, generation=other.generation)
     else:
@@ -92,14 +112,18 @@ def exchanged(spec: IndexSpec) -> IndexSpec:
     return msgspec.structs.replace(spec.beside, name=spec.name, beside=before)
 
 
-async def _exchange(connection: Connection, config: Config, index: str) -> None:
+async def _exchange(connection: Connection, config: Config, index: str) -> bool:
+    """Have an index searched by the chunks beside it; returns False if nobody wants that any more."""
     schema = config.target.schema
-    registry = Registry(schema)
+    registry, generations = Registry(schema), Generations(schema)
     async with connection.transaction():
         await registry.find(connection, index, lock=True)
         other = await registry.find(connection, beside_name(index), lock=True)
         if other is None or other.activation_asked_at is None:
-            return
+            return False
+        # While others had its view locked, somebody may have asked for the end of what was to become live.
+        if any(one.state == "dropping" for one in await generations.around(connection, index, lock=True)):
+            return False
         if other.state != "live":
             raise SetupError(
                 f"generation {other.generation} is {other.state} by now: searches would find less with it",
@@ -109,20 +133,22 @@ async def _exchange(connection: Connection, config: Config, index: str) -> None:
         spec = exchanged(await stored_spec(connection, schema, index, config.indexes[index]))
         await exchange_relations(connection, schema, spec)
         await registry.exchange(connection, index)
-        await Generations(schema).stamp(connection, index, spec.generation, "live_at")
+        await generations.stamp(connection, index, spec.generation, "live_at")
         await registry.note_settings(connection, index, await settings_to_note(connection, schema, index))
         crash_point("chunks exchanged")
     crash_point("exchange of chunks committed")
+    return True
 
 
-async def _drop(connection: Connection, config: Config, index: str) -> None:
+async def _drop(connection: Connection, config: Config, index: str) -> bool:
+    """Drop the chunks beside an index; returns False if there are none any more."""
     schema = config.target.schema
     registry = Registry(schema)
     async with connection.transaction():
         own = await registry.find(connection, index, lock=True)
         other = await registry.find(connection, beside_name(index), lock=True)
         if own is None or other is None:
-            return
+            return False
         spec = await stored_spec(connection, schema, index, config.indexes[index])
         await drop_beside(connection, schema, msgspec.structs.replace(spec, beside=None))
         await registry.remove(connection, other.name)
@@ -132,3 +158,4 @@ async def _drop(connection: Connection, config: Config, index: str) -> None:
         await registry.decline(connection, index, [*(own.declined or ()), *([] if dropped is None else [dropped])])
         crash_point("chunks dropped")
     crash_point("dropped chunks committed")
+    return True

@@ -13,7 +13,7 @@ import psycopg
 import structlog
 
 from cdcsync.config import Config, QualifiedName
-from cdcsync.config.names import beside_name
+from cdcsync.config.names import beside_name, own_name
 from cdcsync.errors import SchemaChanged, SetupError, TablesChanged
 from cdcsync.flows.setup.attempts import attempt, withdraw
 from cdcsync.flows.setup.differences import (
@@ -194,10 +194,13 @@ async def _as_examined(target: Connection, config: Config, spec: IndexSpec) -> E
     """Return the index's row if it still has the generations that it was examined with, and see that it keeps them.
 
     :param config: with the indexes that stood beside others then.
-    :raises TablesChanged: somebody switched from one to another, or began or ended a migration.
+    :raises TablesChanged: somebody switched from one to another, began or ended a migration, or has another pipeline
+        keep the index.
     """
     schema = config.target.schema
     entry = await Registry(schema).find(target, spec.name, lock=True)
+    if entry is not None and entry.slot != config.source.slot:
+        raise TablesChanged("another pipeline has begun to keep the index", where=f"index {spec.name}")
     beside = beside_name(spec.name)
     stands = await Registry(schema).find(target, beside, lock=True) is not None
     if (stands, spec.hidden and entry is None) != (beside in config.indexes, False):
@@ -247,7 +250,7 @@ async def drop_generations(target: Connection, schema: str, spec: IndexSpec) -> 
                     )
             except SetupError as error:
                 log.error("migration_refused", index=spec.name, error=error.message, fix=error.hint)
-                await withdraw(target, schema, spec.name, one.generation, error.with_fix)
+                await withdraw(target, schema, spec.name, one.generation, error.with_fix, drop=True)
             else:
                 log.info("generation_dropped", index=spec.name, generation=one.generation)
 
@@ -256,7 +259,9 @@ async def let_go(target: Connection, config: Config) -> None:
     """Note which indexes of this pipeline the configuration no longer has: nothing keeps them in step from now on."""
     with speaking_of("target"):
         registry = Registry(config.target.schema)
-        gone = await registry.note_followed(target, config.source.slot, list(config.indexes))
+        # Chunks that a migration has begun to make since the examination are followed with their index.
+        names = {name for index in config.indexes for name in (index, beside_name(own_name(index)))}
+        gone = await registry.note_followed(target, config.source.slot, sorted(names))
         crash_point("indexes let go")
         for index in gone:
             log.warning("index_unfollowed", index=index, fix=f"put it back, or remove it: cdcsync drop {index}")

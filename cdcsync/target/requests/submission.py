@@ -172,9 +172,10 @@ class Requests:
         """Ask for a comparison, in the caller's transaction; one that has not begun yet sees the present, too."""
         row = await fetch_row(
             connection,
-            sql.SQL("SELECT FROM {} WHERE index_name = %s AND kind = 'compare' AND state = 'requested'").format(
-                self._table
-            ),
+            sql.SQL(
+                "SELECT FROM {} WHERE index_name = %s AND kind = 'compare'"
+                " AND state = 'requested' AND started_at IS NULL"
+            ).format(self._table),
             [index],
         )
         if row is None:

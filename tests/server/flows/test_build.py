@@ -15,6 +15,7 @@ from psycopg import sql
 
 import tests.support.indexes as support
 from cdcsync.config import parse
+from cdcsync.errors import TablesChanged
 from cdcsync.flows import build
 from cdcsync.flows.build import _advance, build_until_live, settle_all
 from cdcsync.flows.setup.differences import ask_for
@@ -24,6 +25,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.source.catalog import read_catalog
 from cdcsync.source.fingerprints import Difference
 from cdcsync.target.pipelines import Pipelines
+from cdcsync.target.registry import Registry
 from cdcsync.target.requests.queue import Queue
 from cdcsync.target.requests.submission import Requests
 from tests.support.configs import configuration
@@ -350,3 +352,24 @@ def test_an_index_that_cannot_be_built_says_why_everywhere_and_others_go_live(
 
 def logged(pipeline: Pipeline, event: str) -> list[dict[str, Any]]:
     return [one for one in pipeline.events() if one.get("event") == event]
+
+
+async def test_an_index_that_another_pipeline_has_begun_to_keep_is_not_taken_from_it(
+    open_index: OpenIndex, connection: Connection
+) -> None:
+    index, config = await open_index(search=None), parse(CONFIG, {}, where="here")
+    for slot in ("cdcsync", "another"):
+        await Pipelines(SCHEMA, slot).ensure(connection, "p")
+    await connection.execute(
+        "CREATE TABLE IF NOT EXISTS public.articles (id bigint PRIMARY KEY, tenant int, body text)"
+    )
+    catalog = await read_catalog(connection, "p", [index.spec.shape.table])
+    # Both have examined it when there was none.
+    other = msgspec.structs.replace(config, source=msgspec.structs.replace(config.source, slot="another"))
+    await set_up_indexes(connection, other, [index.spec], catalog)
+    with pytest.raises(TablesChanged, match="another pipeline"):
+        await set_up_indexes(connection, config, [index.spec], catalog)
+    entry = await Registry(SCHEMA).find(connection, "articles")
+    await connection.execute("DROP TABLE public.articles")
+    assert entry is not None
+    assert entry.slot == "another"

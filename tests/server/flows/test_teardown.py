@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from typing import Any
 
 import psycopg
 import pytest
 
-from cdcsync.flows.teardown import _unpublish
+from cdcsync.errors import SetupError
+from cdcsync.flows.teardown import _unpublish, drop_index
 from cdcsync.postgres.sessions import connect
+from cdcsync.target.belongings import relations_of
+from cdcsync.target.pipelines import Pipelines
 from tests.support.configs import configuration
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
@@ -356,3 +360,24 @@ def test_an_index_that_comes_back_into_the_configuration_is_read_again(
     pipeline.path.write_text(text)
     pipeline.start()
     until(lambda: pipeline.in_step_now(), pipeline.tail)
+
+
+@pytest.mark.anyio
+async def test_an_index_that_a_worker_begins_to_follow_meanwhile_is_not_dropped(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, pipeline = set_up(make_database, make_pipeline)
+    database.execute("UPDATE cdcsync.indexes SET unfollowed_at = now()")
+    tables = relations(database)
+
+    async def comes_back(*arguments: Any) -> Any:
+        database.execute("UPDATE cdcsync.indexes SET unfollowed_at = NULL")
+        return await relations_of(*arguments)
+
+    monkeypatch.setattr("cdcsync.flows.teardown.relations_of", comes_back)
+    async with await connect(database.dsn, "target") as worker:
+        assert await Pipelines("cdcsync", pipeline.config.source.slot).try_lock(worker)
+        with pytest.raises(SetupError, match="a worker follows the index"):
+            await drop_index(pipeline.config, "articles")
+    assert relations(database) == tables
+    assert database.execute("SELECT count(*) FROM cdcsync.indexes") == [(1,)]

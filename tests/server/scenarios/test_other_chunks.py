@@ -218,7 +218,7 @@ def test_a_migration_to_other_chunks_goes_on_after_a_kill_at_every_step(
     execute = pipeline.target.execute
     execute("ALTER TABLE cdcsync.articles_chunks ENABLE ROW LEVEL SECURITY")
     execute("CREATE POLICY few ON cdcsync.articles_chunks USING (id < 10)")
-    for point in ("request withdrawn", "withdrawn request committed"):
+    for point in ("fence raised by a command", "request withdrawn", "withdrawn request committed"):
         command_killed("activate", point)
     assert [one["state"] for one in migrate(pipeline, "status")] == ["live", "ready"]
     execute("DROP POLICY few ON cdcsync.articles_chunks")

@@ -66,7 +66,7 @@ async def test_a_refusal_stays_until_it_is_asked_again_and_is_no_reason_of_a_fil
     await GENERATIONS.note_reason(registered, "articles", asked_of, "no memory")
     await GENERATIONS.drop_asked(registered, "articles", asked_of)
     assert await of(asked_of) == ("dropping", None, None)
-    await GENERATIONS.refuse(registered, "articles", asked_of, "a view depends on it")
+    await GENERATIONS.refuse(registered, "articles", asked_of, "a view depends on it", drop=True)
     assert await of(asked_of) == (stays, "a view depends on it", None)
     await GENERATIONS.note_reason(registered, "articles", asked_of, "no memory")
     await GENERATIONS.advance(registered, "articles", asked_of, cursor=100, chunks=40)
@@ -75,11 +75,13 @@ async def test_a_refusal_stays_until_it_is_asked_again_and_is_no_reason_of_a_fil
 
     await GENERATIONS.activation_asked(registered, "articles", asked_of)
     assert await of(asked_of) == ("ready", None, None)
-    await GENERATIONS.refuse(registered, "articles", asked_of, "a dump reads it")
+    await GENERATIONS.refuse(registered, "articles", asked_of, "a dump reads it", drop=False)
     assert await of(asked_of) == ("ready", "a dump reads it", None)
     await GENERATIONS.drop_asked(registered, "articles", asked_of)
+    # An activation that was tried until then says nothing of that.
+    await GENERATIONS.refuse(registered, "articles", asked_of, "a dump reads it", drop=False)
     assert await of(asked_of) == ("dropping", None, None)
-    await GENERATIONS.refuse(registered, "articles", asked_of, "a dump reads it")
+    await GENERATIONS.refuse(registered, "articles", asked_of, "a dump reads it", drop=True)
     await GENERATIONS.stamp(registered, "articles", asked_of, "live_at")
     assert await of(asked_of) == ("ready", None, None)
 

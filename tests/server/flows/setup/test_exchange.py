@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
+import anyio
 import psycopg
 import pytest
 
-from cdcsync.flows.setup.indexes import drop_generations
-from cdcsync.postgres.sessions import connect
+from cdcsync.config.names import beside_name
+from cdcsync.errors import SetupError
+from cdcsync.flows.migrate import switch
+from cdcsync.flows.setup import exchange
+from cdcsync.flows.setup.indexes import drop_generations, let_go
+from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generations
+from cdcsync.target.pipelines import Pipelines
+from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
 from tests.support.configs import Section, configuration
 from tests.support.migrations import loaded, migrate, ready, refused
@@ -18,6 +26,9 @@ from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
+
+SCHEMA = "cdcsync"
+REGISTRY = Registry(SCHEMA)
 
 
 def beside(make_pipeline: Callable[[str], Pipeline], database: Database, *others: str) -> Pipeline:
@@ -137,21 +148,96 @@ def test_nobody_waits_for_a_worker_whose_file_lacks_the_index(
     assert "no worker follows the index" in refused(pipeline, "drop", "--yes")
 
 
-@pytest.mark.anyio
-async def test_a_worker_that_examined_before_an_exchange_drops_nothing_of_what_stands_there_since(
+@pytest.fixture
+async def both_sides(
     database: Database, make_pipeline: Callable[[str], Pipeline]
-) -> None:
+) -> AsyncIterator[tuple[Pipeline, Connection]]:
+    """Articles with other chunks beside them, without a worker, and a session on their target."""
     pipeline = beside(make_pipeline, database)
     begun(pipeline)
     pipeline.stop(pipeline.processes[-1])
-    schema, section = pipeline.config.target.schema, pipeline.config.indexes["articles"]
     async with await connect(pipeline.config.target.dsn, "target") as connection:
-        examined = (await stored_spec(connection, schema, "articles", section)).beside
-        assert examined is not None
-        assert migrate(pipeline, "activate")["live"] == 2
-        await Generations(schema).drop_asked(connection, examined.name, 1)
-        await drop_generations(connection, schema, examined)
-        (other,) = await Generations(schema).of(connection, examined.name)
+        yield pipeline, connection
+
+
+@pytest.mark.anyio
+async def test_a_worker_that_examined_before_an_exchange_drops_nothing_of_what_stands_there_since(
+    both_sides: tuple[Pipeline, Connection],
+) -> None:
+    pipeline, connection = both_sides
+    section = pipeline.config.indexes["articles"]
+    examined = (await stored_spec(connection, SCHEMA, "articles", section)).beside
+    assert examined is not None
+    assert migrate(pipeline, "activate")["live"] == 2
+    await Generations(SCHEMA).drop_asked(connection, examined.name, 1)
+    await drop_generations(connection, SCHEMA, examined)
+    (other,) = await Generations(SCHEMA).of(connection, examined.name)
     assert (other.generation, other.state, other.refusal) == (1, "dropping", None)
     assert migrate(pipeline, "drop", "--yes")["dropped"] == 1
     assert pipeline.target.execute("SELECT array_agg(name) FROM cdcsync.indexes").fetchone() == (["articles"],)
+
+
+@pytest.mark.anyio
+async def test_an_exchange_that_had_to_wait_gives_way_to_a_later_request_to_drop(
+    both_sides: tuple[Pipeline, Connection],
+) -> None:
+    pipeline, connection = both_sides
+    await REGISTRY.ask_for_activation(connection, "articles")
+    await Generations(SCHEMA).drop_asked(connection, beside_name("articles"), 2)
+    assert not await exchange._exchange(connection, pipeline.config, "articles")
+    entry, other = await REGISTRY.both(connection, "articles")
+    assert entry is not None
+    assert other is not None
+    assert (entry.generation, other.generation) == (1, 2)
+    # A command asks for the end of what others want to have live: that is the last word.
+    assert migrate(pipeline, "drop", "--yes")["dropped"] == 2
+    assert [one["state"] for one in migrate(pipeline, "status")] == ["live"]
+
+
+@pytest.mark.anyio
+async def test_nobody_waits_for_an_activation_by_a_worker_whose_file_lacks_the_index_by_now(
+    both_sides: tuple[Pipeline, Connection],
+) -> None:
+    pipeline, connection = both_sides
+    async with await connect(pipeline.config.target.dsn, "target") as worker:
+        assert await Pipelines(SCHEMA, pipeline.config.source.slot).try_lock(worker)
+        await REGISTRY.ask_for_activation(connection, "articles")
+        await REGISTRY.note_followed(connection, pipeline.config.source.slot, [])
+        with anyio.fail_after(60), pytest.raises(SetupError, match="no worker follows generation 2 any more"):
+            await switch._answered(connection, pipeline.config, "articles", 2)
+    other = await REGISTRY.find(connection, beside_name("articles"))
+    assert other is not None
+    assert other.activation_asked_at is None
+
+
+@pytest.mark.anyio
+async def test_what_a_migration_has_begun_since_the_examination_is_followed_with_its_index(
+    both_sides: tuple[Pipeline, Connection],
+) -> None:
+    pipeline, connection = both_sides
+    assert set(pipeline.config.indexes) == {"articles"}
+    await let_go(connection, pipeline.config)
+    assert [one.unfollowed_at for one in await REGISTRY.both(connection, "articles") if one is not None] == [None] * 2
+
+
+@pytest.mark.anyio
+async def test_whoever_waited_for_a_row_while_names_were_exchanged_gets_the_one_of_that_name(
+    both_sides: tuple[Pipeline, Connection],
+) -> None:
+    pipeline, connection = both_sides
+    found: list[Entry | None] = []
+
+    async def find(name: str) -> None:
+        async with await connect(pipeline.config.target.dsn, "target") as other, other.transaction():
+            found.append(await REGISTRY.find(other, name, lock=True))
+
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    async with anyio.create_task_group() as tasks, connection.transaction():
+        await REGISTRY.exchange(connection, "articles")
+        tasks.start_soon(find, "articles")
+        with anyio.fail_after(60):
+            while pipeline.target.execute(waiting).fetchone() == (0,):  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+    (entry,) = found
+    assert entry is not None
+    assert (entry.name, entry.generation) == ("articles", 2)

@@ -136,3 +136,18 @@ async def test_a_command_asks_for_a_request_of_a_worker_of_the_version_before(co
     request = await HISTORY.one(connection, id_)
     assert request is not None
     assert (request.kind, request.keyed, await QUEUE.keys(connection, request, 0, 5)) == ("verify", True, [("1",)])
+
+
+async def test_a_comparison_that_was_paused_and_resumed_does_not_see_what_changes_from_then_on(
+    connection: Connection,
+) -> None:
+    await REQUESTS.compare(connection, "articles")
+    await REQUESTS.compare(connection, "articles")
+    assert len(await open_ones(connection)) == 1
+    request = await QUEUE.oldest_comparison(connection, ["articles"])
+    assert request is not None
+    await QUEUE.start(connection, request, None)
+    await REQUESTS.action(connection, "articles", "pause")
+    await REQUESTS.action(connection, "articles", "resume")
+    await REQUESTS.compare(connection, "articles")
+    assert len(await open_ones(connection)) == 2
