@@ -154,7 +154,7 @@ class SchemaChanged(CdcsyncError):
 
 
 class LeaseLost(CdcsyncError):
-    """Another worker has taken over this pipeline; this one must not write any more."""
+    """Another worker, or a command, has taken over this pipeline; this one must not write any more."""
 
     retry = Retry.NEVER
 

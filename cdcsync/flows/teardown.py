@@ -38,7 +38,6 @@ from cdcsync.target.belongings import (
 )
 from cdcsync.target.embedders import forget_embedders
 from cdcsync.target.entries import Entry
-from cdcsync.target.locked_session import worker_name
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 
@@ -130,10 +129,11 @@ async def drop_index(config: Config, index: str) -> list[Step]:
             own = {table for name in both if name in entries for table in entries[name].tables}
         with own_dependents(), speaking_of("target"):
             async with target.transaction():
+                await drop_relations(target, schema, both, relations)
+                # Last, as the tables may have been waited for: a worker may have begun to follow it meanwhile.
                 now = await Registry(schema).find(target, index, lock=True)
                 if now is not None:
-                    await _let_go(target, config, now)  # a worker may have begun to follow it meanwhile
-                await drop_relations(target, schema, both, relations)
+                    await _let_go(target, config, now)
                 for name in both:
                     await Registry(schema).remove(target, name)
                 await Approvals(schema).remove(target, index)
@@ -166,7 +166,7 @@ async def _let_go(target: Connection, config: Config, entry: Entry) -> None:
         return
     if await pipelines.try_lock(target):
         # A worker that was cut off writes nothing more before it has examined what there is.
-        await pipelines.take_over(target, worker_name())
+        await pipelines.take_over(target)
         return
     holder = await pipelines.holder(target)
     raise SetupError(

@@ -276,12 +276,13 @@ class Generations:
             [index, generation],
         )
 
-    async def refuse(self, connection: Connection, index: str, generation: int, why: str, *, drop: bool) -> None:
+    async def refuse(self, connection: Connection, index: str, generation: int, why: str, *, drop: bool) -> bool:
         """Note why a generation is not dropped, so that it stays; or not made live, unless it is to be dropped by now.
 
-        :param drop: which of both was asked, and tried.
+        :param drop: true if a drop was tried, false if an activation was.
+        :returns: whether that is still asked.
         """
-        await connection.execute(
+        cursor = await connection.execute(
             sql.SQL(
                 "UPDATE {} SET refusal = %s, state = CASE WHEN state <> 'dropping' THEN state"
                 " WHEN ready_at IS NULL THEN 'filling' ELSE 'ready' END"
@@ -289,6 +290,7 @@ class Generations:
             ).format(self._table),
             [why, index, generation, drop],
         )
+        return cursor.rowcount > 0
 
     async def limit(self, connection: Connection, index: str, generation: int, max_rows_per_s: int | None) -> None:
         """Set how many chunks a second a generation is filled with at most."""

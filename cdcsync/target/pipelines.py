@@ -172,15 +172,16 @@ class Pipelines:
             )
         return cast(int, row[0]) if row is not None and row[1] else None
 
-    async def take_over(self, connection: Connection, worker: str) -> Lease:
+    async def take_over(self, connection: Connection, worker: str | None = None) -> Lease:
         """Raise the fence; waits for a transaction of the predecessor that is still committing.
 
+        :param worker: the name of the new worker; None of a command, which ends soon.
         :raises RunError: the pipeline's row is gone.
         """
         row = await fetch_row(
             connection,
             sql.SQL(
-                "UPDATE {} SET fence = fence + 1, worker = %s WHERE slot = %s"
+                "UPDATE {} SET fence = fence + 1, worker = coalesce(%s, worker) WHERE slot = %s"
                 " RETURNING fence, checkpoint::text, commits"
             ).format(self._table),
             [worker, self._slot],
@@ -229,9 +230,9 @@ class Pipelines:
             raise self.gone()
         if state.fence > lease.fence:
             raise LeaseLost(
-                "another worker has taken over this pipeline",
+                "another worker, or a command, has taken over this pipeline",
                 where=f"slot {self._slot}",
-                hint="the other one continues; a worker that was overtaken stands by",
+                hint="a worker that was overtaken stands by, and continues once the pipeline is free",
             )
 
     def gone(self) -> RunError:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
+import psycopg
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
@@ -29,16 +30,22 @@ class Registry:
     async def find(self, connection: Connection, index: str, *, lock: bool = False) -> Entry | None:
         """Return an index's entry; None if there is none, or not even the table.
 
-        :param lock: keep others from changing it until the caller's transaction ends.
+        :param lock: keep others from changing it until the caller's transaction ends. Needs one.
         """
         if not await self._present(connection):
             return None
         statement = sql.SQL("SELECT to_jsonb(i) FROM {} AS i WHERE name = %s" + (" FOR UPDATE" if lock else ""))
-        row = await fetch_row(connection, statement.format(self._table), [index])
-        if row is None and lock:
-            # If names were exchanged while this waited, the row that was waited for has another one now, and the one
-            # that has this name was not seen yet.
+        if not lock:
             row = await fetch_row(connection, statement.format(self._table), [index])
+        else:
+            async with connection.transaction():
+                row = await fetch_row(connection, statement.format(self._table), [index])
+                if row is None:
+                    raise psycopg.Rollback
+            if row is None:
+                # If names were exchanged while this waited, the row that was waited for has another one now, and its
+                # lock was given back; the one that has this name was not seen yet.
+                row = await fetch_row(connection, statement.format(self._table), [index])
         return None if row is None else msgspec.convert(row[0], Entry)
 
     async def both(self, connection: Connection, index: str) -> tuple[Entry | None, Entry | None]:

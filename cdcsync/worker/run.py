@@ -217,7 +217,7 @@ async def _work_through_schema_changes(
             known.clear()
             log.error("target_rewound", error=str(error), fix=error.hint)
         except LeaseLost as error:
-            # By a command, it may be, that did a repair while this worker was cut off, and has ended since.
+            # By a command, it may be, that did its work while this worker was cut off, and has ended since.
             known.clear()
             log.warning("overtaken", error=str(error))
         except Unavailable as error:

@@ -32,10 +32,12 @@ def cut_off(pipeline: Pipeline, *databases: Database) -> Iterator[None]:
             "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE application_name LIKE 'cdcsync%'"
             " AND datname = current_database()"
         )
-    yield
-    (raised,) = pipeline.target.execute(fence).fetchone() or (0,)
-    assert raised > held
-    worker.send_signal(signal.SIGCONT)
+    try:
+        yield
+        (raised,) = pipeline.target.execute(fence).fetchone() or (0,)
+        assert raised > held
+    finally:
+        worker.send_signal(signal.SIGCONT)
     until(lambda: pipeline.times("overtaken") or pipeline.times("tables_changed") > changed, pipeline.tail)
     until(lambda: pipeline.times("streaming") > streamed, pipeline.tail)
     pipeline.source.execute("UPDATE articles SET title = title || ' again'")
@@ -56,6 +58,7 @@ def test_a_worker_that_a_repair_overtook_stands_by_and_continues(
     with cut_off(pipeline, source, target):
         target.execute("DELETE FROM cdcsync.articles_chunks WHERE id = 7")
         assert pipeline.answer("verify", "articles", "--repair", "--json")["repaired"]
+    assert pipeline.times("overtaken") == 1
     pipeline.in_step()
 
 

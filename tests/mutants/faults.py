@@ -359,8 +359,8 @@ MUTANTS = (
     Mutant(
         "generations are dropped as they were before an exchange",
         "flows/setup/indexes.py",
-        "    if entry is None or (entry.generation, entry.stem) != (spec.generation, spec.stem):\n        return",
-        "    if entry is None:\n        return",
+        "            if entry is None or (entry.generation, entry.stem) != (spec.generation, spec.stem):\n",
+        "            if entry is None:\n",
         "tests",
         "tests/server/flows/setup/test_exchange.py"
         "::test_a_worker_that_examined_before_an_exchange_drops_nothing_of_what_stands_there_since",

@@ -6,6 +6,7 @@ import anyio
 
 from cdcsync.config import Config
 from cdcsync.config.differences import as_stored, contents_of
+from cdcsync.config.names import beside_name
 from cdcsync.errors import SetupError
 from cdcsync.flows.migrate.present import opened, other_generation
 from cdcsync.flows.setup.exchange import do_without_worker
@@ -36,6 +37,7 @@ async def drop(config: Config, index: str, generation: int) -> int:
             async with connection.transaction():
                 entry = await Registry(schema).find(connection, index, lock=True)
                 assert entry is not None
+                await Registry(schema).withdraw(connection, beside_name(index))
                 other = other_generation(entry, await Generations(schema).around(connection, index, lock=True))
                 if other.generation != generation:
                     raise SetupError(
@@ -44,7 +46,6 @@ async def drop(config: Config, index: str, generation: int) -> int:
                         hint=f"see what is there now: cdcsync migrate {index} status",
                     )
                 await Generations(schema).drop_asked(connection, other.index_name, other.generation)
-                await Registry(schema).withdraw(connection, other.index_name)
                 section = config.index_named(index)
                 if other.of_other_chunks and asks_for_others(section, entry):
                     # Once nothing stands beside it any more, a worker with this file would make these in place.

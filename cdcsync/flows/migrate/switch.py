@@ -218,9 +218,10 @@ async def _answered(connection: Connection, config: Config, index: str, generati
                 )
         if await do_without_worker(connection, config):
             continue
-        if other.unfollowed_at is not None:
-            why = "no worker follows the index any more"
-            with speaking_of("target", where=f"index {index}"):
+        with speaking_of("target", where=f"index {index}"):
+            _, other = await Registry(schema).both(connection, index)  # as the worker that holds the lock has it
+            if other is not None and other.activation_asked_at is not None and other.unfollowed_at is not None:
+                why = "no worker follows the index any more"
                 await withdraw(connection, schema, other.name, generation, why, drop=False)
-            _require_live(other)
+                _require_live(other)
         await anyio.sleep(POLL_S)

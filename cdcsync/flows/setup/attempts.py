@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from cdcsync.config import QualifiedName
+from cdcsync.config.names import own_name
 from cdcsync.errors import SetupError
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import LOCKED_OUT
@@ -55,15 +56,19 @@ async def attempt(
         ) from error
 
 
-async def withdraw(connection: Connection, schema: str, index: str, generation: int, why: str, *, drop: bool) -> None:
+async def withdraw(connection: Connection, schema: str, index: str, generation: int, why: str, *, drop: bool) -> bool:
     """Note that what was asked of a generation cannot be done, and why: it stays, and is not live.
 
     :param index: the one that it is of, which for chunks that stand beside an index is their own.
     :param drop: whether it was to be dropped, and not to be made live.
+    :returns: whether that is still asked.
     """
+    registry = Registry(schema)
     async with connection.transaction():
-        if not drop:
-            await Registry(schema).withdraw(connection, index)
-        await Generations(schema).refuse(connection, index, generation, why, drop=drop)
+        # The order in which every command locks these rows.
+        await registry.find(connection, own_name(index), lock=True)
+        await registry.withdraw(connection, index)
+        refused = await Generations(schema).refuse(connection, index, generation, why, drop=drop)
         crash_point("request withdrawn")
     crash_point("withdrawn request committed")
+    return refused

@@ -26,7 +26,6 @@ from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generations
-from cdcsync.target.locked_session import worker_name
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
@@ -55,23 +54,24 @@ async def do_what_was_asked(connection: Connection, config: Config) -> bool:
             await _do(connection, config, other, ends=ends)
         except SetupError as error:
             # Nothing of it was done. The worker goes on with both, and the command says why.
-            log.error("migration_refused", index=index, error=error.message, fix=error.hint)
             with speaking_of("target", where=f"index {index}"):
-                await withdraw(connection, schema, other.name, other.generation, error.with_fix, drop=ends)
+                refused = await withdraw(connection, schema, other.name, other.generation, error.with_fix, drop=ends)
+            if refused:
+                log.error("migration_refused", index=index, error=error.message, fix=error.hint)
     return done
 
 
 async def do_without_worker(connection: Connection, config: Config) -> bool:
     """Take the pipeline's lock and do what was asked, unless a worker holds the lock; says whether it was free.
 
-    The fence is raised first: a worker that was cut off writes nothing more by the names that it knows, and examines
+    The fence is raised first: a worker that was cut off applies nothing more by the names that it knows, and examines
     them anew.
     """
     pipelines = Pipelines(config.target.schema, config.source.slot)
     with speaking_of("target"):
         if not await pipelines.try_lock(connection):
             return False
-        await pipelines.take_over(connection, worker_name())
+        await pipelines.take_over(connection)
         crash_point("fence raised by a command")
     await do_what_was_asked(connection, config)
     return True
@@ -121,7 +121,7 @@ async def _exchange(connection: Connection, config: Config, index: str) -> bool:
         other = await registry.find(connection, beside_name(index), lock=True)
         if other is None or other.activation_asked_at is None:
             return False
-        # While others had its view locked, somebody may have asked for the end of what was to become live.
+        # A drop may have been requested while this waited for the view's lock.
         if any(one.state == "dropping" for one in await generations.around(connection, index, lock=True)):
             return False
         if other.state != "live":
@@ -148,6 +148,9 @@ async def _drop(connection: Connection, config: Config, index: str) -> bool:
         own = await registry.find(connection, index, lock=True)
         other = await registry.find(connection, beside_name(index), lock=True)
         if own is None or other is None:
+            return False
+        # Another holder of the pipeline's lock may have dropped what was meant, and others stand there since.
+        if not any(one.state == "dropping" for one in await Generations(schema).of(connection, other.name, lock=True)):
             return False
         spec = await stored_spec(connection, schema, index, config.indexes[index])
         await drop_beside(connection, schema, msgspec.structs.replace(spec, beside=None))

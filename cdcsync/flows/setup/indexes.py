@@ -224,24 +224,29 @@ async def drop_generations(target: Connection, schema: str, spec: IndexSpec) -> 
     """
     generations = Generations(schema)
     kept = {one.generation for one in spec.generations}
-    entry = await Registry(schema).find(target, spec.name)
-    if entry is None or (entry.generation, entry.stem) != (spec.generation, spec.stem):
-        return  # other chunks took its place since it was examined: `_as_examined` has it examined again
 
-    async def drop(generation: int) -> None:
+    async def drop(generation: int) -> bool:
+        """Drop a generation; returns False if that is not asked any more, or the index is not as it was examined."""
         async with target.transaction():
+            entry = await Registry(schema).find(target, spec.name, lock=True)
+            if entry is None or (entry.generation, entry.stem) != (spec.generation, spec.stem):
+                return False  # other chunks took its place: `_as_examined` has it examined again
+            states = {one.generation: one.state for one in await generations.of(target, spec.name, lock=True)}
+            if states.get(generation) != "dropping":
+                return False
             await drop_relations(target, schema, spec, generation)
             await generations.remove(target, spec.name, generation)
             await evaluations.forget(target, schema, spec.name, generation)
             crash_point("generation dropped")
         crash_point("dropped generation committed")
+        return True
 
     for one in await generations.of(target, spec.name):
         if one.state == "dropping" and one.generation not in kept:
             table = QualifiedName(schema, f"{spec.relations}_vectors_{one.generation}")
             try:
                 with speaking_of("target", where=f"index {spec.name}"):
-                    await attempt(
+                    dropped = await attempt(
                         target,
                         lambda: drop(one.generation),  # noqa: B023 - awaited here
                         [table],
@@ -249,9 +254,10 @@ async def drop_generations(target: Connection, schema: str, spec: IndexSpec) -> 
                         vacuumed=Vacuumed(target, [(table.schema, table.name)]),
                     )
             except SetupError as error:
-                log.error("migration_refused", index=spec.name, error=error.message, fix=error.hint)
-                await withdraw(target, schema, spec.name, one.generation, error.with_fix, drop=True)
-            else:
+                if await withdraw(target, schema, spec.name, one.generation, error.with_fix, drop=True):
+                    log.error("migration_refused", index=spec.name, error=error.message, fix=error.hint)
+                continue
+            if dropped:
                 log.info("generation_dropped", index=spec.name, generation=one.generation)
 
 

@@ -78,7 +78,7 @@ async def test_a_refusal_stays_until_it_is_asked_again_and_is_no_reason_of_a_fil
     await GENERATIONS.refuse(registered, "articles", asked_of, "a dump reads it", drop=False)
     assert await of(asked_of) == ("ready", "a dump reads it", None)
     await GENERATIONS.drop_asked(registered, "articles", asked_of)
-    # An activation that was tried until then says nothing of that.
+    # An activation that was tried until then must not overwrite the request to drop.
     await GENERATIONS.refuse(registered, "articles", asked_of, "a dump reads it", drop=False)
     assert await of(asked_of) == ("dropping", None, None)
     await GENERATIONS.refuse(registered, "articles", asked_of, "a dump reads it", drop=True)

@@ -195,6 +195,33 @@ async def test_an_exchange_that_had_to_wait_gives_way_to_a_later_request_to_drop
 
 
 @pytest.mark.anyio
+async def test_a_drop_that_was_decided_on_before_others_dropped_drops_nothing_of_what_stands_there_since(
+    both_sides: tuple[Pipeline, Connection],
+) -> None:
+    pipeline, connection = both_sides
+    assert not await exchange._drop(connection, pipeline.config, "articles")
+    assert [one["state"] for one in migrate(pipeline, "status")] == ["live", "ready"]
+
+
+@pytest.mark.anyio
+async def test_a_refused_drop_leaves_no_activation_that_was_asked_before_it(
+    both_sides: tuple[Pipeline, Connection],
+) -> None:
+    pipeline, connection = both_sides
+    await REGISTRY.ask_for_activation(connection, "articles")
+    await Generations(SCHEMA).drop_asked(connection, beside_name("articles"), 2)
+    pipeline.target.execute('CREATE VIEW mine AS SELECT content FROM cdcsync."articles~2_chunks"')
+    assert await exchange.do_what_was_asked(connection, pipeline.config)
+    entry, other = await REGISTRY.both(connection, "articles")
+    assert entry is not None
+    assert other is not None
+    assert (entry.generation, other.activation_asked_at) == (1, None)
+    (_, beside_it) = migrate(pipeline, "status")
+    assert beside_it["state"] == "ready"
+    assert "mine depends on" in beside_it["refusal"]
+
+
+@pytest.mark.anyio
 async def test_nobody_waits_for_an_activation_by_a_worker_whose_file_lacks_the_index_by_now(
     both_sides: tuple[Pipeline, Connection],
 ) -> None:
