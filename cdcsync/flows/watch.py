@@ -59,7 +59,7 @@ from cdcsync.target.approvals import Approvals
 from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.missing import missing_relations, unsafe_tables
 from cdcsync.target.entries import Entry
-from cdcsync.target.generations import Generation, Generations
+from cdcsync.target.generations import Generation, Generations, any_ends
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests.history import History
 from cdcsync.target.version import read_version, refusal
@@ -281,7 +281,7 @@ class Watch:
         :raises TablesChanged: a migration has begun, was activated, rolled back or ended.
         """
         wanted = {one.generation for one in generations if one.state != "dropping"} | {entry.generation}
-        dropping = any(one.state == "dropping" for one in generations)
+        dropping = any_ends(generations)
         other = (entry.generation, entry.stem) != (spec.generation, spec.stem)
         if other or wanted != {one.generation for one in spec.generations} or dropping:
             raise TablesChanged("the index has other generations of vectors", where=f"index {spec.name}")
@@ -296,7 +296,7 @@ class Watch:
         name = beside_name(index)
         other, known = entries.get(name), any(plan.name == name for plan in self._plans)
         asked = other is not None and other.activation_asked_at is not None
-        ends = other is not None and any(one.state == "dropping" for one in generations.get(name, ()))
+        ends = other is not None and any_ends(generations.get(name, ()))
         if (other is not None) != known or asked or ends:
             raise TablesChanged("a migration to other chunks has moved on", where=f"index {index}")
 

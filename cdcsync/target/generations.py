@@ -17,6 +17,7 @@ searches use. Every statement on the table is here. The rules:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Literal, LiteralString, cast
 
@@ -171,6 +172,11 @@ class Generation(msgspec.Struct, frozen=True):
             generation=self.generation,
             others=(),
         )
+
+
+def any_ends(generations: Iterable[Generation]) -> bool:
+    """Say whether somebody asked for one of these to be dropped, and that is not done yet."""
+    return any(one.state == "dropping" for one in generations)
 
 
 class Generations:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -35,17 +36,16 @@ class Registry:
         if not await self._present(connection):
             return None
         statement = sql.SQL("SELECT to_jsonb(i) FROM {} AS i WHERE name = %s" + (" FOR UPDATE" if lock else ""))
-        if not lock:
-            row = await fetch_row(connection, statement.format(self._table), [index])
-        else:
+        read = partial(fetch_row, connection, statement.format(self._table), [index])
+        row = None
+        if lock:
             async with connection.transaction():
-                row = await fetch_row(connection, statement.format(self._table), [index])
-                if row is None:
+                if (row := await read()) is None:
                     raise psycopg.Rollback
-            if row is None:
-                # If names were exchanged while this waited, the row that was waited for has another one now, and its
-                # lock was given back; the one that has this name was not seen yet.
-                row = await fetch_row(connection, statement.format(self._table), [index])
+        if row is None:
+            # Not only without a lock: if names were exchanged while that waited, the row that was waited for has
+            # another one now, and its lock was given back; the one that has this name was not seen yet.
+            row = await read()
         return None if row is None else msgspec.convert(row[0], Entry)
 
     async def both(self, connection: Connection, index: str) -> tuple[Entry | None, Entry | None]:

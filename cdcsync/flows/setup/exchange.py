@@ -25,7 +25,7 @@ from cdcsync.target.ddl.generations import drop_beside, exchange_relations
 from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.entries import Entry
-from cdcsync.target.generations import Generations
+from cdcsync.target.generations import Generations, any_ends
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
@@ -46,7 +46,7 @@ async def do_what_was_asked(connection: Connection, config: Config) -> bool:
         index = own_name(other.name)
         if not other.hidden or other.slot != config.source.slot or index not in config.indexes:
             continue
-        ends = any(one.state == "dropping" for one in generations.get(other.name, ()))
+        ends = any_ends(generations.get(other.name, ()))
         if not ends and other.activation_asked_at is None:
             continue
         done = True
@@ -122,7 +122,7 @@ async def _exchange(connection: Connection, config: Config, index: str) -> bool:
         if other is None or other.activation_asked_at is None:
             return False
         # A drop may have been requested while this waited for the view's lock.
-        if any(one.state == "dropping" for one in await generations.around(connection, index, lock=True)):
+        if any_ends(await generations.around(connection, index, lock=True)):
             return False
         if other.state != "live":
             raise SetupError(
@@ -150,7 +150,7 @@ async def _drop(connection: Connection, config: Config, index: str) -> bool:
         if own is None or other is None:
             return False
         # Another holder of the pipeline's lock may have dropped what was meant, and others stand there since.
-        if not any(one.state == "dropping" for one in await Generations(schema).of(connection, other.name, lock=True)):
+        if not any_ends(await Generations(schema).of(connection, other.name, lock=True)):
             return False
         spec = await stored_spec(connection, schema, index, config.indexes[index])
         await drop_beside(connection, schema, msgspec.structs.replace(spec, beside=None))

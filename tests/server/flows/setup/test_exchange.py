@@ -160,6 +160,19 @@ async def both_sides(
         yield pipeline, connection
 
 
+async def both_asked(connection: Connection) -> None:
+    """Ask for the chunks beside the articles to be activated, and then to be dropped."""
+    await REGISTRY.ask_for_activation(connection, "articles")
+    await Generations(SCHEMA).drop_asked(connection, beside_name("articles"), 2)
+
+
+async def both_entries(connection: Connection) -> tuple[Entry, Entry]:
+    entry, other = await REGISTRY.both(connection, "articles")
+    assert entry is not None
+    assert other is not None
+    return entry, other
+
+
 @pytest.mark.anyio
 async def test_a_worker_that_examined_before_an_exchange_drops_nothing_of_what_stands_there_since(
     both_sides: tuple[Pipeline, Connection],
@@ -182,12 +195,9 @@ async def test_an_exchange_that_had_to_wait_gives_way_to_a_later_request_to_drop
     both_sides: tuple[Pipeline, Connection],
 ) -> None:
     pipeline, connection = both_sides
-    await REGISTRY.ask_for_activation(connection, "articles")
-    await Generations(SCHEMA).drop_asked(connection, beside_name("articles"), 2)
+    await both_asked(connection)
     assert not await exchange._exchange(connection, pipeline.config, "articles")
-    entry, other = await REGISTRY.both(connection, "articles")
-    assert entry is not None
-    assert other is not None
+    entry, other = await both_entries(connection)
     assert (entry.generation, other.generation) == (1, 2)
     # A command asks for the end of what others want to have live: that is the last word.
     assert migrate(pipeline, "drop", "--yes")["dropped"] == 2
@@ -208,13 +218,10 @@ async def test_a_refused_drop_leaves_no_activation_that_was_asked_before_it(
     both_sides: tuple[Pipeline, Connection],
 ) -> None:
     pipeline, connection = both_sides
-    await REGISTRY.ask_for_activation(connection, "articles")
-    await Generations(SCHEMA).drop_asked(connection, beside_name("articles"), 2)
+    await both_asked(connection)
     pipeline.target.execute('CREATE VIEW mine AS SELECT content FROM cdcsync."articles~2_chunks"')
     assert await exchange.do_what_was_asked(connection, pipeline.config)
-    entry, other = await REGISTRY.both(connection, "articles")
-    assert entry is not None
-    assert other is not None
+    entry, other = await both_entries(connection)
     assert (entry.generation, other.activation_asked_at) == (1, None)
     (_, beside_it) = migrate(pipeline, "status")
     assert beside_it["state"] == "ready"
