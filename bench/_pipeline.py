@@ -28,6 +28,8 @@ POLL_S = 0.002
 CONFIG = """
 [source]
 dsn = "{dsn}"
+[target]
+dsn = "{target}"
 [worker]
 listen = "127.0.0.1:0"
 log_format = "json"
@@ -45,15 +47,20 @@ TABLE = "CREATE TABLE articles (id bigint PRIMARY KEY, tenant int NOT NULL, body
 
 
 class Pipeline:
-    """A server with the table `articles`, and a worker that can be started and stopped."""
+    """A server with the table `articles`, and a worker that can be started and stopped.
 
-    def __init__(self, directory: Path, dsn: str, embedder: str, index: str) -> None:
+    :ivar connection: to the source.
+    :ivar target: to where the index is, which is the same database unless it is said to be apart.
+    """
+
+    def __init__(self, directory: Path, dsn: str, target: str, embedder: str, index: str) -> None:
         self.dsn = dsn
         self.connection = psycopg.connect(dsn, autocommit=True)
-        self.connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+        self.target = psycopg.connect(target, autocommit=True)
+        self.target.execute("CREATE EXTENSION IF NOT EXISTS vector")
         self.connection.execute(TABLE)
         self._config = directory / "cdcsync.toml"
-        self._config.write_text(CONFIG.format(dsn=dsn, embedder=embedder, index=index))
+        self._config.write_text(CONFIG.format(dsn=dsn, target=target, embedder=embedder, index=index))
         self._log = directory / "worker.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -127,20 +134,25 @@ class Pipeline:
         self.vectors_in_step()
 
     def value(self, statement: str, *arguments: object) -> Any:
-        """Return the one value that a statement gives."""
+        """Return the one value that a statement gives on the source."""
         row = self.connection.execute(statement, arguments or None).fetchone()
+        return None if row is None else row[0]
+
+    def indexed(self, statement: str, *arguments: object) -> Any:
+        """Return the one value that a statement gives on the target."""
+        row = self.target.execute(statement, arguments or None).fetchone()
         return None if row is None else row[0]
 
     def text_in_step(self, patience_s: float = PATIENCE_S) -> None:
         """Wait until the index's text is that of everything committed so far."""
         lsn = self.value("SELECT pg_current_wal_insert_lsn()::text")
         arrived = "SELECT cdcsync.wait_for('articles', %s, '1 s')"
-        self.until(lambda: self.value(arrived, lsn), f"text at {lsn}", patience_s=patience_s)
+        self.until(lambda: self.indexed(arrived, lsn), f"text at {lsn}", patience_s=patience_s)
 
     def vectors_in_step(self, poll_s: float = POLL_S, patience_s: float = PATIENCE_S) -> None:
         """Wait until every chunk has its vector, looking every `poll_s` seconds."""
         self.until(
-            lambda: not self.value("SELECT EXISTS (SELECT FROM cdcsync.articles_backlog)"),
+            lambda: not self.indexed("SELECT EXISTS (SELECT FROM cdcsync.articles_backlog)"),
             "empty backlog",
             poll_s,
             patience_s,
@@ -154,15 +166,15 @@ class Pipeline:
     def backend(self) -> int:
         """Return the process that writes for the worker."""
         statement = "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'cdcsync apply %%'"
-        pid: int = self.until(lambda: self.value(statement), "backend of the worker")
+        pid: int = self.until(lambda: self.indexed(statement), "backend of the worker")
         return pid
 
     def live(self, indexes: int = 1, patience_s: float = PATIENCE_S) -> None:
         """Wait until so many indexes are complete."""
         self.until(
             lambda: (
-                self.value("SELECT to_regclass('cdcsync.indexes') IS NOT NULL")
-                and self.value("SELECT count(*) >= %s FROM cdcsync.indexes WHERE state = 'live'", indexes)
+                self.indexed("SELECT to_regclass('cdcsync.indexes') IS NOT NULL")
+                and self.indexed("SELECT count(*) >= %s FROM cdcsync.indexes WHERE state = 'live'", indexes)
             ),
             "live index",
             patience_s=patience_s,
@@ -183,18 +195,20 @@ class Pipeline:
 
 
 @contextlib.contextmanager
-def pipeline(embedder: str, index: str = "", **settings: str) -> Iterator[Pipeline]:
+def pipeline(embedder: str, index: str = "", *, apart: bool = False, **settings: str) -> Iterator[Pipeline]:
     """Start a server and make a pipeline on it; both are gone afterwards.
 
     :param embedder: the keys of the embedder's section.
     :param index: more keys of the index's section.
+    :param apart: whether the target is a server of its own, so that what is written there is not in the source's WAL.
     :param settings: settings of the server.
     """
     with (
         tempfile.TemporaryDirectory(prefix="cdcsync-bench-") as directory,
         Cluster(settings=settings) as cluster,
+        Cluster(settings=settings) if apart else contextlib.nullcontext(cluster) as target,
     ):
-        made = Pipeline(Path(directory), cluster.dsn(), embedder, index)
+        made = Pipeline(Path(directory), cluster.dsn(), target.dsn(), embedder, index)
         try:
             yield made
         finally:
@@ -202,6 +216,7 @@ def pipeline(embedder: str, index: str = "", **settings: str) -> Iterator[Pipeli
                 made._process.kill()
                 made._process.wait()
             made.connection.close()
+            made.target.close()
 
 
 CPUCLOCK_SCHED = 2

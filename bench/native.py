@@ -1,8 +1,9 @@
 """How fast does an index's text catch up, against PostgreSQL's own logical replication of the same changes?
 
 20,000 rows change 60,000 times in transactions of ten, while neither side runs. Then each catches up from a slot of its
-own, one after the other, and who begins alternates from round to round. A round is timed from the moment at which the
-source shows the side's slot as active, asked alike for both, to where the side has the last change.
+own, one after the other, and who begins alternates from round to round. Both write to a second server, each to its own
+database: with one server, who comes second would have to read what the first one wrote. A round is timed from the
+moment at which the source shows the side's slot as active, asked alike for both, to where the side has the last change.
 
 - keywords: the index as it is by default, against a subscription into a table with the same generated tsvector and GIN
   index. Without keywords: against a plain copy of the table.
@@ -59,12 +60,13 @@ Found = dict[str, dict[str, list[float]]]
 
 
 class Peer:
-    """A subscription in another database of the same server."""
+    """A subscription in another database of the server on which the index is."""
 
     def __init__(self, made: Pipeline, *, keywords: bool) -> None:
         self._made = made
-        made.connection.execute("CREATE DATABASE peer")
-        self.connection = psycopg.connect(conninfo.make_conninfo(made.dsn, dbname="peer"), autocommit=True)
+        made.target.execute("CREATE DATABASE peer")
+        database = conninfo.make_conninfo(made.target.info.dsn, dbname="peer")
+        self.connection = psycopg.connect(database, autocommit=True)
         run = self.connection.execute
         run("CREATE TABLE articles (id bigint PRIMARY KEY, tenant int NOT NULL, body text NOT NULL)")
         if keywords:
@@ -120,7 +122,7 @@ def ours_catches_up(made: Pipeline, last: str) -> dict[str, float]:
     made.slot_is(True)
     began, used = time.perf_counter(), busy_s(made)
     statement = "SELECT EXISTS (SELECT FROM cdcsync.articles_chunks WHERE id = 1 AND content = %s)"
-    made.until(lambda: made.value(statement, last), "last change in the index")
+    made.until(lambda: made.indexed(statement, last), "last change in the index")
     elapsed = time.perf_counter() - began
     found = {name: ms - used[name] for name, ms in busy_s(made).items()}
     made.text_in_step()
@@ -164,7 +166,11 @@ def compare(kind: str, workloads: list[str], rounds: range, found: Found) -> Non
     """Add what both sides took in each round, by workload."""
     keywords = kind != "plain"
     with pipeline(
-        EMBEDDER, 'search = "english"' if keywords else 'search = ""', shared_buffers="512MB", max_wal_size="8GB"
+        EMBEDDER,
+        'search = "english"' if keywords else 'search = ""',
+        apart=True,
+        shared_buffers="512MB",
+        max_wal_size="8GB",
     ) as made:
         made.connection.execute(
             f"INSERT INTO articles SELECT i, i %% 50, {BODY} FROM generate_series(1, %s) AS i".encode(), ["", ROWS]
@@ -193,7 +199,7 @@ def compared(made: Pipeline, peer: psycopg.Connection[Any]) -> None:
     row = "id || ' ' || tenant || ' ' || rtrim(body)"
     digest = f"SELECT md5(string_agg(md5({row}), ',' ORDER BY id)) FROM articles"
     source = made.value(digest)
-    ours = made.value(digest.replace("body", "content").replace("articles", "cdcsync.articles_chunks"))
+    ours = made.indexed(digest.replace("body", "content").replace("articles", "cdcsync.articles_chunks"))
     theirs = peer.execute(digest.encode()).fetchone()
     if ours != source or theirs != (source,):
         raise SystemExit(f"a side differs from the source: ours {ours == source}, theirs {theirs == (source,)}")

@@ -33,7 +33,8 @@ from cdcsync.preflight.generations import cuts, embedder_of
 from cdcsync.source.many import source_table
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.generations import Generation
-from cdcsync.target.keys import stored_documents, texts_with_vector
+from cdcsync.target.keys import stored_documents
+from cdcsync.target.look_ups import texts_with_vector
 
 PAGE_ROWS = 1_000
 PAGE_BYTES = 4 * 1024 * 1024

@@ -5,7 +5,8 @@
 Fresh vectors cost every search a comparison each, and settling costs the target some milliseconds of a processor for
 each. So settling takes its time while the comparisons stay within the index's `fresh_scan_budget_ms`: it waits until a
 vector has not changed for a while, leaves pauses, and stands back while the stream is late. Beyond the budget it takes
-precedence: no pauses, no rest, all its connections.
+precedence: no pauses, no rest, all its connections. Where so much is fresh that the HNSW index is better built anew,
+that waits for a stream that is far behind, but not for long.
 
 What changed and moved vectors leave behind in fresh is removed before each look (`target/tidying`).
 
@@ -60,6 +61,10 @@ costs some 0.4 ms when HNSW is built, and some 2 ms of two connections when it g
 REBUILD_ROWS = 5_000
 """Fewer are inserted within seconds."""
 
+REBUILD_WAITS_S = 60.0
+"""How long a rebuild waits for a stream that is far behind: it takes several processors of the target, and a stream
+that catches up brings more vectors for the same rebuild."""
+
 REBUILD_AGAIN_S = 300.0
 """How soon a rebuild is tried again after it failed."""
 
@@ -85,16 +90,20 @@ class _Seen:
         """Whether leftovers of a rebuild that was killed have been looked for: they note every change for nobody."""
         self.not_before = -math.inf
         """No rebuild before this time: the last one failed."""
+        self.wanted_at = math.inf
+        """Since when a rebuild has been wanted that did not begin."""
         self.built = False
         """Whether the settled tier had its HNSW index: until it has, everything may be fresh, and nothing is moved."""
         self.cooldown = Cooldown()
         self.tidy_at = -math.inf
         """When fresh is tidied again."""
 
-    @property
-    def may_rebuild(self) -> bool:
-        """Whether another rebuild may be tried."""
-        return anyio.current_time() >= self.not_before
+    def wants_rebuild(self, tiers: Tiers, *, pressing: bool) -> bool:
+        """Say whether it takes less to build the settled tier anew than to move what is fresh, and it may be tried."""
+        many = tiers.fresh > max(REBUILD_ROWS, REBUILD_SHARE * tiers.settled)
+        wants = pressing and many and anyio.current_time() >= self.not_before
+        self.wanted_at = min(self.wanted_at, anyio.current_time()) if wants else math.inf
+        return wants
 
     def scan_ms(self, tiers: Tiers) -> float:
         """Return what fresh adds to a search.
@@ -158,13 +167,15 @@ class Settle:
 
     async def _turn(self, spec: IndexSpec) -> bool:
         """Move some vectors of an index if there is reason to; returns whether it did."""
-        cooldown = self._seen[_place(spec)].cooldown
+        seen = self._seen[_place(spec)]
+        cooldown = seen.cooldown
         if not cooldown.over:
             return False
         try:
             with speaking_of("target", where=f"index {spec.name}"):
                 moved = await self._settle(spec)
         except CdcsyncError as error:
+            seen.wanted_at = math.inf
             if isinstance(error, TargetUnavailable) and not locked_out(error):
                 raise
             # Of this index alone: its tables are looked after by others.
@@ -190,12 +201,15 @@ class Settle:
         pressing = scan_ms > spec.config.fresh_scan_budget_ms
         if not tiers.built or not tiers.fresh or not settings.settle_connections or (self._late() and not pressing):
             seen.per_s = 0.0
+            seen.wanted_at = math.inf
             return False
         if _place(spec) in self._rebuilding:
             return False
-        if pressing and tiers.fresh > max(REBUILD_ROWS, REBUILD_SHARE * tiers.settled) and seen.may_rebuild:
-            self._rebuilding.add(_place(spec))
-            self._tasks.start_soon(self._rebuild, spec)
+        if seen.wants_rebuild(tiers, pressing=pressing):
+            if not self._lag.far_behind or anyio.current_time() - seen.wanted_at >= REBUILD_WAITS_S:
+                seen.wanted_at = math.inf
+                self._rebuilding.add(_place(spec))
+                self._tasks.start_soon(self._rebuild, spec)
             return False
         chunks = await settling.rested(ROUND, rest_s=0 if pressing else settings.settle_after_s)
         if not chunks:

@@ -11,6 +11,19 @@ from psycopg import sql
 from cdcsync.model.rows import Row
 from cdcsync.postgres.sessions import Connection
 
+BY_INDEX: LiteralString = (
+    "SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_seqscan = off; SET enable_bitmapscan = off"
+)
+"""Has a session look up the rows of a batch one by one, by an index.
+
+What the server knows of a table that fills and empties like a queue is wrong most of the time. It then takes it for
+almost empty, and reads all of it rather than look up a hundred rows: a batch would cost the more the more others wait.
+For the same reason look-ups in such a table end in OFFSET 0, which keeps each of them apart from the rest of its query.
+"""
+
+BY_INDEX_HERE: LiteralString = BY_INDEX.replace("SET ", "SET LOCAL ")
+"""The same for the transaction under way."""
+
 Statement = LiteralString | sql.SQL | sql.Composed | bytes
 Arguments = Sequence[object] | Mapping[str, object] | None
 

@@ -44,8 +44,10 @@ from cdcsync.target.statements import (
     DELETE_SURPLUS,
     DROP_FRESH,
     DROP_SETTLED,
+    HASHING,
     LOCK,
     LOCK_TIERS,
+    NOT_HASHING,
     PUT_MORE,
     PUT_NEW,
     QUEUE,
@@ -62,6 +64,9 @@ from cdcsync.target.vectors import converted, register_vectors, wire_form, withi
 TRUNCATE_LOCKS_MS = 500
 """Readers that take longer are not waited for, as searches queue up behind who waits for an exclusive lock; less than
 PostgreSQL's default `deadlock_timeout`, 1 s."""
+
+HASHED_VECTORS = 200
+"""Fewer vectors of a batch are found for its chunks without the two statements that allow to hash them."""
 
 
 class IndexWriter(LookUps):
@@ -94,7 +99,7 @@ class IndexWriter(LookUps):
 
     async def apply(self, changes: ChangeSet) -> Applied:
         """Write the changes inside the caller's transaction; the caller commits."""
-        await self._stage.empty(changes)
+        await self._stage.empty()
         others = self._spec.others
         self._reuse = await self._reuse_now() if changes.documents else REUSE
         if changes.new and not others and (loaded := await self._load(changes)) is not None:
@@ -147,14 +152,15 @@ class IndexWriter(LookUps):
         along = changes.vectors if one.model == self._spec.model else {}
         # At light load every vector came along, and there is nothing to look for.
         looks = not all(chunk.hash in along for document in changes.documents for chunk in document.chunks)
-        wanted = {self._reuse: looks, QUEUE: looks and not along}
-        rows = await self._run_all([*first, *((statement, one) for statement in wanted if wanted[statement])])
+        queuing = (HASHING, QUEUE, NOT_HASHING)
+        wanted = [*([self._reuse] if looks else []), *(queuing if looks and not along else [])]
+        rows = await self._run_all([*first, *((statement, one) for statement in wanted)])
         inline = await self._store(one, along) if along else 0
         reused = rows[self._reuse]
         if reused or inline:
             await self._run(SUPERSEDE, of=one)
         if along and inline < chunks:
-            rows[QUEUE] = await self._run(QUEUE, of=one)
+            rows += await self._run_all([(statement, one) for statement in queuing])
         return reused, inline, rows[QUEUE]
 
     async def _reuse_now(self) -> str:
@@ -220,7 +226,10 @@ class IndexWriter(LookUps):
 
     async def _store(self, one: IndexSpec, vectors: Mapping[bytes, FloatVector]) -> int:
         """Store vectors that came with the batch."""
-        return await self._run(
+        many = len(vectors) > HASHED_VECTORS
+        if many:
+            await self._run(HASHING)
+        stored = await self._run(
             "INSERT INTO {fresh} (chunk_id, content_hash, embedding)"
             " SELECT p.chunk_id, p.content_hash, i.embedding::{vector_schema}." + one.vector_type + " FROM {put} AS p"
             " JOIN unnest(%s::bytea[], %b) AS i(content_hash, embedding) USING (content_hash)"
@@ -228,6 +237,9 @@ class IndexWriter(LookUps):
             [list(vectors), list(map(wire_form(one), vectors.values()))],
             of=one,
         )
+        if many:
+            await self._run(NOT_HASHING)
+        return stored
 
     async def _run(
         self, statement: str, arguments: Sequence[object] | None = None, *, of: IndexSpec | None = None

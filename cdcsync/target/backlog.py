@@ -18,7 +18,7 @@ from psycopg import sql
 
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.locking import WRITERS_WAIT, Lock, exclusive_locks
-from cdcsync.postgres.queries import fetch_row
+from cdcsync.postgres.queries import BY_INDEX, fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
@@ -78,6 +78,8 @@ class Backlog:
             **names.tiers(spec.generation),
             "stage": sql.Identifier("pg_temp", self._stage),
             "generation": sql.Literal(spec.generation),
+            # An expression, which no index has: the one that serves is that of the other condition.
+            "of_generation": sql.SQL("generation + 0 = {}").format(sql.Literal(spec.generation)),
             "attempts": sql.Literal(MAX_ATTEMPTS),
         }
         self._wire_form = wire_form(spec)
@@ -86,6 +88,7 @@ class Backlog:
         """Create the stage for vectors; once per connection."""
         schema = await vector_schema(self._connection)
         await register_vectors(self._connection)
+        await self._connection.execute(BY_INDEX)
         await self._connection.execute(
             sql.SQL(
                 "CREATE TEMP TABLE IF NOT EXISTS {} (content_hash bytea, embedding {}." + self._spec.vector_type + ")"
@@ -148,8 +151,8 @@ class Backlog:
         """Return those texts that some chunk still needs a vector of."""
         cursor = await self._connection.execute(
             self._sql(
-                "SELECT DISTINCT content_hash FROM {backlog}"
-                " WHERE generation = {generation} AND content_hash = ANY(%s::bytea[])"
+                "SELECT h FROM unnest(%s::bytea[]) AS h WHERE EXISTS (SELECT FROM {backlog}"
+                " WHERE generation = {generation} AND content_hash = h OFFSET 0)"
             ),
             [list(hashes)],
         )
@@ -201,7 +204,7 @@ class Backlog:
         names = Names(self._schema, one.relations)
         waiting = "{backlog} AS b WHERE b.generation = {generation} AND b.content_hash = h.content_hash"
         given = self._sql(
-            f"EXISTS (SELECT FROM {waiting} AND b.chunk_id = v.chunk_id)"
+            f"EXISTS (SELECT FROM {waiting} AND b.chunk_id = v.chunk_id OFFSET 0)"
             if one.name == self._spec.name
             else f"NOT EXISTS (SELECT FROM {{mine}} AS d WHERE d.content_hash = {{discarded}}"
             f" AND d.chunk_id IN (SELECT b.chunk_id FROM {waiting}))",
@@ -211,7 +214,7 @@ class Backlog:
         return self._sql(
             "SELECT {vector} AS embedding FROM {vectors} AS v WHERE v.content_hash = h.content_hash AND {given}"
             " AND {fits} AND NOT EXISTS (SELECT FROM {theirs} AS w WHERE w.generation = {other}"
-            " AND w.chunk_id = v.chunk_id)",
+            " AND w.chunk_id = v.chunk_id OFFSET 0)",
             vector=vector,
             given=given,
             fits=fits,
@@ -237,15 +240,13 @@ class Backlog:
         await self._connection.execute(self._sql("LOCK TABLE {backlog}, {fresh}, {settled} IN ROW EXCLUSIVE MODE"))
         done = await self._connection.execute(
             self._sql(
-                "WITH due AS (SELECT b.chunk_id, b.content_hash"
-                " FROM {backlog} AS b JOIN {stage} USING (content_hash)"
-                " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"
-                " done AS (DELETE FROM {backlog} AS b USING due"
-                " WHERE b.generation = {generation} AND b.chunk_id = due.chunk_id)"
+                "WITH due AS (SELECT b.chunk_id, s.content_hash, s.embedding FROM {stage} AS s CROSS JOIN LATERAL"
+                " (SELECT chunk_id FROM {backlog} WHERE generation = {generation} AND content_hash = s.content_hash"
+                " FOR UPDATE SKIP LOCKED) AS b),"
+                " done AS (DELETE FROM {backlog} WHERE {of_generation}"
+                " AND chunk_id = ANY (ARRAY(SELECT chunk_id FROM due)))"
                 " INSERT INTO {fresh} (chunk_id, content_hash, embedding)"
-                " SELECT due.chunk_id, due.content_hash, s.embedding"
-                " FROM due JOIN {stage} AS s USING (content_hash)"
-                " ON CONFLICT (chunk_id) DO UPDATE"
+                " SELECT chunk_id, content_hash, embedding FROM due ON CONFLICT (chunk_id) DO UPDATE"
                 " SET content_hash = excluded.content_hash, embedding = excluded.embedding,"
                 " stored_at = excluded.stored_at RETURNING chunk_id"
             )
@@ -261,11 +262,12 @@ class Backlog:
         """
         cursor = await self._connection.execute(
             self._sql(
-                "WITH due AS (SELECT chunk_id FROM {backlog}"
-                " WHERE generation = {generation} AND content_hash = ANY(%s::bytea[]) FOR UPDATE SKIP LOCKED)"
+                "WITH due AS (SELECT b.chunk_id FROM unnest(%s::bytea[]) AS h CROSS JOIN LATERAL"
+                " (SELECT chunk_id FROM {backlog} WHERE generation = {generation} AND content_hash = h"
+                " FOR UPDATE SKIP LOCKED) AS b)"
                 " UPDATE {backlog} AS b SET attempts = CASE WHEN %s THEN {attempts} ELSE b.attempts + 1 END,"
                 " error = %s, next_attempt_at = now() + make_interval(secs => %s)"
-                " FROM due WHERE b.generation = {generation} AND b.chunk_id = due.chunk_id"
+                " WHERE {of_generation} AND chunk_id = ANY (ARRAY(SELECT chunk_id FROM due))"
             ),
             [list(hashes), final, error[:ERROR_CHARACTERS], delay_s],
         )

@@ -29,7 +29,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.locking import BRIEFLY
-from cdcsync.postgres.queries import fetch_one, fetch_value
+from cdcsync.postgres.queries import BY_INDEX_HERE, fetch_one, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.names import MAX_ATTEMPTS, Names, vector_schema
@@ -37,8 +37,9 @@ from cdcsync.target.generations import Generations
 from cdcsync.target.loading import copy_vectors
 from cdcsync.target.vectors import converted
 
-UNHURRIED: LiteralString = "SET LOCAL synchronous_commit = off; "
-"""A page that is lost with a crash of the server is lost with its cursor: apply need not wait for the disk."""
+UNHURRIED: LiteralString = "SET LOCAL synchronous_commit = off; " + BY_INDEX_HERE + "; "
+"""A page that is lost with a crash of the server is lost with its cursor: apply need not wait for the disk. And a page
+reads its own rows, however many there are."""
 
 PAGE_BYTES = 4 * 1024 * 1024
 """Text in one page, but for its last chunk."""
@@ -102,7 +103,8 @@ class Filling:
         cursor = await self._connection.execute(
             self._sql(
                 "SELECT c.chunk_id FROM unnest(%s::int8[], %s::bytea[]) AS c(chunk_id, content_hash) WHERE NOT EXISTS"
-                " (SELECT FROM {vectors} AS v WHERE v.chunk_id = c.chunk_id AND v.content_hash = c.content_hash)"
+                " (SELECT FROM {vectors} AS v WHERE v.chunk_id = c.chunk_id AND v.content_hash = c.content_hash"
+                " OFFSET 0)"
             ),
             [[one.chunk_id for one in page], [one.hash for one in page]],
         )
@@ -135,9 +137,10 @@ class Filling:
             await self._connection.execute(
                 self._sql(
                     "DELETE FROM {settled} AS s WHERE s.chunk_id = ANY(%s) AND (NOT EXISTS"
-                    " (SELECT FROM {chunks} AS c WHERE c.chunk_id = s.chunk_id AND c.content_hash = s.content_hash)"
-                    " OR EXISTS (SELECT FROM {fresh} AS f WHERE f.chunk_id = s.chunk_id) OR EXISTS"
-                    " (SELECT FROM {backlog} AS b WHERE b.chunk_id = s.chunk_id AND b.generation = {generation}))"
+                    " (SELECT FROM {chunks} AS c WHERE c.chunk_id = s.chunk_id"
+                    " AND c.content_hash = s.content_hash OFFSET 0)"
+                    " OR EXISTS (SELECT FROM {fresh} AS f WHERE f.chunk_id = s.chunk_id OFFSET 0) OR EXISTS (SELECT"
+                    " FROM {backlog} AS b WHERE b.chunk_id = s.chunk_id AND b.generation = {generation} OFFSET 0))"
                 ),
                 [ids],
             )
@@ -167,8 +170,9 @@ class Filling:
                     " SELECT v.chunk_id, v.content_hash, {vector} FROM {live} AS v JOIN {chunks} AS c"
                     " ON c.chunk_id = v.chunk_id AND c.content_hash = v.content_hash"
                     " WHERE c.chunk_id = ANY(%s) AND {fits}"
-                    " AND NOT EXISTS (SELECT FROM {vectors} AS n WHERE n.chunk_id = c.chunk_id) AND NOT EXISTS"
-                    " (SELECT FROM {backlog} AS b WHERE b.chunk_id = c.chunk_id AND b.generation = {generation})"
+                    " AND NOT EXISTS (SELECT FROM {vectors} AS n WHERE n.chunk_id = c.chunk_id OFFSET 0)"
+                    " AND NOT EXISTS (SELECT FROM {backlog} AS b"
+                    " WHERE b.chunk_id = c.chunk_id AND b.generation = {generation} OFFSET 0)"
                 ).format(**self._parts, vector=vector, fits=fits),
                 [ids],
             )
@@ -185,7 +189,8 @@ class Filling:
                     "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"
                     " SELECT {generation}, c.chunk_id, c.content_hash, {lane} FROM {chunks} AS c"
                     " WHERE c.chunk_id = ANY(%s) AND NOT EXISTS (SELECT FROM {vectors} AS v"
-                    " WHERE v.chunk_id = c.chunk_id AND v.content_hash = c.content_hash) ON CONFLICT DO NOTHING"
+                    " WHERE v.chunk_id = c.chunk_id AND v.content_hash = c.content_hash OFFSET 0)"
+                    " ON CONFLICT DO NOTHING"
                 ),
                 [list(ids)],
             )

@@ -21,7 +21,6 @@ from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.relations import Names
 from cdcsync.target.ddl.tiers import DISCARDED
 from cdcsync.target.failures.documents import TABLE
-from cdcsync.target.look_ups import texts_known
 
 
 async def page_of_keys(
@@ -117,19 +116,6 @@ async def written_keys(connection: Connection, schema: str, spec: IndexSpec, key
     return {keys[int(cast(str, place)) - 1]: cast(Key, tuple(key)) for place, *key in rows}
 
 
-async def texts_with_vector(
-    connection: Connection, schema: str, spec: IndexSpec, hashes: Sequence[bytes]
-) -> set[bytes]:
-    """Return those hashes of texts that some chunk has a vector of."""
-    cursor = await connection.execute(
-        sql.SQL(
-            "SELECT h FROM unnest(%s::bytea[]) AS h WHERE EXISTS (SELECT FROM {} AS v WHERE v.content_hash = h)"
-        ).format(await texts_known(connection, schema, spec)),
-        [list(hashes)],
-    )
-    return {cast(bytes, row[0]) for row in await cursor.fetchall()}
-
-
 async def discard_vectors(connection: Connection, schema: str, spec: IndexSpec, keys: Sequence[Key]) -> int:
     """Queue the vectors of these documents to be made again, in every generation; the caller commits. Returns how many.
 
@@ -213,7 +199,7 @@ async def _joined(connection: Connection, schema: str, spec: IndexSpec) -> sql.C
             zip(spec.shape.key, spec.key_types, await comparisons(connection, spec.key_types), strict=True)
         )
     ]
-    return sql.SQL("{} JOIN {} AS c ON true WHERE {}").format(
+    return sql.SQL("{} CROSS JOIN LATERAL (SELECT * FROM {} AS c WHERE {} OFFSET 0) AS c WHERE true").format(
         _given(spec), Names(schema, spec.relations).chunks, sql.SQL(" AND ").join(same)
     )
 

@@ -9,6 +9,7 @@ Source: PostgreSQL, "COPY", File Formats, Text Format and Binary Format; pgvecto
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -162,6 +163,7 @@ def line(values: Row, rest: str) -> str:
     return "".join(["\\N\t" if value is None else copy_text(cast(str, value)) + "\t" for value in values]) + rest
 
 
+@lru_cache(maxsize=16)  # the rows of a transaction follow each other
 def lsn_text(position: int) -> str:
     """Return a position as PostgreSQL writes it."""
     return f"{position >> 32:X}/{position & 0xFFFFFFFF:X}"

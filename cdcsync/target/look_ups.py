@@ -12,20 +12,28 @@ from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons
 from cdcsync.postgres.liveness import same_cluster
+from cdcsync.postgres.queries import BY_INDEX
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.vectors import within_reach
 
 
-async def texts_known(connection: Connection, schema: str, spec: IndexSpec) -> sql.Composable:
-    """Return the vectors that a text of an index may have already, as a table of their `content_hash`."""
+async def texts_with_vector(
+    connection: Connection, schema: str, spec: IndexSpec, hashes: Sequence[bytes]
+) -> set[bytes]:
+    """Return those hashes of texts that have a vector already which chunks of the index can take."""
     alike = await within_reach(connection, schema, spec, spec.alike(spec))
-    tables = [Names(schema, one.relations).vectors(one.generation) for one in (spec, *alike)]
-    if len(tables) == 1:
-        return tables[0]
-    return sql.SQL("({})").format(
-        sql.SQL(" UNION ALL ").join(sql.SQL("SELECT content_hash FROM {}").format(table) for table in tables)
+    of_text = [
+        sql.SQL("EXISTS (SELECT FROM {} AS v WHERE v.content_hash = h OFFSET 0)").format(
+            Names(schema, one.relations).vectors(one.generation)
+        )
+        for one in (spec, *alike)
+    ]
+    cursor = await connection.execute(
+        sql.SQL("SELECT h FROM unnest(%s::bytea[]) AS h WHERE {}").format(sql.SQL(" OR ").join(of_text)),
+        [list(hashes)],
     )
+    return {cast(bytes, row[0]) for row in await cursor.fetchall()}
 
 
 class LookUps:
@@ -48,12 +56,14 @@ class LookUps:
         return same_cluster(self._connection, source)
 
     async def open(self) -> None:
-        """Ask how keys are compared; once per connection."""
+        """Have rows looked up by an index, and ask how keys are compared; once per connection."""
+        await self._connection.execute(BY_INDEX)
         self._equal = [one.equal for one in await comparisons(self._connection, self._spec.key_types)]
         self._hashes = (
             sql.SQL(
                 "SELECT s.place, c.chunk_id, c.document_hash FROM unnest({}) WITH ORDINALITY AS s({}, place)"
-                " JOIN {} AS c ON {} WHERE c.chunk_no = 0"
+                " CROSS JOIN LATERAL"
+                " (SELECT chunk_id, document_hash FROM {} AS c WHERE {} AND chunk_no = 0 OFFSET 0) AS c"
             )
             .format(
                 sql.SQL(", ").join(sql.SQL(f"${at}::text[]") for at in range(1, len(self._keys) + 1)),
@@ -86,10 +96,4 @@ class LookUps:
 
     async def known_vectors(self, hashes: Sequence[bytes]) -> set[bytes]:
         """Return those hashes that some chunk has a vector of."""
-        cursor = await self._connection.execute(
-            sql.SQL(
-                "SELECT h FROM unnest(%s::bytea[]) AS h WHERE EXISTS (SELECT FROM {} AS v WHERE v.content_hash = h)"
-            ).format(await texts_known(self._connection, self._schema, self._spec)),
-            [list(hashes)],
-        )
-        return {cast(bytes, row[0]) for row in await cursor.fetchall()}
+        return await texts_with_vector(self._connection, self._schema, self._spec, hashes)

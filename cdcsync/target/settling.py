@@ -127,7 +127,7 @@ class Settling:
             self._sql(
                 "SELECT f.chunk_id FROM {fresh} AS f WHERE f.stored_at <= now() - make_interval(secs => %s)"
                 " AND NOT EXISTS (SELECT FROM {backlog} AS b"
-                " WHERE b.chunk_id = f.chunk_id AND b.generation = {generation})"
+                " WHERE b.chunk_id = f.chunk_id AND b.generation = {generation} OFFSET 0)"
                 " ORDER BY f.stored_at, f.chunk_id LIMIT %s"
             ),
             [rest_s, limit],
@@ -147,7 +147,7 @@ class Settling:
         cursor = await self._connection.execute(
             self._sql(
                 "SELECT f.chunk_id, EXISTS (SELECT FROM {backlog} AS b"
-                " WHERE b.chunk_id = f.chunk_id AND b.generation = {generation})"
+                " WHERE b.chunk_id = f.chunk_id AND b.generation = {generation} OFFSET 0)"
                 " FROM (SELECT chunk_id FROM {fresh} WHERE chunk_id > %s ORDER BY chunk_id LIMIT %s) AS f"
                 " ORDER BY f.chunk_id"
             ),
@@ -205,10 +205,10 @@ class Settling:
         """Delete from fresh what is still as it was copied and nobody is changing; returns the chunks."""
         cursor = await self._connection.execute(
             self._sql(
-                "WITH held AS MATERIALIZED (SELECT f.chunk_id FROM {fresh} AS f"
-                " JOIN unnest(%s::int8[], %s::text[]) AS c(chunk_id, version)"
-                " ON c.chunk_id = f.chunk_id AND f.xmin::text = c.version FOR UPDATE OF f SKIP LOCKED)"
-                " DELETE FROM {fresh} AS f USING held WHERE f.chunk_id = held.chunk_id RETURNING f.chunk_id"
+                "WITH held AS MATERIALIZED (SELECT f.chunk_id FROM unnest(%s::int8[], %s::text[])"
+                " AS c(chunk_id, version) CROSS JOIN LATERAL (SELECT chunk_id FROM {fresh} AS f"
+                " WHERE f.chunk_id = c.chunk_id AND f.xmin::text = c.version FOR UPDATE SKIP LOCKED) AS f)"
+                " DELETE FROM {fresh} WHERE chunk_id = ANY (ARRAY(SELECT chunk_id FROM held)) RETURNING chunk_id"
             ),
             [list(copied), list(copied.values())],
         )

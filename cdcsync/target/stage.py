@@ -23,10 +23,6 @@ STAGED_ROWS = 1_000
 """The temporary tables are emptied by DELETE, and by TRUNCATE once about so many rows went through them. TRUNCATE, and
 `ON COMMIT DELETE ROWS` with it, costs milliseconds of file operations, which at light load is more than all else."""
 
-FEW_ROWS = 200
-"""In a batch of no more rows, each row is looked up by an index. The server takes the temporary tables for as large as
-they were before they were emptied, and would rather read a table of a hundred thousand chunks for a single change."""
-
 _COLUMNS = ("op", "chunk_no", "chunk_total", "content", "content_hash", "document_hash", "commit_lsn", "lane")
 
 
@@ -98,15 +94,10 @@ class Stage:
                 )
             )
 
-    async def empty(self, changes: ChangeSet) -> None:
-        """Empty the tables of what the apply before left there, and say how rows are to be joined."""
-        chunks = sum(max(1, len(document.chunks)) for document in changes.documents)
-        few = len(changes.deleted) + len(changes.absent) + len(changes.kept) + chunks <= FEW_ROWS
-        joins = "off" if few else "on"
+    async def empty(self) -> None:
+        """Empty the tables of what the apply before left there."""
         emptying = self._deleting if self._used <= STAGED_ROWS else self._truncating
-        await self._connection.execute(
-            f"SET LOCAL enable_hashjoin = {joins}; SET LOCAL enable_mergejoin = {joins}; {emptying}".encode()
-        )
+        await self._connection.execute(emptying.encode())
         if emptying is self._truncating:
             self._used = 0
 

@@ -39,7 +39,7 @@ PUT_NEW = "s.op = {put_op}".join(_PUT)
 """Writes the chunks of documents that the index does not hold."""
 
 PUT_MORE = (
-    "s.op = {replace} AND NOT EXISTS (SELECT FROM {chunks} AS c WHERE {same_key} AND c.chunk_no = s.chunk_no)"
+    "s.op = {replace} AND NOT EXISTS (SELECT FROM {chunks} AS c WHERE {same_key} AND c.chunk_no = s.chunk_no OFFSET 0)"
 ).join(_PUT)
 """Writes the chunks that documents have more than before."""
 
@@ -48,8 +48,8 @@ LOCK_TIERS = "LOCK TABLE {fresh}, {settled} IN ROW EXCLUSIVE MODE"
 LOCK = "LOCK TABLE {backlog}, {fresh}, {settled} IN ROW EXCLUSIVE MODE"
 
 CLEAR_BACKLOG = (
-    "DELETE FROM {backlog} AS b USING"
-    " (SELECT chunk_id FROM {gone} UNION ALL SELECT chunk_id FROM {put}) AS t WHERE b.chunk_id = t.chunk_id"
+    "DELETE FROM {backlog} WHERE chunk_id = ANY (ARRAY("
+    "SELECT chunk_id FROM {gone} UNION ALL SELECT chunk_id FROM {put}))"
 )
 
 REPLACED: LiteralString = (
@@ -61,7 +61,7 @@ REUSE = (
     " SELECT p.chunk_id, p.content_hash, equal.embedding FROM {put} AS p CROSS JOIN LATERAL"
     " (SELECT v.embedding FROM {vectors} AS v WHERE v.content_hash = p.content_hash{alike} LIMIT 1) AS equal"
     " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id"
-    " AND v.content_hash = p.content_hash)"
+    " AND v.content_hash = p.content_hash OFFSET 0)"
     " ON CONFLICT (chunk_id) DO UPDATE SET " + REPLACED
 )
 """Gives each chunk without a current vector that of an equal text, in whichever generation one is stored."""
@@ -70,7 +70,8 @@ REUSE_OWN = REUSE.replace("{alike}", "{siblings}")
 """The same without the generations of the index beside, whose tables another session holds."""
 
 SUPERSEDE = (
-    "DELETE FROM {settled} AS v USING {put} AS p JOIN {fresh} AS f USING (chunk_id) WHERE v.chunk_id = p.chunk_id"
+    "DELETE FROM {settled} WHERE chunk_id = ANY (ARRAY("
+    "SELECT chunk_id FROM {fresh} WHERE chunk_id = ANY (ARRAY(SELECT chunk_id FROM {put}))))"
 )
 
 QUEUE = (
@@ -79,16 +80,20 @@ QUEUE = (
     " JOIN (SELECT content_hash, min(lane) AS lane FROM {stage} WHERE op IN ({put_op}, {replace})"
     " GROUP BY content_hash) AS s USING (content_hash)"
     " WHERE NOT EXISTS (SELECT FROM {vectors} AS v"
-    " WHERE v.chunk_id = p.chunk_id AND v.content_hash = p.content_hash)"
+    " WHERE v.chunk_id = p.chunk_id AND v.content_hash = p.content_hash OFFSET 0)"
 )
 """Puts each chunk that still has no current vector into the backlog."""
+
+HASHING = "SET LOCAL enable_hashjoin = on"
+NOT_HASHING = "SET LOCAL enable_hashjoin = off"
+"""Around what joins temporary tables, which have no index."""
 
 QUEUE_LOADED = (
     "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"
     " SELECT {generation}, p.chunk_id, p.content_hash, {backfill} FROM {put} AS p"
-    " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id)"
+    " WHERE NOT EXISTS (SELECT FROM {vectors} AS v WHERE v.chunk_id = p.chunk_id OFFSET 0)"
 )
 """The same for chunks that were copied in."""
 
-DROP_FRESH = "DELETE FROM {fresh} AS v USING {gone} AS t WHERE v.chunk_id = t.chunk_id"
-DROP_SETTLED = "DELETE FROM {settled} AS v USING {gone} AS t WHERE v.chunk_id = t.chunk_id"
+DROP_FRESH = "DELETE FROM {fresh} WHERE chunk_id = ANY (ARRAY(SELECT chunk_id FROM {gone}))"
+DROP_SETTLED = "DELETE FROM {settled} WHERE chunk_id = ANY (ARRAY(SELECT chunk_id FROM {gone}))"

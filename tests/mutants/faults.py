@@ -339,13 +339,20 @@ MUTANTS = (
     Mutant(
         "a vector that is stored ends the wait of other texts too",
         "target/backlog.py",
-        ' FROM {backlog} AS b JOIN {stage} USING (content_hash)"\n'
-        '                " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"',
-        ' FROM {backlog} AS b CROSS JOIN LATERAL (SELECT FROM {stage} LIMIT 1) AS s"\n'
-        '                " WHERE b.generation = {generation} FOR UPDATE OF b SKIP LOCKED),"',
+        ' AND chunk_id = ANY (ARRAY(SELECT chunk_id FROM due)))"\n',
+        ' AND EXISTS (SELECT FROM due))"\n',
         "chaos",
         "vectors committed",
         r"^Broken: .*(chunks without a vector|vectors of another text)",
+    ),
+    Mutant(
+        "a batch reads all that waits",
+        "target/look_ups.py",
+        "        await self._connection.execute(BY_INDEX)\n",
+        "",
+        "tests",
+        "tests/server/target/test_reads.py::test_a_batch_reads_about_as_many_rows_as_it_has",
+        r"assert \{'articles_.*\} == \{\}",
     ),
     Mutant(
         "a source that fell quiet is not nudged",

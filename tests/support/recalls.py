@@ -14,6 +14,7 @@ from psycopg import sql
 from cdcsync.config.sections import Hnsw
 from cdcsync.documents.templates import hash_text
 from cdcsync.model.spec import Distance, IndexSpec
+from cdcsync.postgres.queries import BY_INDEX
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.pipelines import Pipelines
@@ -70,6 +71,8 @@ async def indexed(
         if hnsw:
             await build_hnsw(index.connection, SCHEMA, spec)
         await index.connection.execute("ANALYZE")
+        # A session that writes looks everything up by an index; those that search do not.
+        await index.connection.execute(BY_INDEX.replace("= off", "= on").encode())
         yield index, await stored_spec(index.connection, SCHEMA, spec.name, spec.config)
 
 

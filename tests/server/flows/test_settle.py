@@ -154,27 +154,42 @@ async def test_beyond_the_budget_nothing_rests_and_a_late_stream_does_not_count(
         await until(settled(built, 100))
 
 
-async def test_so_much_that_inserting_it_takes_longer_is_built_anew(
-    built: LiveIndex, target: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def rebuilt(built: LiveIndex, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many vectors each rebuild moved, of an index that is beyond its budget and rebuilt with few vectors."""
     monkeypatch.setattr(settle, "REBUILD_ROWS", 50)
-    rebuilt: list[int] = []
+    found: list[int] = []
     run = Rebuild.run
 
     async def counted(rebuild: Rebuild) -> int:
-        rebuilt.append(await run(rebuild))
-        return rebuilt[-1]
+        found.append(await run(rebuild))
+        return found[-1]
 
     monkeypatch.setattr(Rebuild, "run", counted)
     built.spec = msgspec.structs.replace(
         built.spec, config=msgspec.structs.replace(built.spec.config, fresh_scan_budget_ms=0.0)
     )
+    return found
 
+
+@pytest.mark.parametrize("stream", ["caught up", "far behind, then caught up", "far behind for long"])
+async def test_so_much_that_inserting_it_takes_longer_is_built_anew(
+    built: LiveIndex, target: Database, rebuilt: list[int], monkeypatch: pytest.MonkeyPatch, stream: str
+) -> None:
     async def done() -> bool:
         return bool(rebuilt)
 
     flow = Flow(target.dsn, [built])
+    if stream != "caught up":
+        flow.lag.note(time.time() - 60, caught_up=False)
     async with flow.running():
+        if stream == "far behind, then caught up":
+            await flow.looks_in_vain()
+            assert await tiers(built) == {"fresh": 100}
+            flow.lag.note(None, caught_up=True)
+        elif stream == "far behind for long":
+            await flow.looks_in_vain()
+            monkeypatch.setattr(settle, "REBUILD_WAITS_S", 0.0)
         await until(done)
 
     assert rebuilt == [100]

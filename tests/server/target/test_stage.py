@@ -7,7 +7,7 @@ import pytest
 
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import Names
-from cdcsync.target.stage import FEW_ROWS, STAGED_ROWS, Op, Stage
+from cdcsync.target.stage import STAGED_ROWS, Op, Stage
 from tests.support.indexes import SCHEMA, changes, document, kept, make_spec
 from tests.support.relations import create, rows
 
@@ -42,7 +42,7 @@ async def test_each_row_says_what_apply_does_with_it(connection: Connection, sta
         absent=["6"],
     )
     async with connection.transaction():
-        await stage.empty(batch)
+        await stage.empty()
         await stage.copy(batch)
         assert await staged(connection, stage) == [
             (Op.PUT, 1, 7, 0, 2, "a"),
@@ -58,7 +58,7 @@ async def test_each_row_says_what_apply_does_with_it(connection: Connection, sta
 async def test_what_was_written_down_ahead_is_copied_as_it_is(connection: Connection, stage: Stage) -> None:
     ahead = msgspec.structs.replace(changes(), staged=list(stage.blocks(changes(document("1", "a")))))
     async with connection.transaction():
-        await stage.empty(ahead)
+        await stage.empty()
         await stage.copy(ahead)
         assert await staged(connection, stage) == [(Op.PUT, 1, 1, 0, 1, "a")]
 
@@ -67,12 +67,12 @@ async def test_what_was_written_down_ahead_is_copied_as_it_is(connection: Connec
 async def test_every_batch_finds_the_tables_empty(connection: Connection, stage: Stage, rows_before: int) -> None:
     first = changes(document("1", "a"))
     async with connection.transaction():
-        await stage.empty(first)
+        await stage.empty()
         await stage.copy(first)
         await connection.execute("INSERT INTO pg_temp.gone VALUES (1, ''); INSERT INTO pg_temp.put VALUES (1, '')")
         stage.used(rows_before)
     async with connection.transaction():
-        await stage.empty(first)
+        await stage.empty()
         assert await staged(connection, stage) == []
         assert await rows(connection, "SELECT FROM pg_temp.gone UNION ALL SELECT FROM pg_temp.put") == []
 
@@ -83,14 +83,3 @@ async def test_indexes_of_equal_types_share_a_stage_and_others_do_not(connection
     swapped = Stage(connection, make_spec(name="more", key={"id": "bigint", "at": "integer"}, carried={}, search=None))
     assert same.table == stage.table
     assert len({one.table.as_string(connection) for one in (stage, other, swapped)}) == 3
-
-
-@pytest.mark.parametrize(("count", "joins"), [(FEW_ROWS, "off"), (FEW_ROWS + 1, "on")])
-async def test_in_small_batches_each_row_is_looked_up_by_an_index(
-    connection: Connection, stage: Stage, count: int, joins: str
-) -> None:
-    async with connection.transaction():
-        await stage.empty(changes(*(document(str(at), "a") for at in range(count))))
-        assert await rows(
-            connection, "SELECT current_setting('enable_hashjoin'), current_setting('enable_mergejoin')"
-        ) == [(joins, joins)]
