@@ -15,7 +15,7 @@ from cdcsync.model.changeset import Applied, ChangeSet
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.session import ApplySession
-from tests.support.indexes import SCHEMA, make_spec
+from tests.support.indexes import SCHEMA, make_spec, until
 from tests.support.servers import Database
 
 SLOT = "slot"
@@ -37,7 +37,7 @@ class Pipeline:
 
     async def open(self) -> ApplySession:
         session = self.session()
-        assert await session.try_open()
+        await until(session.try_open)  # the server may still be ending the session before this one
         await session.prepare(SPECS)
         return session
 

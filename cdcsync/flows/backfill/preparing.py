@@ -21,7 +21,6 @@ from cdcsync.model.rows import Key, Row, Shape, Upsert
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.vectors import FloatVector
 from cdcsync.postgres.errors import speaking_of
-from cdcsync.postgres.queries import BY_INDEX_HERE
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.look_ups import texts_with_vector
 
@@ -100,11 +99,8 @@ class PagePreparer:
         if not texts or len(texts) > self._dispatcher.texts_within(QUICK_S):
             return {}
         with speaking_of("target", where=f"index {self._spec.name}", index=self._spec.name):
-            async with target.transaction():
-                await target.execute(BY_INDEX_HERE)
-                known = await texts_with_vector(target, self._schema, self._spec, list(texts))
-            for one in known:
-                del texts[one]
+            for known in await texts_with_vector(target, self._schema, self._spec, list(texts)):
+                del texts[known]
         return await page_vectors(self._dispatcher, self._spec, texts)
 
 
