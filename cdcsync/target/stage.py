@@ -61,11 +61,11 @@ class Stage:
         columns = [*self.keys, *self.carried, *map(sql.Identifier, _COLUMNS)]
         self._copying = sql.SQL("COPY {} ({}) FROM STDIN").format(self.table, sql.SQL(", ").join(columns))
         tables = {"stage": self.table, "gone": self.gone, "put": self.put}
-        self._truncating = sql.SQL("TRUNCATE {stage}, {gone}, {put}").format(**tables).as_string(connection)
+        self._truncating = sql.SQL("TRUNCATE {stage}, {gone}, {put}").format(**tables).as_bytes(connection)
         self._deleting = (
             sql.SQL("WITH s AS (DELETE FROM {stage}), g AS (DELETE FROM {gone}) DELETE FROM {put}")
             .format(**tables)
-            .as_string(connection)
+            .as_bytes(connection)
         )
         self._used = 0
         """Rows that went through the tables since they were last truncated."""
@@ -97,7 +97,7 @@ class Stage:
     async def empty(self) -> None:
         """Empty the tables of what the apply before left there."""
         emptying = self._deleting if self._used <= STAGED_ROWS else self._truncating
-        await self._connection.execute(emptying.encode())
+        await self._connection.execute(emptying)
         if emptying is self._truncating:
             self._used = 0
 
