@@ -186,14 +186,15 @@ class Settling:
     async def _copy(self, chunks: Sequence[int]) -> dict[int, str]:
         """Copy vectors to the settled tier; returns which version of each, by its chunk.
 
-        One that is there already, by a session whose worker died and whose last move came through, is not ours.
+        One that is there already, by a session whose worker died and whose last move came through, is not ours. The
+        order keeps two sessions that copy the same vectors from waiting for each other in a circle.
         """
         cursor = await self._connection.execute(
             self._sql(
                 "WITH batch AS MATERIALIZED (SELECT chunk_id, content_hash, embedding, stored_at, xmin FROM {fresh}"
                 " WHERE chunk_id = ANY(%s)), copied AS (INSERT INTO {settled}"
                 " (chunk_id, content_hash, embedding, stored_at)"
-                " SELECT chunk_id, content_hash, embedding, stored_at FROM batch"
+                " SELECT chunk_id, content_hash, embedding, stored_at FROM batch ORDER BY chunk_id"
                 " ON CONFLICT (chunk_id) DO NOTHING RETURNING chunk_id)"
                 " SELECT chunk_id, batch.xmin::text FROM batch JOIN copied USING (chunk_id)"
             ),

@@ -86,6 +86,11 @@ class WorkerView(Protocol):
         """Return the rates of the last hour."""
         ...
 
+    @property
+    def last(self) -> Status | None:
+        """The status as it was last read, for whomever."""
+        ...
+
     async def status(self) -> Status:
         """Read the status.
 
@@ -100,12 +105,11 @@ class _Readings:
     def __init__(self, view: WorkerView) -> None:
         self._view = view
         self._turn = anyio.Lock()
-        self._body = b""
         self._read_at = float("-inf")
         self._good_until = float("-inf")
 
-    async def latest(self) -> bytes:
-        """Return a status as JSON that was read just now.
+    async def latest(self) -> Status:
+        """Return a status that was read just now.
 
         :raises CdcsyncError: it cannot be read now.
         :raises TimeoutError: it takes too long.
@@ -116,10 +120,12 @@ class _Readings:
                 started = anyio.current_time()
                 # A status read while this request waited is as good as one that it would read itself.
                 if asked > self._read_at and started >= self._good_until:
-                    self._body = msgspec.json.encode(await self._view.status())
+                    await self._view.status()
                     self._read_at = anyio.current_time()
                     self._good_until = self._read_at + (self._read_at - started) * (1 - READING_SHARE) / READING_SHARE
-                return self._body
+                # The worker reads for itself, too: what this shows is never older than what /readyz goes by.
+                assert self._view.last is not None
+                return self._view.last
 
 
 EmbedQuery = Callable[[str, str], Awaitable[tuple[str, list[float]]]]
@@ -167,7 +173,7 @@ def make_app(view: WorkerView, *, embed: EmbedQuery | None = None, hosts: Sequen
 
     async def status(_: Request) -> Response:
         try:
-            return Response(await readings.latest(), media_type="application/json")
+            return _json(await readings.latest(), 200)
         except CdcsyncError as error:
             return _json({"error": error.message, "where": error.where, "hint": error.hint}, 503)
         except TimeoutError:

@@ -89,7 +89,8 @@ class WorkerState:
         self._source = Session(config.source.dsn, "source", application_name="cdcsync status", idle_s=IDLE_S)
         self._target = Session(config.target.dsn, "target", application_name="cdcsync status", idle_s=IDLE_S)
         self._reading = anyio.Lock()
-        self._last: Status | None = None
+        self.last: Status | None = None
+        """The status as it was last read, for whomever: what readiness goes by, and /status shows."""
         self._asked: float | None = None
         """When the reading began that has not been answered yet; readings that failed since then count."""
         self._unread: CdcsyncError | None = None
@@ -208,25 +209,25 @@ class WorkerState:
                 " worker.ready_max_lag_bytes"
             )
         reasons += [f"index {name}: {problem}" for name, problem in self.problems.items()]
-        if self._last is not None:
+        if self.last is not None:
             reasons += [
                 f"index {name} is paused: {index.reason}"
-                for name, index in self._last.indexes.items()
+                for name, index in self.last.indexes.items()
                 if index.state == "paused"
             ]
             reasons += [
                 f"index {name} waits to be built: {index.reason}"
-                for name, index in self._last.indexes.items()
+                for name, index in self.last.indexes.items()
                 if index.state == "building" and index.reason
             ]
             reasons += [
                 f"index {name} cannot use a table: {index.locked}"
-                for name, index in self._last.indexes.items()
+                for name, index in self.last.indexes.items()
                 if index.locked is not None
             ]
             reasons += [
                 f"index {name} cannot be read: {index.unreadable}"
-                for name, index in self._last.indexes.items()
+                for name, index in self.last.indexes.items()
                 if anyio.current_time() - self._unreadable.get(name, math.inf) > self.config.worker.ready_max_lag_s
             ]
         return reasons
@@ -236,10 +237,10 @@ class WorkerState:
 
         As of the last reading, which is some seconds old at most; a standby reads for itself.
         """
-        if self._last is None:
+        if self.last is None:
             return ["the indexes have not been looked at yet"]
         reasons = []
-        for name, index in self._last.indexes.items():
+        for name, index in self.last.indexes.items():
             waiting = index.backlog - index.backlog_live
             if index.state != "live":
                 reasons.append(f"index {name} is {index.state}, not live")
@@ -252,9 +253,9 @@ class WorkerState:
     @property
     def headline(self) -> str | None:
         """How the pipeline is, in a few words, as of the last reading; None before the first one."""
-        if self._last is None or self._last.headline is None:
+        if self.last is None or self.last.headline is None:
             return None
-        head = self._last.headline
+        head = self.last.headline
         return head.words if head.index is None else f"{head.index}: {head.words}"
 
     @property
@@ -286,9 +287,9 @@ class WorkerState:
     @property
     def _unheard_bytes(self) -> int:
         """How much WAL the source had at the last look that it had not sent by then; 0 when that is not known."""
-        if self._lag is None or not self._lag.heard_lately or self._last is None:
+        if self._lag is None or not self._lag.heard_lately or self.last is None:
             return 0
-        checkpoint, behind = self._last.checkpoint, self._last.lag_bytes
+        checkpoint, behind = self.last.checkpoint, self.last.lag_bytes
         if checkpoint is None or behind is None:
             return 0
         return max(0, Lsn.parse(checkpoint) + behind - self._lag.heard)
@@ -311,7 +312,7 @@ class WorkerState:
         if self._waits is not None and not by_another:
             status = as_waiting(status, worker_name(), self._waits)
         self._note_unreadable(status)
-        self._last = status
+        self.last = status
         reasons = self.not_ready()
         if starting := self.starting:
             # Of a pipeline that is not set up yet, or not followed, all of this is as it should be.
@@ -322,7 +323,7 @@ class WorkerState:
             status = as_starting(status)
         if self.standby:
             status = msgspec.structs.replace(status, headline=Headline("standby: another worker runs", "busy"))
-        self._last = status
+        self.last = status
         return status
 
     async def _read(self) -> Status:

@@ -30,6 +30,7 @@ class View:
         self.turning = True
         self.reasons: list[str] = []
         self.loading: list[str] = []
+        self.last: Status | None = None
         self.failure: Exception | None = None
         self.readings = 0
         self.reading = anyio.Event()
@@ -54,6 +55,7 @@ class View:
         await self.answering.wait()
         if self.failure is not None:
             raise self.failure
+        self.last = STATUS
         return STATUS
 
 

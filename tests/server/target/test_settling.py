@@ -170,6 +170,39 @@ async def test_two_sessions_that_move_the_same_vectors_leave_each_in_one_tier(
     assert await index.faults() == []
 
 
+async def test_two_sessions_that_read_the_same_vectors_in_another_order_never_wait_in_a_circle(
+    index: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    for text in ("3", "2", "1"):
+        await index.apply(changes(document(text, text), inline=[text]))
+    # The table's order is now another one than that of the chunks' numbers, whose row in the middle is held.
+    await index.connection.execute("UPDATE cdcsync.articles_vectors_1_fresh SET stored_at = now() WHERE chunk_id = 1")
+    holding, watching = await connect_target(), await connect_target()
+    ways = ("enable_indexscan", "enable_bitmapscan"), ("enable_seqscan", "enable_bitmapscan")
+    movers = []
+    for way in ways:
+        connection = await connect_target()
+        await connection.execute("".join(f"SET {one} = off;" for one in way))
+        movers.append(Settling(connection, SCHEMA, index.spec))
+    moved: list[int] = []
+
+    async def begin(mover: Settling) -> None:
+        moved.append(await mover.settle([1, 2, 3]))
+
+    async with anyio.create_task_group() as tasks, holding.transaction(force_rollback=True):
+        await holding.execute(
+            "INSERT INTO cdcsync.articles_vectors_1_settled (chunk_id, content_hash, embedding, stored_at)"
+            " SELECT chunk_id, content_hash, embedding, stored_at FROM cdcsync.articles_vectors_1_fresh"
+            " WHERE chunk_id = 2"
+        )
+        for mover in movers:
+            tasks.start_soon(begin, mover)
+            await until_blocked(watching, mover._connection)
+
+    assert sorted(moved) == [0, 3]
+    assert await index.faults() == []
+
+
 async def test_a_session_that_dies_in_a_move_leaves_everything_where_it_was(
     index: LiveIndex, settling: Interrupted
 ) -> None:

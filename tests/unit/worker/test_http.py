@@ -122,6 +122,16 @@ async def test_all_who_ask_at_once_share_a_reading(view: View) -> None:
     assert view.readings == 1
 
 
+async def test_a_status_is_never_older_than_what_readiness_goes_by(
+    view: View, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "READING_SHARE", 1e-9)  # a reading is good for long
+    await client.ask("/status")
+    view.last = msgspec.structs.replace(STATUS, problems=["seen by the worker itself"])
+    assert (await client.ask("/status")).json()["problems"] == ["seen by the worker itself"]
+    assert view.readings == 1
+
+
 async def test_a_failed_reading_is_not_kept(view: View, client: Client) -> None:
     view.failure = TargetUnavailable("connection refused")
     assert (await client.ask("/status")).code == 503

@@ -108,7 +108,7 @@ async def test_a_late_stream_is_told_by_its_setting(streaming: WorkerState, lag:
 async def test_wal_that_was_never_sent_is_told_though_the_stream_is_not_late(
     streaming: WorkerState, behind: int, told: bool
 ) -> None:
-    streaming._last = msgspec.structs.replace(STATUS, lag_bytes=behind)
+    streaming.last = msgspec.structs.replace(STATUS, lag_bytes=behind)
     assert ["worker.ready_max_lag_bytes" in reason for reason in streaming.not_ready()] == [True] * told
 
 
@@ -118,7 +118,7 @@ async def test_trouble_of_embedders_and_of_indexes_is_named(streaming: WorkerSta
     streaming.attach(lag, lambda: Lsn(0), dispatchers, lambda _: None)
     streaming.problems = {"articles": "its updates fail"}
     paused = msgspec.structs.replace(LIVE, state="paused", reason="its key is gone")
-    streaming._last = msgspec.structs.replace(STATUS, indexes={"notes": paused})
+    streaming.last = msgspec.structs.replace(STATUS, indexes={"notes": paused})
     assert streaming.not_ready() == [
         "embedder e: nobody is at home (start it)",
         "index articles: its updates fail",
@@ -139,7 +139,7 @@ async def test_trouble_of_embedders_and_of_indexes_is_named(streaming: WorkerSta
 async def test_an_index_is_loaded_once_its_loads_have_their_vectors(facts: dict[str, Any], reasons: list[str]) -> None:
     state = WorkerState(CONFIG)
     assert state.not_loaded() == ["the indexes have not been looked at yet"]
-    state._last = msgspec.structs.replace(STATUS, indexes={"articles": msgspec.structs.replace(LIVE, **facts)})
+    state.last = msgspec.structs.replace(STATUS, indexes={"articles": msgspec.structs.replace(LIVE, **facts)})
     assert state.not_loaded() == reasons
 
 
