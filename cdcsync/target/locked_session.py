@@ -50,16 +50,21 @@ class LockedSession:
         self._connection: WatchedConnection | None = None
         self._pid: int | None = None
         """The server process of the last connection."""
+        self.holder: int | None = None
+        """The server process that had the lock when `try_open` found it taken."""
 
     @property
     def connection(self) -> Connection:
-        """The session's connection, for reading what only the lock's holder may rely on."""
+        """The session's connection, for reading what only the lock's holder may rely on, and for the set-up.
+
+        What it writes is written under the lock: whoever takes the lock next finds it committed, or undone.
+        """
         if self._connection is None:
             raise TargetUnavailable("the apply connection is closed", where="target", hint="it is opened again")
         return self._connection
 
-    async def try_open(self, once_locked: Callable[[], Awaitable[None]] | None = None) -> bool:
-        """Connect and take the pipeline's lock and a new fence; False when another worker holds the lock.
+    async def try_open(self, once_locked: Callable[[Connection], Awaitable[None]] | None = None) -> bool:
+        """Connect and take the pipeline's lock and a new fence; False when another worker holds the lock: `holder`.
 
         :param once_locked: called between the two: what only the lock's holder may do, and the fence needs.
         :raises TargetUnavailable: the target does not answer now.
@@ -72,10 +77,12 @@ class LockedSession:
                     locked = await self._pipelines.try_lock(connection)
                 if locked:
                     if once_locked is not None:
-                        await once_locked()
+                        await once_locked(connection)
                     self._lease = await self._pipelines.take_over(connection, worker_name())
                     crash_point("fence raised")
                     self._hold(connection)
+                else:
+                    self.holder = await self._pipelines.holder(connection)
             finally:
                 if self._connection is None:
                     await _close(connection)

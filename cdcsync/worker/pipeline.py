@@ -48,13 +48,12 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupted_by
-from cdcsync.postgres.sessions import IDLE_S, Session, connect
+from cdcsync.postgres.sessions import IDLE_S, Connection, Session, connect
 from cdcsync.preflight.indexes import Plan
 from cdcsync.process import collector
 from cdcsync.source.catalog import read_catalog, read_server
 from cdcsync.source.many import source_table
 from cdcsync.source.spool import Spool
-from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.session import ApplySession
 from cdcsync.worker.state import WorkerState
 from cdcsync.worker.streaming import Streaming
@@ -239,26 +238,30 @@ class Pipeline:
         :param broken: why indexes that exist cannot be followed; they are paused.
         """
         config = self.config
+
+        async def shared(target: Connection) -> None:
+            async with interrupted_by(self.state.stopping, target):
+                await set_up_shared(target, config)
+
+        # A standby may be of a newer version than the worker that it waits for, whose tables they still are.
+        while not await self.session.try_open(shared):
+            if not self.state.standby:
+                log.info("standby", slot=config.source.slot, holder_pid=self.session.holder)
+            self.state.standby, self.state.waiting_for = True, None
+            self._known.clear()  # another worker may do anything to them
+            with anyio.move_on_after(STANDBY_POLL_S):
+                await self.state.stopping.wait()
+                return "stopped"
+        if self.state.standby:
+            # The tables examined before the wait may be long gone.
+            self.state.standby = False
+            return "outdated"
+        # Over the connection that holds the lock: if it breaks, nothing more is written until the lock is taken again.
+        target = self.session.connection
         async with (
-            await connect(config.target.dsn, "target", works=True) as target,
             await connect(config.source.dsn, "source") as source,
             interrupted_by(self.state.stopping, target, source),
         ):
-            # A standby may be of a newer version than the worker that it waits for, whose tables they still are.
-            while not await self.session.try_open(lambda: set_up_shared(target, config)):
-                if not self.state.standby:
-                    with speaking_of("target"):
-                        holder = await Pipelines(config.target.schema, config.source.slot).holder(target)
-                    log.info("standby", slot=config.source.slot, holder_pid=holder)
-                self.state.standby, self.state.waiting_for = True, None
-                self._known.clear()  # another worker may do anything to them
-                with anyio.move_on_after(STANDBY_POLL_S):
-                    await self.state.stopping.wait()
-                    return "stopped"
-            if self.state.standby:
-                # The tables examined before the wait may be long gone.
-                self.state.standby = False
-                return "outdated"
             if await do_what_was_asked(target, config):
                 return "outdated"
             await refuse_early(source, self.session, config)
@@ -277,9 +280,8 @@ class Pipeline:
                 return "outdated"
             await recall(target, *self._pipeline, self.dispatchers)
             await set_up_indexes(target, config, specs, catalog, waiting, known=self._known)
-        self.streaming.fit(server.wal_sender_timeout_s)
-        async with interrupted_by(self.state.stopping, self.session.connection):
             await self.session.prepare(self.specs)
+        self.streaming.fit(server.wal_sender_timeout_s)
         return "ready"
 
     async def work(self) -> list[SchemaChanged]:

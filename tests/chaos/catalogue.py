@@ -99,6 +99,7 @@ CATALOGUE = (
         "target/pipelines.py:Pipelines.take_over",
         (
             "test_nothing_is_written_under_an_older_fence",
+            "test_a_set_up_that_loses_the_pipelines_lock_writes_nothing_more",
             "frozen worker overtaken",
             "standby takes over",
             "fence raised",

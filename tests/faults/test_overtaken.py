@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import psycopg
 import pytest
 
 from tests.support.configs import configuration
@@ -88,3 +89,33 @@ def test_a_worker_whose_chunks_were_exchanged_or_dropped_meanwhile_stands_by_and
         migrate(pipeline, action, *(["--yes"] if action == "drop" else []))
     shown = "SELECT count(*) FROM articles_index WHERE content LIKE 'about: % again'"
     assert pipeline.target.execute(shown).fetchone() == (20 if action == "activate" else 0,)
+
+
+def test_a_set_up_that_loses_the_pipelines_lock_writes_nothing_more(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    pipeline = make_pipeline(configuration(database.dsn, indexes={"articles": {}}))
+    loaded(pipeline, "articles", rows=20)
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.configure(configuration(database.dsn, indexes={"articles": {"text": "about: {title}"}, "others": {}}))
+    pipeline.source.execute("CREATE TABLE others (id int PRIMARY KEY, title text)")
+    written = "SELECT to_jsonb(i) || jsonb_build_object('others', to_regclass('cdcsync.others_chunks')) FROM {} AS i"
+    with psycopg.connect(database.dsn) as holder, psycopg.connect(database.dsn, autocommit=True) as successor:
+        before = holder.execute(written.format("cdcsync.indexes") + " FOR UPDATE").fetchone()
+        pipeline.start()
+        until(lambda: pipeline.times("lock_waits"), pipeline.tail)  # the set-up waits for the index's row
+        name = f"cdcsync pipeline cdcsync {pipeline.config.source.slot}"
+        successor.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_locks JOIN pg_stat_activity USING (pid), hashtextextended"
+            "(%s, 0) AS key WHERE locktype = 'advisory' AND (classid::int8 << 32) + objid::int8 = key",
+            [name],
+        )
+        taken = successor.execute("SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", [name]).fetchone()
+        assert taken == (True,)
+        holder.rollback()
+        until(lambda: pipeline.times("standby"), pipeline.tail)
+        assert successor.execute(written.format("cdcsync.indexes")).fetchall() == [before]
+    pipeline.live()
+    pipeline.in_step("articles", "others")
+    assert pipeline.times("index_paused") == 0

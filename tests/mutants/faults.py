@@ -196,6 +196,25 @@ MUTANTS = (
         r"assert \[\] == \[True\]",
     ),
     Mutant(
+        "a set-up writes over a connection that the pipeline's lock does not depend on",
+        "worker/pipeline.py",
+        "        target = self.session.connection\n",
+        '        target = await connect(config.target.dsn, "target", works=True)\n',
+        "tests",
+        "tests/faults/test_overtaken.py::test_a_set_up_that_loses_the_pipelines_lock_writes_nothing_more",
+        r"assert \[\(\{",
+    ),
+    Mutant(
+        "a command that does a worker's work leaves the fence where it was",
+        "flows/setup/exchange.py",
+        "        await pipelines.take_over(connection)\n",
+        "",
+        "tests",
+        "tests/faults/test_overtaken.py::"
+        "test_a_worker_whose_chunks_were_exchanged_or_dropped_meanwhile_stands_by_and_continues[activate]",
+        r"assert (\d+) > \1",
+    ),
+    Mutant(
         "a checkpoint moves from what this worker never committed: no chain",
         "target/pipelines.py",
         " AND commits = %s AND checkpoint IS NOT DISTINCT FROM %s::pg_lsn RETURNING",
