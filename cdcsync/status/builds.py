@@ -12,12 +12,15 @@ from cdcsync.target.ddl.names import Names
 from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation
 
+OPEN_FOR_S = 1.0
+"""A build waits for every transaction that it finds. One that is younger is over before anybody could end it."""
+
 
 class Build(msgspec.Struct, frozen=True):
     """The build of a search index that is under way.
 
     :ivar blocks: how many blocks it has read, and how many there are.
-    :ivar waits_for: the process ID of the session whose transaction it waits for.
+    :ivar waits_for: the process ID of the session whose transaction it waits for, if that has been open for a while.
     """
 
     blocks: tuple[int, int] | None = None
@@ -34,12 +37,15 @@ async def read_builds(target: Connection, schema: str) -> dict[str, Build]:
     Source: PostgreSQL, "CREATE INDEX Progress Reporting"; pgvector, "Indexing Progress".
     """
     cursor = await target.execute(
-        "SELECT c.relname, p.blocks_done, p.blocks_total,"
-        " CASE WHEN starts_with(p.phase, 'waiting for ') THEN nullif(p.current_locker_pid, 0) END"
+        # When a transaction began may be hidden from our role: then it is told.
+        "SELECT c.relname, p.blocks_done, p.blocks_total, CASE WHEN starts_with(p.phase, 'waiting for ')"
+        " AND coalesce(clock_timestamp() - a.xact_start >= make_interval(secs => %s), true)"
+        " THEN nullif(p.current_locker_pid, 0) END"
         " FROM pg_stat_progress_create_index AS p JOIN pg_class AS c ON c.oid = p.relid"
+        " LEFT JOIN pg_stat_activity AS a ON a.pid = p.current_locker_pid"
         " WHERE p.datname = current_database()"
         " AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %s)",
-        [schema],
+        [OPEN_FOR_S, schema],
     )
     return {
         cast(str, name): Build((done, total) if total else None, pid)
