@@ -147,6 +147,11 @@ async def _advance(connection: Connection, schema: str, spec: IndexSpec) -> bool
     await connection.execute(sql.SQL("ANALYZE {}").format(names.chunks))
     await connection.execute(sql.SQL("ANALYZE {}").format(names.vectors(spec.generation)))
     async with connection.transaction():
+        # A graph may take hours, in which somebody may have asked for another load.
+        await registry.find(connection, spec.name, lock=True)
+        now = await History(schema).last_load(connection, spec.name)
+        if now is None or (now.id, now.state) != (load.id, load.state):
+            return False
         if spec.hidden:
             await Generations(schema).stamp(connection, spec.name, spec.generation, "ready_at")
         await registry.declare_live(connection, spec.name)

@@ -38,7 +38,7 @@ from cdcsync.target.belongings import (
 )
 from cdcsync.target.embedders import forget_embedders
 from cdcsync.target.entries import Entry
-from cdcsync.target.pipelines import Pipelines
+from cdcsync.target.pipelines import Lease, Pipelines
 from cdcsync.target.registry import Registry
 
 
@@ -122,7 +122,8 @@ async def drop_index(config: Config, index: str) -> list[Step]:
                 raise SetupError(
                     f"there is no index {index}{owner}", where=f"schema {schema}", hint=f"those there are: {known}"
                 )
-            await _let_go(target, config, entry)
+            if (lease := await _let_go(target, config, entry)) is not None:
+                await Pipelines(schema, config.source.slot).end_overtaken(target, lease)
             both = [index, beside_name(index)]
             relations = await relations_of(target, schema, both)
             others = {table for name, one in entries.items() if name not in both for table in one.tables}
@@ -156,18 +157,17 @@ async def drop_index(config: Config, index: str) -> list[Step]:
         return steps
 
 
-async def _let_go(target: Connection, config: Config, entry: Entry) -> None:
-    """See that no worker follows an index, and that none begins to.
+async def _let_go(target: Connection, config: Config, entry: Entry) -> Lease | None:
+    """See that no worker follows an index, and that none begins to; returns the lease if the fence was raised for that.
 
     :raises SetupError: one does.
     """
     pipelines = Pipelines(config.target.schema, config.source.slot)
     if entry.unfollowed_at is not None:
-        return
+        return None
     if await pipelines.try_lock(target):
         # A worker that was cut off writes nothing more before it has examined what there is.
-        await pipelines.take_over(target)
-        return
+        return await pipelines.take_over(target)
     holder = await pipelines.holder(target)
     raise SetupError(
         f"a worker follows the index (its session in the target has pid {holder})",

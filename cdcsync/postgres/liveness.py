@@ -175,6 +175,8 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
 
     def beat(self) -> None:
         """Show the server that we are there, from now on until the connection closes."""
+        if self._next_beat is not None:
+            self._next_beat.cancel()
         self._next_beat = asyncio.get_running_loop().call_later(self._patience_s / BEATS, self._begin_to_beat)
 
     def _begin_to_beat(self) -> None:

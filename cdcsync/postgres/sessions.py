@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+from collections.abc import Awaitable, Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, Self
 
 import anyio
@@ -31,6 +33,23 @@ from cdcsync.postgres.settings import (
 )
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
+
+_ADMIT: ContextVar[Callable[[Connection], Awaitable[None]] | None] = ContextVar("admit", default=None)
+
+
+@contextlib.contextmanager
+def admitting(admit: Callable[[Connection], Awaitable[None]]) -> Iterator[None]:
+    """Have each session with the target admitted before its use that is opened in this block or in a task begun there.
+
+    A worker has a dozen of them, and one that was forgotten would write behind a successor's back.
+
+    :param admit: raises what is to be raised where the session is not admitted.
+    """
+    token = _ADMIT.set(admit)
+    try:
+        yield
+    finally:
+        _ADMIT.reset(token)
 
 
 IDLE_S = 20.0
@@ -78,6 +97,8 @@ async def connect(
     try:
         with speaking_of(side, where=where), anyio.fail_after(SETTINGS_S):
             await _set_up(connection, side, lock_wait_ms, works=works)
+            if side == "target" and (admit := _ADMIT.get()) is not None:
+                await admit(connection)
             await connection.set_autocommit(autocommit)
     except TimeoutError:
         connection.pgconn.finish()

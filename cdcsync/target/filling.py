@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import LiteralString
 
 import msgspec
+import psycopg
 from psycopg import sql
 
 from cdcsync.model.changeset import BACKFILL
@@ -114,9 +115,9 @@ class Filling:
     async def store(self, page: Sequence[Stored], vectors: Mapping[bytes, FloatVector], last: int) -> bool:
         """Write the vectors of a page, queue what has none, and move the cursor to `last`.
 
-        :returns: whether the generation is still to be filled.
+        :returns: whether the generation is still to be filled; if not, nothing was written.
         """
-        made = [one for one in page if one.hash in vectors]
+        wanted, made = False, [one for one in page if one.hash in vectors]
         async with self._connection.transaction():
             await self._connection.execute(
                 self._sql(UNHURRIED + BRIEFLY + "; LOCK TABLE {fresh}, {settled} IN ROW EXCLUSIVE MODE")
@@ -145,6 +146,8 @@ class Filling:
                 [ids],
             )
             wanted = await self._end_page([one.chunk_id for one in page if one.hash not in vectors], len(page), last)
+            if not wanted:
+                raise psycopg.Rollback
             crash_point("page of a generation written")
         crash_point("page of a generation committed")
         return wanted
@@ -154,7 +157,7 @@ class Filling:
 
         :returns: whether the generation is still to be filled.
         """
-        ids = [one.chunk_id for one in page]
+        wanted, ids = False, [one.chunk_id for one in page]
         extension = sql.Identifier(await vector_schema(self._connection))
         vector, fits = converted("v", self._live, self._spec, extension)
         async with self._connection.transaction():
@@ -177,6 +180,8 @@ class Filling:
                 [ids],
             )
             wanted = await self._end_page(ids, len(page), last)
+            if not wanted:
+                raise psycopg.Rollback
             crash_point("vectors taken over")
         crash_point("vectors taken over committed")
         return wanted

@@ -306,13 +306,13 @@ class Generations:
         )
 
     async def advance(self, connection: Connection, index: str, generation: int, cursor: int, chunks: int) -> bool:
-        """Note that the fill of a generation is so far; returns whether it is still wanted."""
+        """Note that the fill of a generation is so far; returns whether that is wanted, and was not so before."""
         row = await connection.execute(
             sql.SQL(
                 "UPDATE {} SET cursor = %s, queued = queued + %s, reason = NULL"
-                " WHERE index_name = %s AND generation = %s AND state = 'filling'"
+                " WHERE index_name = %s AND generation = %s AND state = 'filling' AND cursor < %s"
             ).format(self._table),
-            [cursor, chunks, index, generation],
+            [cursor, chunks, index, generation, cursor],
         )
         return row.rowcount > 0
 

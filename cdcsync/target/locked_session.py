@@ -26,6 +26,10 @@ from cdcsync.target.pipelines import Lease, Pipelines, PipelineState
 
 log = get_logger()
 
+LOCK_WAIT_MS = 10_000
+"""How long a set-up or a batch waits for a lock on the tables of an index: longer than anything of ours holds one, and
+short enough that the others can go on without that index."""
+
 OLD_SESSION_S = 2.0
 """A server needs a moment to end a session whose client is gone, and to free its lock."""
 
@@ -80,6 +84,8 @@ class LockedSession:
                         await once_locked(connection)
                     self._lease = await self._pipelines.take_over(connection, worker_name())
                     crash_point("fence raised")
+                    if left := await self._pipelines.end_overtaken(connection, self._lease):
+                        log.warning("overtaken_sessions_ended", slot=self._slot, pids=left)
                     self._hold(connection)
                 else:
                     self.holder = await self._pipelines.holder(connection)
@@ -135,10 +141,17 @@ class LockedSession:
 
     async def _end_silent(self, connection: WatchedConnection) -> bool:
         """End the session that holds the lock if its worker is gone without a word; returns whether that was so."""
-        pid = await self._pipelines.end_silent(connection, self._application_name, connection.patience_s)
+        pid = await self._pipelines.end_silent(connection, connection.patience_s)
         if pid is not None:
             log.warning("silent_session_ended", slot=self._slot, pid=pid, silent_s=connection.patience_s)
         return pid is not None
+
+    async def admit(self, connection: Connection) -> None:
+        """Let another session of this worker write beside this one.
+
+        :raises LeaseLost: another worker took over.
+        """
+        await self._pipelines.admit(connection, self._held)
 
     async def awaited(self) -> bool:
         """Say whether somebody waits until the index holds a position.
@@ -215,9 +228,13 @@ class LockedSession:
         return f"cdcsync apply {self._slot}"
 
     async def _connect(self) -> WatchedConnection:
-        connection = await connect(self._dsn, "target", application_name=self._application_name, works=True)
-        connection.beat()
-        return connection
+        return await connect(
+            self._dsn,
+            "target",
+            application_name=self._application_name,
+            lock_wait_ms=LOCK_WAIT_MS,
+            works=True,
+        )
 
     async def aclose(self) -> None:
         """End the session, which frees the lock."""

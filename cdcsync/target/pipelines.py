@@ -4,7 +4,9 @@ The rules:
 
 1. One worker per slot writes. It holds a session advisory lock and has raised `fence`. Each transaction that it
    commits updates the row *where fence is still its own*, so a worker that lost its session cannot write behind its
-   successor.
+   successor. Its other sessions, which embed, settle, build and compare, are *admitted* under its fence: who raises the
+   fence ends those that were admitted under an older one, and an overtaken worker is not admitted again. So of a worker
+   that was frozen or cut off, nothing comes late.
 2. The checkpoint only moves forward, and only in the transaction that applied what it stands for.
 3. The checkpoint is a chain. Each commit counts one up in `commits`, and moves the checkpoint only from the values that
    this worker last saw committed. Any other values mean that the target went back to an earlier state (a standby that
@@ -27,8 +29,9 @@ import msgspec
 import psycopg
 from psycopg import sql
 
-from cdcsync.errors import LeaseLost, RunError, TargetRewound
+from cdcsync.errors import LeaseLost, RunError, TargetRewound, TargetUnavailable
 from cdcsync.lsn import Lsn
+from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.queries import fetch_one, fetch_row
 from cdcsync.postgres.sessions import Connection
 
@@ -64,6 +67,15 @@ class Lease(msgspec.Struct, frozen=True):
     commits: int
 
 
+def overtaken(slot: str) -> LeaseLost:
+    """Return what to raise in a worker whose fence is no longer the last one."""
+    return LeaseLost(
+        "another worker, or a command, has taken over this pipeline",
+        where=f"slot {slot}",
+        hint="a worker that was overtaken stands by, and continues once the pipeline is free",
+    )
+
+
 def waiters_lock(schema: str) -> str:
     """Return how the name of the lock begins that `wait_for` shares while it waits; the slot's name follows."""
     return f"cdcsync waits {schema} "
@@ -77,6 +89,7 @@ class Pipelines:
         self._schema = schema
         self._slot = slot
         self._lock = f"cdcsync pipeline {schema} {slot}"
+        self._admissions = sql.Literal(f"cdcsync admitted {schema} {slot}")
 
     async def ensure(self, connection: Connection, publication: str) -> None:
         """Create the row when it is missing; it has no checkpoint then. The caller commits."""
@@ -111,8 +124,10 @@ class Pipelines:
         return await fetch_row(connection, statement, [self._slot]) is not None
 
     async def try_lock(self, connection: Connection) -> bool:
-        """Take the pipeline's lock for this session, if no other session holds it."""
+        """Take the pipeline's lock for this session, if no other session holds it; a session that has it beats."""
         row = await fetch_one(connection, "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", [self._lock])
+        if row[0]:
+            _beats(connection)
         return bool(row[0])
 
     async def awaited(self, connection: Connection) -> bool:
@@ -125,13 +140,14 @@ class Pipelines:
         return bool(row[0])
 
     async def lock_within(self, connection: Connection, seconds: float) -> bool:
-        """Take the pipeline's lock for this session, waiting a while for a session that is just ending."""
+        """Take the pipeline's lock as `try_lock` does, waiting a while for a session that is just ending."""
         try:
             async with connection.transaction():
                 await connection.execute("SELECT set_config('lock_timeout', %s, true)", [f"{seconds * 1000:.0f}ms"])
                 await connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [self._lock])
         except psycopg.errors.LockNotAvailable:
             return False
+        _beats(connection)
         return True
 
     async def holder(self, connection: Connection) -> int | None:
@@ -156,19 +172,19 @@ class Pipelines:
                 [END_SESSION_MS, pid, application_name],
             )
 
-    async def end_silent(self, connection: Connection, application_name: str, silent_s: float) -> int | None:
+    async def end_silent(self, connection: Connection, silent_s: float) -> int | None:
         """End the session that holds the lock if nothing has come from it for so long; returns its process if it did.
 
-        A worker's session is heard from all the time, see `postgres/liveness`. The host of one that is silent is down
-        or cut off, or its process is stopped; should it live after all, the fence keeps it from writing.
+        A session that has it is heard from all the time, see `postgres/liveness`. The host of one that is silent is
+        down or cut off, or its process is stopped; should it live after all, the fence keeps it from writing.
         """
         async with _as_login(connection):
             row = await fetch_row(
                 connection,
                 "SELECT a.pid, pg_terminate_backend(a.pid, %s) FROM pg_stat_activity AS a WHERE a.pid = %s"
-                " AND a.application_name = %s AND a.usename = session_user AND a.state <> 'active'"
+                " AND starts_with(a.application_name, 'cdcsync ') AND a.usename = session_user AND a.state <> 'active'"
                 " AND clock_timestamp() - a.state_change > %s * interval '1 s'",
-                [END_SESSION_MS, await self.holder(connection), application_name, silent_s],
+                [END_SESSION_MS, await self.holder(connection), silent_s],
             )
         return cast(int, row[0]) if row is not None and row[1] else None
 
@@ -190,6 +206,52 @@ class Pipelines:
             raise self.gone()
         fence, checkpoint, commits = row
         return Lease(fence, _lsn(checkpoint), commits)
+
+    async def admit(self, connection: Connection, lease: Lease) -> None:
+        """Let a session write beside the one that has the lock, until somebody else takes over.
+
+        It is marked first, with a lock that nobody waits for, and looks at the fence then: whoever takes over meanwhile
+        has raised the fence before looking for marks.
+
+        :raises LeaseLost: somebody has taken over by now.
+        """
+        cursor = await connection.execute(
+            sql.SQL("SELECT pg_advisory_lock_shared(hashtext({}), {}); SELECT fence FROM {} WHERE slot = {}").format(
+                self._admissions, _mark(lease), self._table, sql.Literal(self._slot)
+            )
+        )
+        cursor.nextset()
+        row = await cursor.fetchone()
+        if row is None:
+            raise self.gone()
+        if row[0] > lease.fence:
+            raise overtaken(self._slot)
+
+    async def end_overtaken(self, connection: Connection, lease: Lease) -> list[int]:
+        """End the sessions that were admitted under an older fence, and return their processes once they are gone.
+
+        What they were doing is undone, or was committed before this returns. Call it once the fence is raised.
+
+        :raises TargetUnavailable: one of them does not end.
+        """
+        async with _as_login(connection):
+            cursor = await connection.execute(
+                sql.SQL(
+                    "SELECT a.pid, CASE WHEN a.usename = session_user THEN pg_terminate_backend(a.pid, {}) END"
+                    " FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.pid = l.pid, hashtext({}) AS key"
+                    " WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND a.pid <> pg_backend_pid()"
+                    " AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+                    " AND l.classid::int8 = key & 4294967295 AND l.objid::int8 <> {} ORDER BY a.pid"
+                ).format(sql.Literal(END_SESSION_MS), self._admissions, _mark(lease))
+            )
+            found = cast(list[tuple[int, bool | None]], await cursor.fetchall())
+        if left := [pid for pid, ended in found if not ended]:
+            raise TargetUnavailable(
+                f"a session of the worker before does not end: pid {left[0]}",
+                where=f"slot {self._slot}",
+                hint=f"end it, as its own role or a superuser: SELECT pg_terminate_backend({left[0]})",
+            )
+        return [pid for pid, _ in found]
 
     async def shows(self, connection: Connection, lease: Lease) -> bool:
         """Say whether what a connection reads holds all that was committed under a lease: a standby may be behind."""
@@ -229,11 +291,7 @@ class Pipelines:
         if state is None:
             raise self.gone()
         if state.fence > lease.fence:
-            raise LeaseLost(
-                "another worker, or a command, has taken over this pipeline",
-                where=f"slot {self._slot}",
-                hint="a worker that was overtaken stands by, and continues once the pipeline is free",
-            )
+            raise overtaken(self._slot)
 
     def gone(self) -> RunError:
         """Return what to raise where the pipeline's row is gone."""
@@ -314,6 +372,17 @@ async def _as_login(connection: Connection) -> AsyncIterator[None]:
     async with connection.transaction():
         await connection.execute("SET LOCAL ROLE NONE")
         yield
+
+
+def _beats(connection: Connection) -> None:
+    """Have a session be heard of from now on: others wait for what it holds."""
+    if isinstance(connection, WatchedConnection):
+        connection.beat()
+
+
+def _mark(lease: Lease) -> sql.Literal:
+    """Return a lease's fence as the second part of an advisory lock's key, which is an integer."""
+    return sql.Literal(lease.fence % 2**31)
 
 
 def _lsn(text: str | None) -> Lsn | None:

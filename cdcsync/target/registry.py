@@ -271,8 +271,10 @@ class Registry:
         )
         cursor = await connection.execute(
             sql.SQL(
-                "UPDATE {} SET unfollowed_at = now() WHERE slot = %s AND name <> ALL(%s) AND unfollowed_at IS NULL"
-                " RETURNING name"
+                # Locked in the order in which commands lock an index and what stands beside it.
+                "WITH gone AS (SELECT name FROM {0} WHERE slot = %s AND name <> ALL(%s) AND unfollowed_at IS NULL"
+                " ORDER BY name FOR UPDATE) UPDATE {0} AS i SET unfollowed_at = now() FROM gone"
+                " WHERE i.name = gone.name RETURNING i.name"
             ).format(self._table),
             [slot, list(names)],
         )

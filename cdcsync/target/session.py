@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
-from psycopg import sql
-
 from cdcsync.errors import SchemaChanged, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
@@ -28,18 +26,12 @@ from cdcsync.target.apply import IndexWriter
 from cdcsync.target.ddl.names import written_tables
 from cdcsync.target.failures.documents import FailedDocuments, close_list
 from cdcsync.target.keys import discard_vectors
-from cdcsync.target.locked_session import LockedSession
+from cdcsync.target.locked_session import LOCK_WAIT_MS, LockedSession
 from cdcsync.target.look_ups import LookUps
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests.queue import Queue
 from cdcsync.target.requests.rebuilds import Rebuilds
 from cdcsync.target.requests.submission import Requests
-
-_PATIENCE = sql.SQL("SET lock_timeout = {}")
-
-LOCK_WAIT_MS = 10_000
-"""How long a batch waits for a lock on the tables of an index: longer than anything of ours holds one, and short enough
-that the others can go on without that index."""
 
 
 class ApplySession(LockedSession):
@@ -68,7 +60,6 @@ class ApplySession(LockedSession):
     async def prepare(self, specs: Sequence[IndexSpec]) -> None:
         """Create the connection's stages for these indexes, except where tables are locked: see `open_writers`."""
         with speaking_of("target"):
-            await self.connection.execute(_PATIENCE.format(sql.Literal(LOCK_WAIT_MS)))
             self._writers = {spec.name: IndexWriter(self.connection, self._schema, spec) for spec in specs}
             self._closed = set(self._writers)
             try:

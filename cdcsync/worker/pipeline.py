@@ -48,7 +48,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupted_by
-from cdcsync.postgres.sessions import IDLE_S, Connection, Session, connect
+from cdcsync.postgres.sessions import IDLE_S, Connection, Session, admitting, connect
 from cdcsync.preflight.indexes import Plan
 from cdcsync.process import collector
 from cdcsync.source.catalog import read_catalog, read_server
@@ -297,25 +297,10 @@ class Pipeline:
             async with anyio.create_task_group() as ending:
                 async with anyio.create_task_group() as tasks:
                     ending.start_soon(self.end_in_time, tasks.cancel_scope)
-                    for loop in [*self.embed_loops.values(), *(one for of in self.beside.values() for one in of)]:
-                        tasks.start_soon(loop.run)
-                    for fill in self.fills:
-                        tasks.start_soon(fill.run)
-                    tasks.start_soon(note_for_ever, self.embedding, *self._pipeline, self.dispatchers)
-                    tasks.start_soon(self.probe_providers)
-                    tasks.start_soon(self.keep_models)
-                    tasks.start_soon(self.backfill_once_streaming)
-                    tasks.start_soon(self.compare_once_streaming)
-                    tasks.start_soon(self.audit_once_streaming)
-                    tasks.start_soon(self.evaluate_on_schedule)
-                    for words in (count_words_for_ever, enter_words_for_ever):
-                        tasks.start_soon(words, self.config.target.dsn, self.config.target.schema, self.specs)
-                    tasks.start_soon(self.settle.run)
-                    tasks.start_soon(build_until_live, self.config.target.dsn, self.config.target.schema, self.specs)
-                    tasks.start_soon(self.watch_once_streaming)
-                    tasks.start_soon(send_heartbeats, self.config)
-                    tasks.start_soon(self.state.gauges_for_ever)
-                    paused = await self.streaming.run()
+                    tasks.start_soon(self.state.gauges_for_ever)  # reads, over a session that outlives this pipeline
+                    with admitting(self.session.admit):
+                        self._begin(tasks)
+                        paused = await self.streaming.run()
                     tasks.cancel_scope.cancel()
                 ending.cancel_scope.cancel()
         except BaseExceptionGroup as group:
@@ -324,6 +309,26 @@ class Pipeline:
                 raise RunError.of(error) from error
             raise error from None
         return paused
+
+    def _begin(self, tasks: anyio.abc.TaskGroup) -> None:
+        """Start all that works beside the stream."""
+        for loop in [*self.embed_loops.values(), *(one for of in self.beside.values() for one in of)]:
+            tasks.start_soon(loop.run)
+        for fill in self.fills:
+            tasks.start_soon(fill.run)
+        tasks.start_soon(note_for_ever, self.embedding, *self._pipeline, self.dispatchers)
+        tasks.start_soon(self.probe_providers)
+        tasks.start_soon(self.keep_models)
+        tasks.start_soon(self.backfill_once_streaming)
+        tasks.start_soon(self.compare_once_streaming)
+        tasks.start_soon(self.audit_once_streaming)
+        tasks.start_soon(self.evaluate_on_schedule)
+        for words in (count_words_for_ever, enter_words_for_ever):
+            tasks.start_soon(words, self.config.target.dsn, self.config.target.schema, self.specs)
+        tasks.start_soon(self.settle.run)
+        tasks.start_soon(build_until_live, self.config.target.dsn, self.config.target.schema, self.specs)
+        tasks.start_soon(self.watch_once_streaming)
+        tasks.start_soon(send_heartbeats, self.config)
 
     async def aclose(self) -> None:
         """Give up the lock and every connection."""

@@ -100,6 +100,8 @@ CATALOGUE = (
         (
             "test_nothing_is_written_under_an_older_fence",
             "test_a_set_up_that_loses_the_pipelines_lock_writes_nothing_more",
+            "test_nothing_of_a_frozen_worker_comes_late",
+            "test_every_session_of_a_worker_with_the_target_is_admitted",
             "frozen worker overtaken",
             "standby takes over",
             "fence raised",

@@ -91,6 +91,85 @@ def test_a_worker_whose_chunks_were_exchanged_or_dropped_meanwhile_stands_by_and
     assert pipeline.target.execute(shown).fetchone() == (20 if action == "activate" else 0,)
 
 
+def test_nothing_of_a_frozen_worker_comes_late(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    """It is frozen in a load with all its sessions; the one with the lock is ended, as a standby does after a while."""
+    database = make_database()
+    slowly = "backfill_max_rows_per_s = 100\nbackfill_page_rows = 10"
+    first = configuration(database.dsn, worker_lines=slowly, indexes={"articles": {}})
+    pipeline = make_pipeline(first)
+    database.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
+    database.execute("INSERT INTO articles SELECT i, 'title ' || i FROM generate_series(1, 400) AS i")
+    overtaken = pipeline.start()
+    pipeline.event("backfill_started")
+    until(lambda: database.execute("SELECT FROM cdcsync.backfills WHERE rows_done > 20"), pipeline.tail)
+    held = database.execute(ADMITTED)
+    overtaken.send_signal(signal.SIGSTOP)
+    try:
+        database.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND (application_name LIKE 'cdcsync apply %' OR backend_type = 'walsender')"
+        )
+        # What the frozen worker was made for is gone: whatever it does next fails, and it would say so in our tables.
+        database.execute("ALTER TABLE articles RENAME COLUMN title TO headline")
+        pipeline.configure(first.replace("{title}", "{headline}"))
+        pipeline.start()
+        until(lambda: pipeline.times("streaming") > 1, pipeline.tail)
+        assert len(held) > 3
+        assert not set(held) & set(database.execute(ADMITTED))
+    finally:
+        overtaken.send_signal(signal.SIGCONT)
+    until(lambda: pipeline.times("overtaken"), pipeline.tail)
+    pipeline.live()
+    pipeline.in_step()
+    assert pipeline.times("overtaken_sessions_ended") == 1
+    assert pipeline.times("index_paused") == 0
+    assert not database.execute("SELECT FROM cdcsync.backfills WHERE state = 'failed'")
+    assert overtaken.poll() is None
+
+
+ADMITTED = (
+    "SELECT DISTINCT pid FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2"
+    " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+)
+"""The sessions that are admitted under a fence."""
+
+READERS = ("cdcsync status", "cdcsync liveness")
+"""The sessions of a worker with the target that only read. The one with the lock has a fence of its own."""
+
+
+def test_every_session_of_a_worker_with_the_target_is_admitted(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    source, target = make_database(), make_database()
+    often = "evaluate_every_s = 60\nverify_every_s = 60"
+    pipeline = make_pipeline(configuration(source.dsn, target=target.dsn, worker_lines=often, indexes={"articles": {}}))
+    pipeline.hurry |= {f"cdcsync.flows.audit.rolling.{name}": 0.3 for name in ("FIRST_S", "REST_S", "NOT_LIVE_S")}
+    loaded(pipeline, "articles", rows=20)
+    pipeline.get("/status")
+    seen: set[str] = set()
+
+    def all_seen() -> bool:
+        names: dict[int, str] = dict(
+            target.execute(
+                "SELECT pid, application_name FROM pg_stat_activity WHERE datname = current_database()"
+                " AND pid <> pg_backend_pid() AND application_name LIKE 'cdcsync %' AND state <> 'active'"
+            )
+        )
+        admitted = {pid for (pid,) in target.execute(ADMITTED)}
+        for pid, name in names.items():
+            if name not in READERS and not name.startswith("cdcsync apply "):
+                assert pid in admitted or not target.execute(f"SELECT FROM pg_stat_activity WHERE pid = {pid}"), name
+                seen.add(name.partition(" s_")[0])
+        return seen >= {
+            f"cdcsync {flow}" for flow in ("embed", "settle", "words", "backfill", "compare", "audit", "watch")
+        }
+
+    pipeline.source.execute("UPDATE articles SET title = title || ' again'")
+    until(all_seen, lambda: f"{sorted(seen)} {pipeline.tail()}")
+
+
 def test_a_set_up_that_loses_the_pipelines_lock_writes_nothing_more(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:

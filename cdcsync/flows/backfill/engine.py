@@ -158,8 +158,7 @@ class Backfills:
             log.error("backfill_failed", index=request.index, backfill=request.id, error=str(error))
             with speaking_of("target"):
                 async with target.transaction():
-                    await self._queue.fail(target, request, str(error))
-                    if request.once:
+                    if await self._queue.fail(target, request, str(error)) and request.once:
                         await self._requests.reload(target, request.index, rewrite=request.rewrite)
                     crash_point("request given up")
                 crash_point("request that was given up committed")

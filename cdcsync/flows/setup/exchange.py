@@ -64,15 +64,16 @@ async def do_what_was_asked(connection: Connection, config: Config) -> bool:
 async def do_without_worker(connection: Connection, config: Config) -> bool:
     """Take the pipeline's lock and do what was asked, unless a worker holds the lock; says whether it was free.
 
-    The fence is raised first: a worker that was cut off applies nothing more by the names that it knows, and examines
-    them anew.
+    The fence is raised first, and what is left of a worker that was cut off ends: it writes nothing more by the names
+    that it knows, and examines them anew.
     """
     pipelines = Pipelines(config.target.schema, config.source.slot)
     with speaking_of("target"):
         if not await pipelines.try_lock(connection):
             return False
-        await pipelines.take_over(connection)
+        lease = await pipelines.take_over(connection)
         crash_point("fence raised by a command")
+        await pipelines.end_overtaken(connection, lease)
     await do_what_was_asked(connection, config)
     return True
 

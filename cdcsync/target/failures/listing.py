@@ -109,12 +109,13 @@ class Failures:
     async def retry_texts(self) -> int:
         """Schedule all texts for another attempt now, as if they had had none; returns how many there are.
 
-        A running worker notices within some seconds.
+        A running worker notices within some seconds. A text that is being replaced or stored is left to whoever does.
         """
         done = await self._connection.execute(
             self._sql(
                 "UPDATE {backlog} SET attempts = 0, error = NULL, next_attempt_at = now()"
-                " WHERE generation = ANY({generations}::int[]) AND error IS NOT NULL"
+                " WHERE (generation, chunk_id) IN (SELECT generation, chunk_id FROM {backlog}"
+                " WHERE generation = ANY({generations}::int[]) AND error IS NOT NULL FOR UPDATE SKIP LOCKED)"
             )
         )
         return done.rowcount
@@ -129,7 +130,8 @@ class Failures:
         async with self._connection.transaction():
             done = await self._connection.execute(
                 self._sql(
-                    "DELETE FROM {backlog} WHERE generation = ANY({generations}::int[]) AND attempts >= {most}"
+                    "DELETE FROM {backlog} WHERE (generation, chunk_id) IN (SELECT generation, chunk_id FROM {backlog}"
+                    " WHERE generation = ANY({generations}::int[]) AND attempts >= {most} FOR UPDATE SKIP LOCKED)"
                     " RETURNING generation, chunk_id"
                 )
             )

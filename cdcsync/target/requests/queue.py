@@ -167,15 +167,16 @@ class Queue:
         )
         crash_point("comparison ended")
 
-    async def fail(self, connection: Connection, request: Request, error: str) -> None:
-        """End a request that cannot be served."""
-        await connection.execute(
-            sql.SQL("UPDATE {} SET state = 'failed', error = %s, finished_at = now() WHERE id = %s").format(
-                self._table
-            ),
+    async def fail(self, connection: Connection, request: Request, error: str) -> bool:
+        """End a request that cannot be served; returns False if it has ended already."""
+        failed = await connection.execute(
+            sql.SQL(
+                f"UPDATE {{}} AS b SET state = 'failed', error = %s, finished_at = now() WHERE id = %s AND NOT {_ENDED}"
+            ).format(self._table),
             [error, request.id],
         )
         crash_point("request failed")
+        return failed.rowcount > 0
 
     async def forget_keys(self, connection: Connection, request: Request) -> None:
         """Remove the keys of a request if it has ended."""

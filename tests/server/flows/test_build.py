@@ -24,6 +24,7 @@ from cdcsync.model.pauses import Pause
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.catalog import read_catalog
 from cdcsync.source.fingerprints import Difference
+from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests.queue import Queue
@@ -179,6 +180,30 @@ async def test_words_are_found_by_their_index_while_vectors_of_the_load_are_stil
     assert built[0].endswith("USING gin (search)")
 
     await connection.execute("DELETE FROM cdcsync.articles_backlog")
+    assert await _advance(connection, SCHEMA, index.spec)
+    assert await state(connection) == "live"
+
+
+async def test_an_index_for_which_another_load_is_asked_while_it_is_built_is_not_live_yet(
+    open_index: OpenIndex, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = await open_index()
+    await Pipelines(SCHEMA, "s").ensure(connection, "p")
+    await register(connection, index.spec, slot="s", state="building")
+    done = "UPDATE cdcsync.backfills SET state = 'done', finished_at = now()"
+    await REQUESTS.add(connection, "articles", "initial", rewrite=False, filter_=None)
+    await connection.execute(done)
+
+    async def slowly(*arguments: Any, **options: Any) -> None:
+        await build_hnsw(*arguments, **options)
+        await REQUESTS.add(index.connection, "articles", "resync", rewrite=False, filter_=None)
+
+    monkeypatch.setattr(build, "build_hnsw", slowly)
+    assert not await _advance(connection, SCHEMA, index.spec)
+    assert await state(connection) == "building"
+
+    monkeypatch.setattr(build, "build_hnsw", build_hnsw)
+    await connection.execute(done)
     assert await _advance(connection, SCHEMA, index.spec)
     assert await state(connection) == "live"
 

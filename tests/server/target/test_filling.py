@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from cdcsync.documents.templates import hash_text
+from cdcsync.flows.build import settle_all
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.sessions import Connection, connect
@@ -130,6 +131,24 @@ async def test_a_chunk_that_changes_while_its_page_is_under_way_keeps_no_vector_
     await migration.embed()
     assert await migration.vectors() == ({} if deleted else {"after": [vector_text("after")]})
     assert await migration.strays() == []
+
+
+async def test_a_page_that_was_filled_before_changes_nothing(migration: Migration) -> None:
+    """The place was noted, and what it gave has been replaced and settled since."""
+    live = migration.live
+    await live.apply(changes(document("1", "before"), inline=["before"]))
+    await live.rows("DELETE FROM {backlog} WHERE generation = 2 RETURNING 1")
+    page = await migration.filling.page(0, 10)
+    assert await migration.store(page, "before")
+    await live.apply(changes(document("1", "after", existed=True)))
+    await migration.embed()
+    await settle_all(live.embedding, SCHEMA, migration.spec)
+
+    assert not await migration.store(page, "before")
+
+    assert await migration.vectors() == {"after": [vector_text("after")]}
+    (entry,) = [one for one in await Generations(SCHEMA).of(migration.connection, "articles") if one.generation == 2]
+    assert (entry.cursor, entry.queued) == (page[-1].chunk_id, 1)
 
 
 async def test_the_vectors_of_the_same_model_are_taken_over(database: Database) -> None:

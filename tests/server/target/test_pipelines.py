@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
-from cdcsync.errors import LeaseLost, RunError, TargetRewound
+from cdcsync.errors import LeaseLost, RunError, TargetRewound, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.ddl.shared import create_shared
@@ -18,6 +18,8 @@ from cdcsync.target.pipelines import Pipelines, PipelineState
 from tests.support.indexes import SCHEMA, until, until_blocked
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+ConnectTarget = Callable[[], Awaitable[Connection]]
 
 COMMITTED = datetime(2024, 2, 29, 12, tzinfo=UTC)
 
@@ -101,19 +103,19 @@ async def test_a_session_of_our_login_can_be_ended_also_in_a_role_to_which_it_wa
     for role in ("plain", "switched"):
         asking = await connect(cluster.dsn(user=role), "target")
 
-        async def held(role: str = role) -> tuple[Connection, int]:
+        async def held(name: str, role: str = role) -> tuple[Connection, int]:
             holding = await connect(cluster.dsn(user=role), "target", application_name=name)
             assert await PIPELINES.try_lock(holding)
             assert holding.backend is not None
             return holding, holding.backend.pid
 
-        first, pid = await held()
+        first, pid = await held(name)
         await PIPELINES.end_session(asking, pid, name)
         assert await PIPELINES.holder(asking) is None
-        second, pid = await held()
+        second, pid = await held("cdcsync migrate")  # a command does a worker's work where none runs
 
         async def silent_ended(asking: Connection = asking) -> int | None:
-            return await PIPELINES.end_silent(asking, name, 0.0)
+            return await PIPELINES.end_silent(asking, 0.0)
 
         # It may still be busy for a moment with the statement that took the lock.
         assert await until(silent_ended) == pid
@@ -195,6 +197,66 @@ async def test_nothing_is_written_under_an_older_fence(connection: Connection) -
     assert lost.value.where == "slot slot"
     assert lost.value.hint
     assert await state(connection) == before
+
+
+async def test_who_takes_over_ends_the_sessions_admitted_before_and_no_others(
+    connection: Connection, connect_target: ConnectTarget
+) -> None:
+    elsewhere = Pipelines(SCHEMA, "other")
+    await elsewhere.ensure(connection, "publication")
+    first = await PIPELINES.take_over(connection, "first")
+    idle, busy, beside, stranger = [await connect_target() for _ in range(4)]
+    await PIPELINES.admit(idle, first)
+    await PIPELINES.admit(busy, first)
+    await elsewhere.admit(beside, await elsewhere.take_over(connection, "first"))
+    await busy.execute("BEGIN; UPDATE cdcsync.pipelines SET worker = 'late' WHERE slot = 'other'")
+
+    second = await PIPELINES.take_over(connection, "second")
+    own = await connect_target()
+    await PIPELINES.admit(own, second)
+    ended = await PIPELINES.end_overtaken(connection, second)
+
+    assert sorted(ended) == sorted([idle.info.backend_pid, busy.info.backend_pid])
+    for one in (idle, busy):
+        with pytest.raises(psycopg.OperationalError):
+            await one.execute("SELECT")
+    for one in (beside, stranger, own):
+        await one.execute("SELECT")
+    cursor = await connection.execute("SELECT worker FROM cdcsync.pipelines WHERE slot = 'other'")
+    assert await cursor.fetchone() == ("first",)
+    assert await PIPELINES.end_overtaken(connection, second) == []
+
+
+async def test_a_session_of_a_worker_that_was_overtaken_is_not_admitted(
+    connection: Connection, connect_target: ConnectTarget
+) -> None:
+    lease = await PIPELINES.take_over(connection, "first")
+    await PIPELINES.take_over(connection, "second")
+    with pytest.raises(LeaseLost, match="taken over"):
+        await PIPELINES.admit(await connect_target(), lease)
+    with pytest.raises(RunError, match="row is gone"):
+        await Pipelines(SCHEMA, "other").admit(await connect_target(), lease)
+
+
+async def test_a_session_of_before_that_another_role_has_is_named_and_nobody_takes_over_beside_it(
+    make_cluster: Callable[[], Cluster],
+) -> None:
+    cluster = make_cluster()
+    async with await connect(cluster.dsn(), "target") as administrator:
+        await create_shared(administrator, SCHEMA)
+        await PIPELINES.ensure(administrator, "publication")
+        lease = await PIPELINES.take_over(administrator, "first")
+        await administrator.execute(
+            f"CREATE ROLE plain LOGIN; GRANT USAGE ON SCHEMA {SCHEMA} TO plain;"
+            f" GRANT SELECT, UPDATE ON {SCHEMA}.pipelines TO plain"
+        )
+        await PIPELINES.admit(administrator, lease)
+        async with await connect(cluster.dsn(user="plain"), "target") as successor:
+            lease = await PIPELINES.take_over(successor, "second")
+            with pytest.raises(TargetUnavailable, match="does not end") as left:
+                await PIPELINES.end_overtaken(successor, lease)
+            pid = administrator.info.backend_pid
+            assert left.value.hint == f"end it, as its own role or a superuser: SELECT pg_terminate_backend({pid})"
 
 
 async def test_a_pipeline_without_a_row_cannot_be_taken_over(connection: Connection) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import cdcsync.target.failures.documents as module
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.relations import MAX_ATTEMPTS
 from cdcsync.target.failures.documents import Listed, forget_failed
 from cdcsync.target.failures.listing import Failures
 from tests.support.failures import ARTICLES, NOTES, Target, failing
@@ -47,6 +48,22 @@ async def test_rows_that_a_worker_is_writing_are_not_given_up_and_not_waited_for
         await worker.execute("UPDATE cdcsync.failed_documents SET attempts = 2 WHERE key = '{1}'")
         assert await forget_failed(indexes.connection, SCHEMA, "articles") == 1
     assert (await indexes.listed()).keys() == {("1",)}
+
+
+async def test_texts_that_a_worker_is_replacing_or_storing_are_neither_retried_nor_given_up_nor_waited_for(
+    indexes: Target, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    await indexes.apply(articles=changes(document("1", "one", carried=()), document("2", "two", carried=())))
+    failed = f"UPDATE cdcsync.articles_backlog SET attempts = {MAX_ATTEMPTS}, error = 'it fails' WHERE attempts = 0"
+    await indexes.connection.execute(failed)
+    failures = Failures(indexes.connection, SCHEMA, ARTICLES)
+    worker = await connect_target()
+    async with worker.transaction():
+        await worker.execute("SELECT FROM cdcsync.articles_backlog ORDER BY chunk_id LIMIT 1 FOR UPDATE")
+        assert await failures.retry_texts() == 1
+        await indexes.connection.execute(failed)
+        assert await failures.discard() == 1
+    assert await failures.discard() == 1
 
 
 async def test_a_row_that_is_being_given_up_is_listed_anew_when_it_fails_again(

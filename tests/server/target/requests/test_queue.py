@@ -96,7 +96,8 @@ async def test_a_request_that_failed_says_why_and_is_not_served_again(connection
     await add(connection)
     request = await next_one(connection)
     assert request is not None
-    await QUEUE.fail(connection, request, "column gone")
+    assert await QUEUE.fail(connection, request, "column gone")
+    assert not await QUEUE.fail(connection, request, "column gone, again")
     assert await next_one(connection) is None
     cursor = await connection.execute("SELECT state, error, finished_at IS NOT NULL FROM cdcsync.backfills")
     assert await cursor.fetchall() == [("failed", "column gone", True)]
