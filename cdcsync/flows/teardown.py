@@ -38,7 +38,7 @@ from cdcsync.target.belongings import (
 )
 from cdcsync.target.embedders import forget_embedders
 from cdcsync.target.entries import Entry
-from cdcsync.target.pipelines import Lease, Pipelines
+from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 
 
@@ -85,6 +85,8 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
             publication = await read_publication(source, config.source.publication)
         if slot is not None:
             _refuse_slot(slot, server.database)
+        if belongings.set_up:
+            await _take_over(target, config)
         steps = [await _purge(target, config, belongings)] if purge else []
         with speaking_of("source", where=f"slot {config.source.slot}"):
             if slot is not None:
@@ -122,8 +124,8 @@ async def drop_index(config: Config, index: str) -> list[Step]:
                 raise SetupError(
                     f"there is no index {index}{owner}", where=f"schema {schema}", hint=f"those there are: {known}"
                 )
-            if (lease := await _let_go(target, config, entry)) is not None:
-                await Pipelines(schema, config.source.slot).end_overtaken(target, lease)
+            if await _let_go(target, config, entry):
+                await _take_over(target, config)
             both = [index, beside_name(index)]
             relations = await relations_of(target, schema, both)
             others = {table for name, one in entries.items() if name not in both for table in one.tables}
@@ -133,8 +135,8 @@ async def drop_index(config: Config, index: str) -> list[Step]:
                 await drop_relations(target, schema, both, relations)
                 # Last, as the tables may have been waited for: a worker may have begun to follow it meanwhile.
                 now = await Registry(schema).find(target, index, lock=True)
-                if now is not None:
-                    await _let_go(target, config, now)
+                if now is not None and await _let_go(target, config, now):
+                    await Pipelines(schema, config.source.slot).take_over(target)
                 for name in both:
                     await Registry(schema).remove(target, name)
                 await Approvals(schema).remove(target, index)
@@ -157,17 +159,24 @@ async def drop_index(config: Config, index: str) -> list[Step]:
         return steps
 
 
-async def _let_go(target: Connection, config: Config, entry: Entry) -> Lease | None:
-    """See that no worker follows an index, and that none begins to; returns the lease if the fence was raised for that.
+async def _take_over(target: Connection, config: Config) -> None:
+    """Have a worker that was cut off write nothing more before it has examined what there is."""
+    pipelines = Pipelines(config.target.schema, config.source.slot)
+    with speaking_of("target"):
+        lease = await pipelines.take_over(target)
+        await pipelines.end_overtaken(target, lease)
+
+
+async def _let_go(target: Connection, config: Config, entry: Entry) -> bool:
+    """See that no worker follows an index, and that none begins to; returns whether that took the pipeline's lock.
 
     :raises SetupError: one does.
     """
     pipelines = Pipelines(config.target.schema, config.source.slot)
     if entry.unfollowed_at is not None:
-        return None
+        return False
     if await pipelines.try_lock(target):
-        # A worker that was cut off writes nothing more before it has examined what there is.
-        return await pipelines.take_over(target)
+        return True
     holder = await pipelines.holder(target)
     raise SetupError(
         f"a worker follows the index (its session in the target has pid {holder})",

@@ -44,6 +44,9 @@ RV = TypeVar("RV")
 TCP_USER_TIMEOUT_MS = 60_000
 """How long a far end may be gone before that is noticed, where the DSN has no `tcp_user_timeout` of its own."""
 
+PATIENCE_S = TCP_USER_TIMEOUT_MS / 2000
+"""How long a far end may say nothing before somebody looks whether it is there, unless the DSN says otherwise."""
+
 BEATS = 6
 """So many beats in the time after which a session is taken for dead."""
 
@@ -139,7 +142,7 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     _watched: str = ""
     _name: str = ""
     """The session's name on the server."""
-    _patience_s: float = TCP_USER_TIMEOUT_MS / 2000
+    _patience_s: float = PATIENCE_S
     used_at: float = 0.0
     """When it was last waited for, by the event loop's clock."""
     _look: asyncio.Task[None] | None = None

@@ -76,10 +76,7 @@ class LockedSession:
         connection = await self._connect()
         with speaking_of("target"):
             try:
-                locked = await self._pipelines.try_lock(connection)
-                if not locked and await self._end_silent(connection):
-                    locked = await self._pipelines.try_lock(connection)
-                if locked:
+                if await self._pipelines.try_lock(connection):
                     if once_locked is not None:
                         await once_locked(connection)
                     self._lease = await self._pipelines.take_over(connection, worker_name())
@@ -116,11 +113,8 @@ class LockedSession:
                         # A server that was cut off from us keeps our own old session until TCP gives it up.
                         log.warning("old_session_ended", slot=self._slot, pid=holder)
                         await self._pipelines.end_session(connection, holder, self._application_name)
-                        locked = await self._pipelines.try_lock(connection)
-                        state = await self._pipelines.read(connection)
-                    elif await self._end_silent(connection):
-                        locked = await self._pipelines.try_lock(connection)
-                        state = await self._pipelines.read(connection)
+                    locked = await self._pipelines.try_lock(connection)
+                    state = await self._pipelines.read(connection)
                 if locked:
                     self._continue(state)
                 else:
@@ -138,13 +132,6 @@ class LockedSession:
     def _hold(self, connection: WatchedConnection) -> None:
         self._connection = connection
         self._pid = None if connection.backend is None else connection.backend.pid
-
-    async def _end_silent(self, connection: WatchedConnection) -> bool:
-        """End the session that holds the lock if its worker is gone without a word; returns whether that was so."""
-        pid = await self._pipelines.end_silent(connection, connection.patience_s)
-        if pid is not None:
-            log.warning("silent_session_ended", slot=self._slot, pid=pid, silent_s=connection.patience_s)
-        return pid is not None
 
     async def admit(self, connection: Connection) -> None:
         """Let another session of this worker write beside this one.

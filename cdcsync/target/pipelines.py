@@ -25,18 +25,25 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
 from typing import LiteralString, cast
 
+import anyio
 import msgspec
 import psycopg
 from psycopg import sql
 
 from cdcsync.errors import LeaseLost, RunError, TargetRewound, TargetUnavailable
+from cdcsync.logs import get_logger
 from cdcsync.lsn import Lsn
-from cdcsync.postgres.liveness import WatchedConnection
-from cdcsync.postgres.queries import fetch_one, fetch_row
+from cdcsync.postgres.liveness import PATIENCE_S, WatchedConnection
+from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_rows, fetch_value
 from cdcsync.postgres.sessions import Connection
+
+log = get_logger()
 
 END_SESSION_MS = 5_000
 """How long to wait for a session that was told to end."""
+
+END_POLL_S = 0.02
+"""How often it is looked whether those have ended that were told to together."""
 
 
 class PipelineState(msgspec.Struct, frozen=True):
@@ -124,11 +131,17 @@ class Pipelines:
         return await fetch_row(connection, statement, [self._slot]) is not None
 
     async def try_lock(self, connection: Connection) -> bool:
-        """Take the pipeline's lock for this session, if no other session holds it; a session that has it beats."""
-        row = await fetch_one(connection, "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", [self._lock])
-        if row[0]:
+        """Take the pipeline's lock for this session, if no other session holds it that anybody has heard of lately.
+
+        A session that has it beats.
+        """
+        statement = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"
+        locked = await fetch_value(connection, statement, [self._lock])
+        if not locked and await self.end_silent(connection):
+            locked = await fetch_value(connection, statement, [self._lock])
+        if locked:
             _beats(connection)
-        return bool(row[0])
+        return bool(locked)
 
     async def awaited(self, connection: Connection) -> bool:
         """Say whether `wait_for` waits in some transaction for a checkpoint of this pipeline, or has waited in it."""
@@ -172,12 +185,16 @@ class Pipelines:
                 [END_SESSION_MS, pid, application_name],
             )
 
-    async def end_silent(self, connection: Connection, silent_s: float) -> int | None:
-        """End the session that holds the lock if nothing has come from it for so long; returns its process if it did.
+    async def end_silent(self, connection: Connection, silent_s: float | None = None) -> bool:
+        """End the session that holds the lock if nothing has come from it for so long; returns whether it did.
 
         A session that has it is heard from all the time, see `postgres/liveness`. The host of one that is silent is
         down or cut off, or its process is stopped; should it live after all, the fence keeps it from writing.
+
+        :param silent_s: by default as long as a far end may say nothing before somebody looks whether it is there.
         """
+        if silent_s is None:
+            silent_s = connection.patience_s if isinstance(connection, WatchedConnection) else PATIENCE_S
         async with _as_login(connection):
             row = await fetch_row(
                 connection,
@@ -186,7 +203,10 @@ class Pipelines:
                 " AND clock_timestamp() - a.state_change > %s * interval '1 s'",
                 [END_SESSION_MS, await self.holder(connection), silent_s],
             )
-        return cast(int, row[0]) if row is not None and row[1] else None
+        if row is None or not row[1]:
+            return False
+        log.warning("silent_session_ended", slot=self._slot, pid=row[0], silent_s=silent_s)
+        return True
 
     async def take_over(self, connection: Connection, worker: str | None = None) -> Lease:
         """Raise the fence; waits for a transaction of the predecessor that is still committing.
@@ -197,8 +217,9 @@ class Pipelines:
         row = await fetch_row(
             connection,
             sql.SQL(
-                "UPDATE {} SET fence = fence + 1, worker = coalesce(%s, worker) WHERE slot = %s"
-                " RETURNING fence, checkpoint::text, commits"
+                # Higher than any before, also where the row began anew or went back with the target.
+                "UPDATE {} SET fence = greatest(fence + 1, (extract(epoch FROM clock_timestamp()) * 1000)::int8),"
+                " worker = coalesce(%s, worker) WHERE slot = %s RETURNING fence, checkpoint::text, commits"
             ).format(self._table),
             [worker, self._slot],
         )
@@ -214,7 +235,15 @@ class Pipelines:
         has raised the fence before looking for marks.
 
         :raises LeaseLost: somebody has taken over by now.
+        :raises TargetRewound: the target went back to before this worker took over.
+        :raises TargetUnavailable: the session is with a standby.
         """
+        if isinstance(connection, WatchedConnection) and connection.backend is not None and connection.backend.standby:
+            raise TargetUnavailable(
+                "the server is a standby at the moment",
+                where=f"slot {self._slot}",
+                hint="if target.dsn names several hosts, add target_session_attrs=read-write",
+            )
         cursor = await connection.execute(
             sql.SQL("SELECT pg_advisory_lock_shared(hashtext({}), {}); SELECT fence FROM {} WHERE slot = {}").format(
                 self._admissions, _mark(lease), self._table, sql.Literal(self._slot)
@@ -226,32 +255,46 @@ class Pipelines:
             raise self.gone()
         if row[0] > lease.fence:
             raise overtaken(self._slot)
+        if row[0] < lease.fence:
+            raise TargetRewound("the target went back to before this worker took over", where=f"slot {self._slot}")
 
     async def end_overtaken(self, connection: Connection, lease: Lease) -> list[int]:
         """End the sessions that were admitted under an older fence, and return their processes once they are gone.
 
         What they were doing is undone, or was committed before this returns. Call it once the fence is raised.
 
-        :raises TargetUnavailable: one of them does not end.
+        :raises TargetUnavailable: one of them does not end, or we may not end it.
         """
-        async with _as_login(connection):
-            cursor = await connection.execute(
-                sql.SQL(
-                    "SELECT a.pid, CASE WHEN a.usename = session_user THEN pg_terminate_backend(a.pid, {}) END"
-                    " FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.pid = l.pid, hashtext({}) AS key"
-                    " WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND a.pid <> pg_backend_pid()"
-                    " AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
-                    " AND l.classid::int8 = key & 4294967295 AND l.objid::int8 <> {} ORDER BY a.pid"
-                ).format(sql.Literal(END_SESSION_MS), self._admissions, _mark(lease))
-            )
-            found = cast(list[tuple[int, bool | None]], await cursor.fetchall())
-        if left := [pid for pid, ended in found if not ended]:
+        found = left = await self._admitted_before(connection, lease)
+        for pid, _ in found:
+            with contextlib.suppress(psycopg.errors.InsufficientPrivilege):
+                async with _as_login(connection):
+                    await connection.execute("SELECT pg_terminate_backend(%s)", [pid])
+        with anyio.move_on_after(END_SESSION_MS / 1000):
+            while left:
+                await anyio.sleep(END_POLL_S)
+                left = await self._admitted_before(connection, lease)
+        if left:
+            pid, role = left[0]
             raise TargetUnavailable(
-                f"a session of the worker before does not end: pid {left[0]}",
+                f"a session of the worker before does not end: pid {pid}, of role {role}",
                 where=f"slot {self._slot}",
-                hint=f"end it, as its own role or a superuser: SELECT pg_terminate_backend({left[0]})",
+                hint=f"end it, as that role or a superuser: SELECT pg_terminate_backend({pid})",
             )
         return [pid for pid, _ in found]
+
+    async def _admitted_before(self, connection: Connection, lease: Lease) -> list[tuple[int, str]]:
+        """Return the sessions that bear the mark of another fence, with their roles."""
+        return await fetch_rows(
+            connection,
+            sql.SQL(
+                "SELECT l.pid, coalesce(a.usename, '') FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a"
+                " ON a.pid = l.pid, hashtext({}) AS key WHERE l.locktype = 'advisory' AND l.objsubid = 2"
+                " AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+                " AND l.classid::int8 = key & 4294967295 AND l.objid::int8 <> {} AND l.pid <> pg_backend_pid()"
+                " ORDER BY l.pid"
+            ).format(self._admissions, _mark(lease)),
+        )
 
     async def shows(self, connection: Connection, lease: Lease) -> bool:
         """Say whether what a connection reads holds all that was committed under a lease: a standby may be behind."""

@@ -223,7 +223,7 @@ async def _work_through_schema_changes(
         except Unavailable as error:
             known.clear()
             if not state.stopping.is_set():
-                log.warning("set_up_waits", error=str(error))
+                log.warning("set_up_waits", error=str(error), fix=error.hint)
                 await _wait(state, error)
         finally:
             await pipeline.aclose()
@@ -244,14 +244,14 @@ async def _hold(
         async with cancelled_by(state.stopping):
             return await hold_unapproved(state.config, specs, report.catalog, embedders)
     except Unavailable as error:
-        log.warning("set_up_waits", error=str(error))
+        log.warning("set_up_waits", error=str(error), fix=error.hint)
         await _wait(state, error)
     return None
 
 
 async def _wait(state: WorkerState, error: CdcsyncError) -> None:
     """Wait a second before another set-up, or until told to stop, and show why."""
-    state.waiting_for = str(error)
+    state.waiting_for = error.with_fix
     with anyio.move_on_after(STANDBY_POLL_S):
         await state.stopping.wait()
 

@@ -56,5 +56,6 @@ async def _none_holds(config: Config, pipelines: Pipelines) -> None:
             await anyio.sleep(LOOK_S)
             async with backoff:
                 with speaking_of("target"):
-                    if await pipelines.holder(await session.connection()) is None:
+                    connection = await session.connection()
+                    if await pipelines.end_silent(connection) or await pipelines.holder(connection) is None:
                         return

@@ -91,8 +91,9 @@ def test_a_worker_whose_chunks_were_exchanged_or_dropped_meanwhile_stands_by_and
     assert pipeline.target.execute(shown).fetchone() == (20 if action == "activate" else 0,)
 
 
+@pytest.mark.parametrize("purged", [False, True], ids=["", "purged meanwhile"])
 def test_nothing_of_a_frozen_worker_comes_late(
-    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+    purged: bool, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     """It is frozen in a load with all its sessions; the one with the lock is ended, as a standby does after a while."""
     database = make_database()
@@ -111,6 +112,8 @@ def test_nothing_of_a_frozen_worker_comes_late(
             "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = current_database()"
             " AND (application_name LIKE 'cdcsync apply %' OR backend_type = 'walsender')"
         )
+        if purged:
+            assert pipeline.command("teardown", "--purge", "--yes").returncode == 0
         # What the frozen worker was made for is gone: whatever it does next fails, and it would say so in our tables.
         database.execute("ALTER TABLE articles RENAME COLUMN title TO headline")
         pipeline.configure(first.replace("{title}", "{headline}"))
@@ -123,10 +126,27 @@ def test_nothing_of_a_frozen_worker_comes_late(
     until(lambda: pipeline.times("overtaken"), pipeline.tail)
     pipeline.live()
     pipeline.in_step()
-    assert pipeline.times("overtaken_sessions_ended") == 1
+    assert pipeline.times("overtaken_sessions_ended") == (0 if purged else 1)  # else the command has done it
     assert pipeline.times("index_paused") == 0
     assert not database.execute("SELECT FROM cdcsync.backfills WHERE state = 'failed'")
     assert overtaken.poll() is None
+
+
+def test_a_command_ends_the_session_of_a_frozen_worker_that_has_the_lock(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    source, target = make_database(), make_database()
+    impatient = f"{target.dsn} tcp_user_timeout=2000"
+    pipeline = make_pipeline(configuration(source.dsn, target=impatient, indexes={"articles": {}, "others": {}}))
+    loaded(pipeline, "articles", "others", rows=20)
+    pipeline.processes[-1].send_signal(signal.SIGSTOP)
+    try:
+        until(lambda: pipeline.command("drop", "articles", "--yes").returncode == 0, pipeline.tail)
+        assert target.execute("SELECT name FROM cdcsync.indexes") == [("others",)]
+    finally:
+        pipeline.processes[-1].send_signal(signal.SIGCONT)
+    until(lambda: pipeline.times("overtaken"), pipeline.tail)
+    pipeline.in_step("others")
 
 
 ADMITTED = (

@@ -225,8 +225,10 @@ MUTANTS = (
     Mutant(
         "a command that does a worker's work leaves the fence where it was",
         "flows/setup/exchange.py",
-        "        await pipelines.take_over(connection)\n",
-        "",
+        "        lease = await pipelines.take_over(connection)\n"
+        '        crash_point("fence raised by a command")\n'
+        "        await pipelines.end_overtaken(connection, lease)\n",
+        '        crash_point("fence raised by a command")\n',
         "tests",
         "tests/faults/test_overtaken.py::"
         "test_a_worker_whose_chunks_were_exchanged_or_dropped_meanwhile_stands_by_and_continues[activate]",

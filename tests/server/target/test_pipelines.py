@@ -13,6 +13,7 @@ from cdcsync.demo.cluster import Cluster
 from cdcsync.errors import LeaseLost, RunError, TargetRewound, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.target import pipelines
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines, PipelineState
 from tests.support.indexes import SCHEMA, until, until_blocked
@@ -114,11 +115,11 @@ async def test_a_session_of_our_login_can_be_ended_also_in_a_role_to_which_it_wa
         assert await PIPELINES.holder(asking) is None
         second, pid = await held("cdcsync migrate")  # a command does a worker's work where none runs
 
-        async def silent_ended(asking: Connection = asking) -> int | None:
+        async def silent_ended(asking: Connection = asking) -> bool:
             return await PIPELINES.end_silent(asking, 0.0)
 
         # It may still be busy for a moment with the statement that took the lock.
-        assert await until(silent_ended) == pid
+        await until(silent_ended)
         assert await PIPELINES.holder(asking) is None
         for connection in (first, second, asking):
             await connection.close()
@@ -128,10 +129,28 @@ async def test_a_session_of_our_login_can_be_ended_also_in_a_role_to_which_it_wa
 
 
 async def test_each_worker_that_takes_over_raises_the_fence(connection: Connection) -> None:
-    assert (await PIPELINES.take_over(connection, "first")).fence == 1
-    assert (await PIPELINES.take_over(connection, "second")).fence == 2
+    first = (await PIPELINES.take_over(connection, "first")).fence
+    second = (await PIPELINES.take_over(connection, "second")).fence
     found = await state(connection)
-    assert (found.fence, found.worker) == (2, "second")
+    assert first < second
+    assert (found.fence, found.worker) == (second, "second")
+
+
+@pytest.mark.parametrize("lost", ["the row", "the last fence"])
+async def test_a_fence_is_higher_than_any_before_also_where_the_row_began_anew_or_went_back(
+    connection: Connection, connect_target: ConnectTarget, lost: str
+) -> None:
+    before = await PIPELINES.take_over(connection, "first")
+    if lost == "the row":
+        await connection.execute("DELETE FROM cdcsync.pipelines")
+        await PIPELINES.ensure(connection, "publication")
+    else:
+        await connection.execute("UPDATE cdcsync.pipelines SET fence = 0")
+    with pytest.raises(TargetRewound, match="went back"):
+        await PIPELINES.admit(await connect_target(), before)
+    assert (await PIPELINES.take_over(connection, "second")).fence > before.fence
+    with pytest.raises(LeaseLost):
+        await PIPELINES.admit(await connect_target(), before)
 
 
 @pytest.mark.parametrize(
@@ -238,25 +257,31 @@ async def test_a_session_of_a_worker_that_was_overtaken_is_not_admitted(
         await Pipelines(SCHEMA, "other").admit(await connect_target(), lease)
 
 
-async def test_a_session_of_before_that_another_role_has_is_named_and_nobody_takes_over_beside_it(
-    make_cluster: Callable[[], Cluster],
+async def test_a_session_of_before_that_another_role_has_is_ended_by_who_may_and_else_named(
+    make_cluster: Callable[[], Cluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pipelines, "END_SESSION_MS", 100)
     cluster = make_cluster()
     async with await connect(cluster.dsn(), "target") as administrator:
         await create_shared(administrator, SCHEMA)
         await PIPELINES.ensure(administrator, "publication")
-        lease = await PIPELINES.take_over(administrator, "first")
         await administrator.execute(
-            f"CREATE ROLE plain LOGIN; GRANT USAGE ON SCHEMA {SCHEMA} TO plain;"
-            f" GRANT SELECT, UPDATE ON {SCHEMA}.pipelines TO plain"
+            f"CREATE ROLE first LOGIN; CREATE ROLE plain LOGIN; GRANT USAGE ON SCHEMA {SCHEMA} TO first, plain;"
+            f" GRANT SELECT, UPDATE ON {SCHEMA}.pipelines TO first, plain;"
+            " REVOKE EXECUTE ON FUNCTION pg_terminate_backend FROM PUBLIC"
         )
-        await PIPELINES.admit(administrator, lease)
         async with await connect(cluster.dsn(user="plain"), "target") as successor:
+            lease = await PIPELINES.take_over(successor, "first")
+            assert await PIPELINES.end_overtaken(successor, lease) == []
+            left = await connect(cluster.dsn(user="first"), "target")
+            await PIPELINES.admit(left, lease)
             lease = await PIPELINES.take_over(successor, "second")
-            with pytest.raises(TargetUnavailable, match="does not end") as left:
+            with pytest.raises(TargetUnavailable, match=r"does not end: pid \d+, of role first") as told:
                 await PIPELINES.end_overtaken(successor, lease)
-            pid = administrator.info.backend_pid
-            assert left.value.hint == f"end it, as its own role or a superuser: SELECT pg_terminate_backend({pid})"
+        pid = left.info.backend_pid
+        assert told.value.hint == f"end it, as that role or a superuser: SELECT pg_terminate_backend({pid})"
+        assert await PIPELINES.end_overtaken(administrator, lease) == [pid]
+        await left.close()
 
 
 async def test_a_pipeline_without_a_row_cannot_be_taken_over(connection: Connection) -> None:
@@ -281,7 +306,8 @@ async def test_who_takes_over_waits_for_the_predecessor_that_is_committing(
         tasks.start_soon(take_over)
         await until_blocked(watching, second)
 
-    assert fences == [2, 7]
+    assert fences == [(await state(connection)).fence, 7]
+    assert fences[0] > lease.fence
 
 
 async def test_who_was_taken_over_while_it_waited_commits_nothing(
