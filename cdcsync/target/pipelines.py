@@ -270,10 +270,10 @@ class Pipelines:
             with contextlib.suppress(psycopg.errors.InsufficientPrivilege):
                 async with _as_login(connection):
                     await connection.execute("SELECT pg_terminate_backend(%s)", [pid])
-        with anyio.move_on_after(END_SESSION_MS / 1000):
-            while left:
-                await anyio.sleep(END_POLL_S)
-                left = await self._admitted_before(connection, lease)
+        deadline = anyio.current_time() + END_SESSION_MS / 1000
+        while left and anyio.current_time() < deadline:
+            await anyio.sleep(END_POLL_S)
+            left = await self._admitted_before(connection, lease)
         if left:
             pid, role = left[0]
             raise TargetUnavailable(
