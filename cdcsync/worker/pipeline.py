@@ -20,7 +20,16 @@ import structlog
 from cdcsync.config import Config, RemoteEmbedder, tokens_per_day
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import RunError, SchemaChanged, SetupError, TablesChanged, leading
+from cdcsync.errors import (
+    CdcsyncError,
+    LeaseLost,
+    RunError,
+    SchemaChanged,
+    SetupError,
+    TablesChanged,
+    TargetRewound,
+    leading,
+)
 from cdcsync.flows.audit import RollingAudit, compare_for_ever
 from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
@@ -289,16 +298,27 @@ class Pipeline:
 
         :returns: why those are: begin again without them, or with what their tables are now.
         :raises TargetRewound: the target went back to an earlier state; begin again with what it is now.
+        :raises LeaseLost: another worker, or a command, has taken over.
         :raises RunError: the worker cannot continue until someone acts.
         """
         paused: list[SchemaChanged] = []
+        lost: list[CdcsyncError] = []
         collector.keep()  # before changes come: it takes some time
         try:
             async with anyio.create_task_group() as ending:
                 async with anyio.create_task_group() as tasks:
                     ending.start_soon(self.end_in_time, tasks.cancel_scope)
                     tasks.start_soon(self.state.gauges_for_ever)  # reads, over a session that outlives this pipeline
-                    with admitting(self.session.admit):
+
+                    async def admit(connection: Connection) -> None:
+                        try:
+                            await self.session.admit(connection)
+                        except (LeaseLost, TargetRewound) as error:
+                            lost.append(error)
+                            tasks.cancel_scope.cancel()  # who works for one index takes it for that index's error
+                            raise
+
+                    with admitting(admit):
                         self._begin(tasks)
                         paused = await self.streaming.run()
                     tasks.cancel_scope.cancel()
@@ -308,6 +328,8 @@ class Pipeline:
             if isinstance(error, SetupError):
                 raise RunError.of(error) from error
             raise error from None
+        if lost:
+            raise lost[0]
         return paused
 
     def _begin(self, tasks: anyio.abc.TaskGroup) -> None:
