@@ -166,6 +166,8 @@ def incomparable(history: History, point: str) -> None:
     history.writer.stop()
     history.writer.finish()
     history.start(point).until_said("streaming")
+    # One of another index, asked for by the load, would wait for the open transaction first.
+    until(lambda: not history.execute(history.target, ASKED), "the comparisons after the load")
     for _ in range(3):
         with history.source.connect(history.name) as session, session.transaction():
             session.execute("SELECT pg_current_xact_id()")
@@ -181,6 +183,7 @@ def incomparable(history: History, point: str) -> None:
     history.pause_expected = True
 
 
+ASKED = "SELECT FROM cdcsync.backfills WHERE state IN ('requested', 'running')"
 COMPARING = "SELECT FROM cdcsync.backfills WHERE index_name = 'notes' AND kind = 'compare' AND state = 'running'"
 UNSETTLED = (
     "SELECT FROM cdcsync.indexes WHERE name = 'notes' AND state <> 'live'"
