@@ -1,6 +1,6 @@
 """The teardown flow: takes away what a pipeline left on the source, and on request the index itself; or one index.
 
-    lock ─► look ─► (purge: rows, view and tables in one transaction) ─► slot ─► publication
+    lock ─► look ─► fence ─► (purge: rows, view and tables in one transaction) ─► slot ─► publication
 
 1. The pipeline's lock is held throughout: a worker that runs is never pulled the rug from under, and none can start.
 2. Everything that could refuse is asked before anything is dropped.
@@ -66,7 +66,8 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
 
     :raises SetupError: a worker runs, the slot is not ours, or something depends on the index; nothing was dropped.
     :raises SlotInUse: something else reads the slot; nothing was dropped.
-    :raises SourceUnavailable, TargetUnavailable: a server does not answer; the next teardown resumes from there.
+    :raises SourceUnavailable, TargetUnavailable: a server does not answer, or a session that a worker has left there
+        does not end; the next teardown resumes from there.
     """
     schema, slot_name = config.target.schema, config.source.slot
     async with (
@@ -88,6 +89,8 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
         if belongings.set_up:
             await _take_over(target, config)
         steps = [await _purge(target, config, belongings)] if purge else []
+        with speaking_of("target"):
+            await target.execute("SELECT")  # whoever has ended this session, because it was silent, has the lock now
         with speaking_of("source", where=f"slot {config.source.slot}"):
             if slot is not None:
                 await source.execute("SELECT pg_drop_replication_slot(%s)", [slot.name])
@@ -135,13 +138,14 @@ async def drop_index(config: Config, index: str) -> list[Step]:
                 await drop_relations(target, schema, both, relations)
                 # Last, as the tables may have been waited for: a worker may have begun to follow it meanwhile.
                 now = await Registry(schema).find(target, index, lock=True)
-                if now is not None and await _let_go(target, config, now):
-                    await Pipelines(schema, config.source.slot).take_over(target)
+                locked = now is not None and await _let_go(target, config, now)
                 for name in both:
                     await Registry(schema).remove(target, name)
                 await Approvals(schema).remove(target, index)
                 used = {one.embedder for name, one in config.indexes.items() if name != index}
                 await forget_embedders(target, schema, config.source.slot, keep=used)
+        if locked:
+            await _take_over(target, config)
         steps = [Step(f"index {index} in the target", "dropped")]
         if index in config.indexes:
             steps.append(

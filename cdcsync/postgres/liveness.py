@@ -180,7 +180,9 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         """Show the server that we are there, from now on until the connection closes."""
         if self._next_beat is not None:
             self._next_beat.cancel()
-        self._next_beat = asyncio.get_running_loop().call_later(self._patience_s / BEATS, self._begin_to_beat)
+        # Who waits may be more impatient than we: nobody is less patient than by default without having said so.
+        pause_s = min(self._patience_s, PATIENCE_S) / BEATS
+        self._next_beat = asyncio.get_running_loop().call_later(pause_s, self._begin_to_beat)
 
     def _begin_to_beat(self) -> None:
         if not self.closed:

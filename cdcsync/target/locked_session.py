@@ -136,7 +136,7 @@ class LockedSession:
     async def admit(self, connection: Connection) -> None:
         """Let another session of this worker write beside this one.
 
-        :raises LeaseLost: another worker took over.
+        :raises LeaseLost, TargetRewound, TargetUnavailable, RunError: as `Pipelines.admit`.
         """
         await self._pipelines.admit(connection, self._held)
 

@@ -195,14 +195,16 @@ class Pipelines:
         """
         if silent_s is None:
             silent_s = connection.patience_s if isinstance(connection, WatchedConnection) else PATIENCE_S
-        async with _as_login(connection):
-            row = await fetch_row(
-                connection,
-                "SELECT a.pid, pg_terminate_backend(a.pid, %s) FROM pg_stat_activity AS a WHERE a.pid = %s"
-                " AND starts_with(a.application_name, 'cdcsync ') AND a.usename = session_user AND a.state <> 'active'"
-                " AND clock_timestamp() - a.state_change > %s * interval '1 s'",
-                [END_SESSION_MS, await self.holder(connection), silent_s],
-            )
+        row = None
+        with contextlib.suppress(psycopg.errors.InsufficientPrivilege):
+            async with _as_login(connection):
+                row = await fetch_row(
+                    connection,
+                    "SELECT a.pid, pg_terminate_backend(a.pid, %s) FROM pg_stat_activity AS a WHERE a.pid = %s AND"
+                    " starts_with(a.application_name, 'cdcsync ') AND a.usename = session_user AND a.state <> 'active'"
+                    " AND clock_timestamp() - a.state_change > %s * interval '1 s'",
+                    [END_SESSION_MS, await self.holder(connection), silent_s],
+                )
         if row is None or not row[1]:
             return False
         log.warning("silent_session_ended", slot=self._slot, pid=row[0], silent_s=silent_s)
@@ -217,9 +219,11 @@ class Pipelines:
         row = await fetch_row(
             connection,
             sql.SQL(
-                # Higher than any before, also where the row began anew or went back with the target.
-                "UPDATE {} SET fence = greatest(fence + 1, (extract(epoch FROM clock_timestamp()) * 1000)::int8),"
-                " worker = coalesce(%s, worker) WHERE slot = %s RETURNING fence, checkpoint::text, commits"
+                # By the clock higher than any before, also where the row began anew or went back with the target.
+                # Before version 2 there was no `commits`.
+                "UPDATE {} AS p SET fence = greatest(fence + 1, (extract(epoch FROM clock_timestamp()) * 1000)::int8),"
+                " worker = coalesce(%s, worker) WHERE slot = %s"
+                " RETURNING fence, checkpoint::text, coalesce((to_jsonb(p) ->> 'commits')::int8, 0)"
             ).format(self._table),
             [worker, self._slot],
         )

@@ -313,7 +313,7 @@ class Pipeline:
                     async def admit(connection: Connection) -> None:
                         try:
                             await self.session.admit(connection)
-                        except (LeaseLost, TargetRewound) as error:
+                        except (LeaseLost, TargetRewound, RunError) as error:
                             lost.append(error)
                             tasks.cancel_scope.cancel()  # who works for one index takes it for that index's error
                             raise
@@ -325,6 +325,8 @@ class Pipeline:
                 ending.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             error = leading(group)
+            if lost and isinstance(error, CdcsyncError):
+                raise lost[0] from None
             if isinstance(error, SetupError):
                 raise RunError.of(error) from error
             raise error from None

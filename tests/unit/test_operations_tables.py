@@ -98,6 +98,10 @@ HELD = {
     "every other connection": (SILENCE, "test_a_connection_that_falls_silent"),
     "the server's end": ("tests/server/postgres/test_settings.py", "whose_host_is_gone_within_a_minute"),
     "the session that holds the pipeline's lock": (SILENCE, "test_a_standby_takes_over_from_a_worker"),
+    "the other sessions of a worker that was killed, frozen or cut off": (
+        "tests/faults/test_overtaken.py",
+        "test_nothing_of_a_frozen_worker_comes_late",
+    ),
     "our own old session in the target": (SILENCE, "old_session_ended"),
     "our own old sessions in transactions": ("tests/server/postgres/test_liveness.py", "lost_session_ended"),
     # gaps

@@ -163,6 +163,16 @@ def test_a_worker_stops_with_the_reason_once_a_newer_version_has_upgraded_its_ta
     assert f"are of version 99, made by cdcsync 9.9; this is cdcsync {__version__}" in earlier.tail()
 
 
+@pytest.mark.parametrize("purge", [[], ["--purge"]], ids=["", "purge"])
+def test_a_pipeline_of_an_earlier_version_is_torn_down_without_an_upgrade(earlier: Pipeline, purge: list[str]) -> None:
+    done = earlier.command("teardown", "--yes", *purge)
+    assert done.returncode == 0, done.stderr
+    slots = "SELECT FROM pg_replication_slots WHERE database = current_database()"
+    assert earlier.source.execute(slots).fetchall() == []
+    left = earlier.target.execute("SELECT to_regclass('cdcsync.pipelines') IS NOT NULL").fetchone()
+    assert left == (not purge,)
+
+
 def test_tables_made_here_have_our_version(earlier: Pipeline, database: Database) -> None:
     with psycopg.connect(database.dsn, autocommit=True) as connection:
         connection.execute("DROP SCHEMA cdcsync CASCADE")
