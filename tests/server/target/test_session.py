@@ -88,7 +88,9 @@ async def test_a_writer_that_waits_behind_its_successor_writes_nothing(
 
     assert lost == [True]
     assert await locked.rows("SELECT count(*) FROM cdcsync.articles_chunks") == [(0,)]
-    assert (await second.state()).checkpoint is None
+    taken = await second.state()
+    assert taken.fence > first._held.fence
+    assert taken.checkpoint is None
 
 
 @pytest.mark.parametrize("back", ["checkpoint = '0/A'", "commits = commits - 1", "fence = 0"])
