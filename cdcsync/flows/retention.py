@@ -1,16 +1,37 @@
-"""How much of `max_slot_wal_keep_size` the slot holds, told before that is a gap.
+"""The slot on its server: how near it is to a gap, and whether the server shuts down.
+
+How much of `max_slot_wal_keep_size` the slot holds is told while there is time. A server that shuts down waits for the
+stream, so that is let go. Looking has a connection of its own and waits for nothing else: the target may not answer for
+a minute.
 
 Source: PostgreSQL, "pg_replication_slots"; "Replication" (max_slot_wal_keep_size).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import anyio
 import structlog
 
+from cdcsync.errors import SetupError, SourceUnavailable
 from cdcsync.metrics import Metrics
-from cdcsync.source.catalog import Slot
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.refusals import TOO_MANY_CONNECTIONS
+from cdcsync.postgres.sessions import Session
+from cdcsync.source.catalog import Slot, read_slot
 
 log = structlog.get_logger()
+
+LOOK_S = 5.0
+"""How often the slot is looked at."""
+
+AWAY_LOOK_S = 1.0
+"""How often while the source refuses to answer."""
+
+AWAY_LOOKS = 2
+"""Looks in a row that the source refuses, after which it is taken to be shutting down: the first may just have found
+its session ended. That is said again after every two more: the stream may have come back between two shutdowns."""
 
 MARKS = (0.5, 0.8)
 """Shares of `max_slot_wal_keep_size` that are worth a word: half, while there is time; four fifths, while there is
@@ -64,3 +85,27 @@ def retained_share(slot: Slot) -> float:
     # Beyond the limit, what is safe is negative, and retained and safe together are still the limit.
     limit = slot.retained_bytes + slot.safe_bytes
     return slot.retained_bytes / limit if limit > 0 else 1.0
+
+
+async def watch_slot(dsn: str, name: str, metrics: Metrics, source_ends: Callable[[], None]) -> None:
+    """Look at a slot until cancelled.
+
+    :param dsn: the source's.
+    :param source_ends: called at every second look in a row that the source refuses: a server that is shut down
+        waits until what it has sent is flushed here, and that may take a connection to it, or the target.
+    """
+    retention, away = Retention(metrics), 0
+    async with Session(dsn, "source", application_name="cdcsync slot") as source:
+        while True:
+            try:
+                with speaking_of("source"):
+                    retention.look_at(await read_slot(await source.connection(), name))
+                away = 0
+            except (SourceUnavailable, SetupError) as error:
+                log.debug("slot_watch_waits", error=str(error))
+                # A server without a free connection still sends: its stream has a place of its own.
+                if isinstance(error, SourceUnavailable) and error.sqlstate != TOO_MANY_CONNECTIONS:
+                    away += 1
+                    if away % AWAY_LOOKS == 0:
+                        source_ends()
+            await anyio.sleep(AWAY_LOOK_S if away else LOOK_S)

@@ -2,12 +2,9 @@
 
     tables     can each index follow its table, and is the table, and what has it sent, what it was
     relations  has the target all that each index should have there, and are our tables still of our version
-    slot       how much of `max_slot_wal_keep_size` does it hold (`flows/retention`)
 
 The tables are read all at once, and judged by the functions that `check` uses: an index that `check` would refuse is
 paused, and one that was paused is resumed once `check` would accept it.
-
-Source: PostgreSQL, "pg_replication_slots", "Replication" (max_slot_wal_keep_size).
 """
 
 from __future__ import annotations
@@ -24,12 +21,10 @@ from cdcsync.errors import (
     RunError,
     SchemaChanged,
     SetupError,
-    SourceUnavailable,
     TablesChanged,
     Unavailable,
 )
 from cdcsync.flows.build import LOAD_CANCELLED, pause_after
-from cdcsync.flows.retention import Retention
 from cdcsync.flows.setup.differences import (
     ask_for,
     difference_of,
@@ -40,21 +35,19 @@ from cdcsync.flows.setup.differences import (
 from cdcsync.flows.setup.indexes import outdated
 from cdcsync.flows.truncations import Truncations
 from cdcsync.lsn import Lsn
-from cdcsync.metrics import Metrics
 from cdcsync.model.pauses import Pause, Pauses
 from cdcsync.model.requests import Request
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import exclusive_locks
-from cdcsync.postgres.refusals import TOO_MANY_CONNECTIONS
 from cdcsync.postgres.sessions import Session
 from cdcsync.preflight import Finding
 from cdcsync.preflight.families import followed_catalog
 from cdcsync.preflight.following import following_findings, seen_fingerprint
 from cdcsync.preflight.indexes import Plan, vector_faults
 from cdcsync.process.crashpoints import crash_point
-from cdcsync.source.catalog import Catalog, read_catalog, read_slot
+from cdcsync.source.catalog import Catalog, read_catalog
 from cdcsync.target.approvals import Approvals
 from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.missing import missing_relations, unsafe_tables
@@ -73,12 +66,7 @@ NUDGED_S = 0.05
 """How long after a nudge it is asked: a commit may be delivered a moment before it is visible."""
 
 AWAITED_S = 1.0
-"""How often it is asked while the stream may still bring a TRUNCATE that would explain what was seen, and while the
-source refuses to answer."""
-
-AWAY_LOOKS = 2
-"""Looks in a row that the source refuses, after which it is taken to be shutting down: the first may just have found
-its session ended. That is said again after every two more: the stream may have come back between two shutdowns."""
+"""How often it is asked while the stream may still bring a TRUNCATE that would explain what was seen."""
 
 RELATIONS_S = 60.0
 """How often it is looked whether somebody dropped a relation of an index in the target."""
@@ -101,12 +89,10 @@ class Watch:
         specs: Sequence[IndexSpec],
         pauses: Pauses,
         pause: Callable[[SchemaChanged], None],
-        metrics: Metrics,
         *,
         deliveries: Mapping[str, Deliveries],
         received: Callable[[], Lsn],
         unapproved: Mapping[str, str],
-        source_ends: Callable[[], None],
     ) -> None:
         """Make the watch of a pipeline.
 
@@ -116,16 +102,12 @@ class Watch:
         :param deliveries: what the stream has delivered for each index.
         :param received: says how far the stream has been received.
         :param unapproved: the changes that indexes wait for an approval of.
-        :param source_ends: called at every second look in a row that the source refuses: a server that is shut down
-            waits until what it has sent is flushed here, and that may take a connection to it, or the target.
         """
         self._config = config
         self._plans = plans
         self._specs = {spec.name: spec for spec in specs}
         self._pauses = pauses
         self._pause = pause
-        self._metrics = metrics
-        self._source_ends = source_ends
         self._truncations = Truncations(deliveries, received)
         self._unapproved = unapproved
         self._ailing = {plan.name for plan in plans if plan.unfit}
@@ -142,12 +124,11 @@ class Watch:
         self._nudged.set()
 
     async def run(self) -> None:
-        """Watch tables and slot until cancelled.
+        """Watch the tables until cancelled.
 
         :raises TablesChanged: an index needs to be examined again, or can be followed again.
         :raises RunError: a newer version of cdcsync has upgraded our tables.
         """
-        retention, away = Retention(self._metrics), 0
         async with (
             Session(self._config.source.dsn, "source", application_name="cdcsync watch") as source,
             Session(self._config.target.dsn, "target", application_name="cdcsync watch") as target,
@@ -157,25 +138,11 @@ class Watch:
                 try:
                     # Whoever asks for something in the target need not wait for the source.
                     stored = await self._look_at_target(target)
-                except (Unavailable, SetupError) as error:
-                    log.debug("watch_waits", error=str(error))
-                    stored = None
-                try:
-                    with speaking_of("source"):
-                        slot = await read_slot(await source.connection(), self._config.source.slot)
-                    away = 0
-                    retention.look_at(slot)
-                    if stored is not None:
-                        await self._look_at_tables(source, target, stored)
+                    await self._look_at_tables(source, target, stored)
                 except (Unavailable, SetupError) as error:
                     # A table that is dropped while its columns are read is an error too; the next look tells more.
                     log.debug("watch_waits", error=str(error))
-                    # A server without a free connection still sends: its stream has a place of its own.
-                    if isinstance(error, SourceUnavailable) and error.sqlstate != TOO_MANY_CONNECTIONS:
-                        away += 1
-                        if away % AWAY_LOOKS == 0:
-                            self._source_ends()
-                with anyio.move_on_after(AWAITED_S if self._truncations.awaited or away else WATCH_S):
+                with anyio.move_on_after(AWAITED_S if self._truncations.awaited else WATCH_S):
                     await self._nudged.wait()
                     await anyio.sleep(NUDGED_S)
 

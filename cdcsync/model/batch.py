@@ -23,6 +23,7 @@ from cdcsync.lsn import Lsn
 from cdcsync.model.links import Touch, Values
 from cdcsync.model.rows import Change, Delete, Key, Shape, Truncation, Unread, UnreadRow, Upsert, complete, fill
 from cdcsync.model.transactions import Committed, Part
+from cdcsync.pgoutput.messages import UNCHANGED
 
 ROW_OVERHEAD_BYTES = 200
 """Memory that a row takes besides its text: two tuples, the change, a dictionary entry, string headers."""
@@ -144,8 +145,12 @@ class IndexChanges:
     def _add_upsert(self, change: Upsert) -> None:
         before_key = change.key if change.moved_from is None else change.moved_from
         row = change.row
+        whole = complete(row)
+        if whole and change.moved_from is None:
+            self._put(change)
+            return
         # Related rows may be others by now, so that such a row is read again anyway.
-        if not complete(row) and not change.shape.computed:
+        if not whole and not change.shape.computed:
             before = self.live.get(before_key) or self.filled.get(before_key)
             # Of a row that could not be read, the batch has no values.
             if isinstance(before, Upsert) and not isinstance(before, UnreadRow):
@@ -186,7 +191,8 @@ class IndexChanges:
         return True
 
     def _put(self, change: RowChange) -> None:
-        self.filled.pop(change.key, None)
+        if self.filled:
+            self.filled.pop(change.key, None)
         self.live[change.key] = change
 
 
@@ -228,7 +234,8 @@ class Batch:
 
     def add(self, change: Change | Touch) -> None:
         """Add the next change of the stream."""
-        self.of(change.shape).add(change)
+        changes = self.indexes.get(change.shape.index) or self.of(change.shape)
+        changes.add(change)
         self.partial = True
         self.rows += 1
         self.bytes += _size(change)
@@ -256,8 +263,12 @@ class Batch:
 
 def _size(change: Change | Touch) -> int:
     if isinstance(change, Upsert):
-        known = sum([len(value) for value in change.row if isinstance(value, str)])
-        if change.shape.computed:
-            return ROW_OVERHEAD_BYTES + known + RELATED_BYTES
-        return ROW_OVERHEAD_BYTES + known + (0 if complete(change.row) else UNCHANGED_BYTES)
+        size = ROW_OVERHEAD_BYTES
+        unchanged = RELATED_BYTES if change.shape.computed else 0
+        for value in change.row:
+            if type(value) is str:
+                size += len(value)
+            elif value is UNCHANGED and not unchanged:
+                unchanged = UNCHANGED_BYTES
+        return size + unchanged
     return ROW_OVERHEAD_BYTES

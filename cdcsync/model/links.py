@@ -135,6 +135,7 @@ class LinkProjection:
             )
         self.shape = link.shape
         self.table = link.table
+        self.width = len(relation.columns)
         self._link = link
         self._values = picker([positions[name] for name in link.columns])
 

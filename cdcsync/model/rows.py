@@ -190,6 +190,8 @@ class Projection:
             )
         self.shape = shape
         self.table = shape.table
+        self.width = len(relation.columns)
+        self._key_width = len(shape.key)
         made = {*shape.computed, SOURCE_TABLE} if shape.many else shape.computed
         positions |= dict.fromkeys(made, len(relation.columns))
         constant = shape.source if shape.many else UNCHANGED
@@ -217,23 +219,20 @@ class Projection:
         :raises SchemaChanged: the key is missing.
         """
         row = self._row(new)
+        key = row[: self._key_width]
         if old is None:
-            if UNCHANGED in row[: len(self.shape.key)]:
+            if UNCHANGED in key:
                 raise SchemaChanged(
                     "an UPDATE arrived without its key",
                     index=self.shape.index,
                     where=str(self.shape.table),
                     hint=f"update the source to its latest minor release: old ones omit large keys; {AGAIN}",
                 )
-            return Upsert(self.shape, self._whole(self.shape.key_of(row)), row, xid, lsn)
+            return Upsert(self.shape, self._whole(key), row, xid, lsn)
         before = self._old_key(old, "an UPDATE")
-        if old_kind == "O":
-            row = fill(row, self._row(old))
-        else:
-            width = len(self.shape.key)
-            row = fill(row[:width], before) + row[width:]
-        key = self._whole(self.shape.key_of(row))
-        return Upsert(self.shape, key, row, xid, lsn, before if before != key else None)
+        row = fill(row, self._row(old)) if old_kind == "O" else fill(key, before) + row[self._key_width :]
+        now = self._whole(self.shape.key_of(row))
+        return Upsert(self.shape, now, row, xid, lsn, before if before != now else None)
 
     def truncated(self, xid: int, lsn: int) -> Truncation:
         """Return the change that a TRUNCATE makes."""

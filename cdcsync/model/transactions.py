@@ -129,8 +129,8 @@ class Assembler:
         self._checkpoint = checkpoint
         self._projections: dict[int, tuple[Projection | LinkProjection, ...]] = {}
         self._oids: dict[tuple[str, str], int] = {}
-        self._described_as: dict[int, tuple[tuple[str, str], int]] = {}
-        """By OID, the name that a table was last described by, and how many columns."""
+        self._described_as: dict[int, tuple[str, str]] = {}
+        """By OID, the name that a table was last described by."""
         self._types: dict[tuple[str, int | None], dict[str, tuple[int, int]]] = {}
         self._lost: set[str] = set()
         self._newest: tuple[int | None, int] | None = None
@@ -184,7 +184,7 @@ class Assembler:
         lost: list[Event] = []
         if relation.oid in self._projections:
             self._described()
-        before, _ = self._described_as.get(relation.oid, (name, 0))
+        before = self._described_as.get(relation.oid, name)
         if before != name:
             lost += self._lose(before, f"the table is called {QualifiedName(*name)} now")
         if self._oids.get(name, relation.oid) != relation.oid:
@@ -204,7 +204,7 @@ class Assembler:
             except SchemaChanged as error:
                 lost.append(self._lost_event(shape, error))
         self._oids[name] = relation.oid
-        self._described_as[relation.oid] = name, len(relation.columns)
+        self._described_as[relation.oid] = name
         self._projections[relation.oid] = tuple(one for one in projections if one.shape.index not in self._lost)
         return lost
 
@@ -259,7 +259,10 @@ class Assembler:
         return Lost(shape.index, error)
 
     def _row(self, message: Insert | Update | Delete) -> Sequence[Event]:
-        xid = self._inside(type(message).__name__)
+        # Written for speed, as each row of the stream passes here.
+        xid = self._xid
+        if xid is None:
+            raise _outside(type(message).__name__)
         projections = self._of(message.relation_oid)
         if self._newest is not None:
             (root, part), self._newest = self._newest, None
@@ -267,39 +270,36 @@ class Assembler:
                 return [*self._parts(part, projections), *self._row(message)]
         if self._skipping or not projections:
             return NOTHING
-        self._check_width(message)
+        values = message.old if isinstance(message, Delete) else message.new
+        if len(values) != projections[0].width:
+            raise self._misfit(message.relation_oid, len(values), projections[0].width)
+        lsn = self._lsn
         try:
-            return [self._change(projection, message, xid) for projection in projections]
+            if isinstance(message, Update):
+                return [one.updated(message.old_kind, message.old, values, xid, lsn) for one in projections]
+            if isinstance(message, Insert):
+                return [one.inserted(values, xid, lsn) for one in projections]
+            return [one.deleted(values, xid, lsn) for one in projections]
         except SchemaChanged as error:
             # A row without its key: of two indexes on the table, the other one meets the same row.
             return [*self._lost_by(error, projections), *self._row(message)]
 
-    def _check_width(self, message: Insert | Update | Delete) -> None:
-        """Refuse a row that does not have the columns of its description: values would be taken for others.
+    def _misfit(self, oid: int, columns: int, described: int) -> SourceUnavailable:
+        """Return the refusal of a row that has more or fewer columns than its table was described with.
 
-        :raises SourceUnavailable: it has more or fewer. On a new connection every table is described again.
+        Values would be taken for others. On a new connection every table is described again.
         """
-        row = message.old if isinstance(message, Delete) else message.new
-        name, width = self._described_as[message.relation_oid]
-        if len(row) != width:
-            raise SourceUnavailable(
-                f"the source sent a row of {len(row)} columns, and had described the table with {width}",
-                where=f"table {QualifiedName(*name)}",
-                hint="the worker connects again, and the source then describes the table anew",
-            )
+        return SourceUnavailable(
+            f"the source sent a row of {columns} columns, and had described the table with {described}",
+            where=f"table {QualifiedName(*self._described_as[oid])}",
+            hint="the worker connects again, and the source then describes the table anew",
+        )
 
     def _parts(self, oid: int, projections: Sequence[Projection | LinkProjection]) -> Iterator[Part]:
         """Yield the indexes of whose table this one is a partition; one of many equal tables is not."""
         for one in projections:
             if one.shape.source is None:
                 yield Part(one.shape.index, one.table, oid)
-
-    def _change(self, projection: Projection | LinkProjection, message: Insert | Update | Delete, xid: int) -> Event:
-        if isinstance(message, Insert):
-            return projection.inserted(message.new, xid, self._lsn)
-        if isinstance(message, Update):
-            return projection.updated(message.old_kind, message.old, message.new, xid, self._lsn)
-        return projection.deleted(message.old, xid, self._lsn)
 
     def _lost_by(self, error: SchemaChanged, projections: Sequence[Projection | LinkProjection]) -> list[Event]:
         return [self._lost_event(one.shape, error) for one in projections if one.shape.index == error.index]
@@ -322,7 +322,7 @@ class Assembler:
 
     def _inside(self, name: str) -> int:
         if self._xid is None:
-            raise ProtocolError(f"a {name} message came outside any transaction")
+            raise _outside(name)
         return self._xid
 
     def _of(self, oid: int) -> tuple[Projection | LinkProjection, ...]:
@@ -330,3 +330,7 @@ class Assembler:
             return self._projections[oid]
         except KeyError:
             raise ProtocolError(f"a change of relation {oid} came before its description") from None
+
+
+def _outside(name: str) -> ProtocolError:
+    return ProtocolError(f"a {name} message came outside any transaction")

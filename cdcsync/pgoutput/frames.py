@@ -82,7 +82,9 @@ def decode_frame(data: bytes | memoryview) -> XLogData | Keepalive:
             wal_start, wal_end, sent_at_us = _XLOG_DATA_HEAD.unpack_from(data)
         except struct.error:
             raise MalformedMessage("w", size, ENDS_EARLY) from None
-        return XLogData(Lsn(wal_start), Lsn(wal_end), sent_at_us, bytes(data[_XLOG_DATA_HEAD.size :]))
+        start = Lsn(wal_start)
+        end = start if wal_end == wal_start else Lsn(wal_end)
+        return XLogData(start, end, sent_at_us, bytes(data[_XLOG_DATA_HEAD.size :]))
     if tag == _KEEPALIVE:
         _check_size(data, _KEEPALIVE_FRAME)
         wal_end, sent_at_us, reply = _KEEPALIVE_FRAME.unpack(data)

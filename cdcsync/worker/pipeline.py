@@ -43,6 +43,7 @@ from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.flows.follow.stream import Stream
 from cdcsync.flows.heartbeat import send_heartbeats
 from cdcsync.flows.migrate.fill import Fill
+from cdcsync.flows.retention import watch_slot
 from cdcsync.flows.settle import Settle
 from cdcsync.flows.setup.approval import Held
 from cdcsync.flows.setup.exchange import do_what_was_asked
@@ -200,11 +201,9 @@ class Pipeline:
             specs,
             pauses,
             self.stream.pause,
-            metrics,
             deliveries=self.deliveries,
             received=lambda: self.stream.received,
             unapproved={name: one.change for name, one in held.items()},
-            source_ends=self.stream.leave,
         )
         self.stream.described = self.watch.look
         state.problems = ChainMap(self.watch.problems, self.embedding.problems)
@@ -352,6 +351,7 @@ class Pipeline:
         tasks.start_soon(self.settle.run)
         tasks.start_soon(build_until_live, self.config.target.dsn, self.config.target.schema, self.specs)
         tasks.start_soon(self.watch_once_streaming)
+        tasks.start_soon(self.watch_slot_once_streaming)
         tasks.start_soon(send_heartbeats, self.config)
 
     async def aclose(self) -> None:
@@ -372,6 +372,12 @@ class Pipeline:
             # The other indexes go on for as long as that takes.
             await self._look_again()
             raise
+
+    async def watch_slot_once_streaming(self) -> None:
+        """Look at the slot, and let go of a source that shuts down."""
+        await self.streaming.begun.wait()
+        source = self.config.source
+        await watch_slot(source.dsn, source.slot, self.state.metrics, self.stream.leave)
 
     async def keep_models(self) -> None:
         """Spare the garbage collector the models, too, which take seconds to load."""

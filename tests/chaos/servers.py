@@ -55,7 +55,8 @@ class Side:
 
     def connect(self, database: str = "postgres") -> psycopg.Connection[tuple[Any, ...]]:
         """Open a session on the primary, past the proxy; the caller closes it."""
-        return psycopg.connect(self.primary.dsn(database), autocommit=True, connect_timeout=10)
+        # The server refuses a statement that it prepared before a column had another type: that is the application's.
+        return psycopg.connect(self.primary.dsn(database), autocommit=True, connect_timeout=10, prepare_threshold=None)
 
     def dsn(self, database: str) -> str:
         """Return the address that the worker uses."""

@@ -17,6 +17,7 @@ from psycopg import conninfo
 from cdcsync.demo.cluster import Cluster
 from tests.support.disks import tight_disk_or_skip
 from tests.support.outages import MakeSimple, frozen, make_target, metric
+from tests.support.proxies import Proxy
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
@@ -66,13 +67,20 @@ def waits_for_a_lock(pipeline: Pipeline) -> bool:
 
 
 @pytest.mark.proof_from(1)
-@pytest.mark.parametrize("waits_for", ["source", "target"])
+@pytest.mark.parametrize("waits_for", ["source", "target", "silent target"])
 def test_a_source_can_be_shut_down_while_changes_that_it_has_sent_wait_for_it_or_for_the_target(
-    make_cluster: Callable[..., Cluster], make_simple: MakeSimple, waits_for: str
+    make_cluster: Callable[..., Cluster],
+    make_simple: MakeSimple,
+    make_proxy: Callable[[int], Proxy],
+    waits_for: str,
 ) -> None:
     """A server that is shut down waits for what it has sent to be flushed, and takes no more connections."""
     source, target = make_cluster(), make_cluster()
-    pipeline = make_simple(source.dsn(), make_target(target))
+    near, dsn = make_proxy(target.port), make_target(target)
+    pipeline = make_simple(source.dsn(), dsn)
+    # Noticed long after the source has given up.
+    through = conninfo.make_conninfo(dsn, host="127.0.0.1", port=near.port, tcp_user_timeout=600_000)
+    pipeline.path.write_text(pipeline.path.read_text().replace(dsn, through))
     pipeline.source.execute("ALTER TABLE articles ALTER title SET STORAGE EXTERNAL")
     pipeline.source.execute("UPDATE articles SET title = repeat(title || ' ', 1000) WHERE id = 7")
     worker = pipeline.start()
@@ -82,6 +90,12 @@ def test_a_source_can_be_shut_down_while_changes_that_it_has_sent_wait_for_it_or
         change(pipeline, "meanwhile")
         until(lambda: metric(pipeline, "cdcsync_lag_seconds") > 0, "the changes to wait")
         source.stop()
+    elif waits_for == "silent target":
+        near.freeze()
+        change(pipeline, "meanwhile")
+        until(lambda: metric(pipeline, "cdcsync_lag_seconds") > 0, "the changes to wait")
+        source.stop()
+        near.cut()
     else:
         with closing(psycopg.connect(source.dsn())) as locking, closing(psycopg.connect(source.dsn())) as writing:
             # The title does not change, so it is not sent: it has to be read again, behind the lock.

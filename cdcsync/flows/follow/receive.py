@@ -172,13 +172,12 @@ class Receiver:
             self._quiet = False
             self._open_batch.note_more()
             self._came = True
-            if type(frame) is XLogData or frame.wal_end > self._told:  # else it only answers
+            if frame.wal_end > self._told:
+                self._told = frame.wal_end
                 self._nudge_due = math.inf
-            self._told = max(self._told, frame.wal_end)
             match frame:
-                case Keepalive():
-                    yield self._keepalive(frame)
                 case XLogData():
+                    self._nudge_due = math.inf  # a keepalive may only answer
                     self._bytes += len(frame.payload)
                     self._progress.receive(frame.wal_start)
                     for events in self._take(frame.payload):
@@ -193,6 +192,8 @@ class Receiver:
                             self._account()
                             await self._report_when_due()
                             await anyio.lowlevel.checkpoint()
+                case Keepalive():
+                    yield self._keepalive(frame)
                 case _:
                     assert_never(frame)
 

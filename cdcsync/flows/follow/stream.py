@@ -159,11 +159,13 @@ class Stream:
 
                 tasks.start_soon(apply)
                 tasks.start_soon(leave)
-                async with cancelled_by(self._stopping), aclosing(receiver.events()) as events:
-                    async for heard in events:
-                        for one in heard:
-                            self._hand_on(one)
-                await receiver.finish()
+                # It is closed before what is being written has ended: a source that shuts down waits for that.
+                async with slot:
+                    async with cancelled_by(self._stopping), aclosing(receiver.events()) as events:
+                        async for heard in events:
+                            for one in heard:
+                                self._hand_on(one)
+                    await receiver.finish()
                 tasks.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise leading(group) from None

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import anyio
 import pytest
@@ -48,6 +48,13 @@ class FakeSlot:
         self.sent = anyio.Event()
         self.ended = False
         self.polls_late = False
+        self.closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.closed = True
 
     def poll(self) -> XLogData | Keepalive | None:
         return self.frames.popleft() if self.frames else None

@@ -250,6 +250,27 @@ async def test_a_worker_that_is_to_stop_finishes_the_batch_in_hand_and_reports_i
     assert followed.slot.statuses[-1] == (Lsn(31), Lsn(31))
 
 
+async def test_a_source_that_shuts_down_is_let_go_however_long_a_write_takes(tmp_path: Path) -> None:
+    followed = Followed(tmp_path, *transaction(30, insert("a")))
+    followed.target.released = anyio.Event()
+
+    async def follow() -> None:
+        with pytest.raises(SourceUnavailable, match="shutting down"):
+            await followed.follow()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(follow)
+        await anyio.wait_all_tasks_blocked()
+        followed.stream.leave()
+        with anyio.move_on_after(30):
+            while not followed.slot.closed:
+                await anyio.lowlevel.checkpoint()
+        closed, keys = followed.slot.closed, list(followed.target.keys)
+        followed.target.released.set()
+    assert (closed, keys) == (True, [])
+    assert followed.stream.checkpoint == Lsn(31)  # what had begun is finished, and counts
+
+
 async def test_a_worker_that_is_to_stop_also_finishes_the_batch_that_is_being_prepared_and_takes_no_other(
     tmp_path: Path,
 ) -> None:

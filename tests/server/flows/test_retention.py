@@ -1,4 +1,4 @@
-"""The watch of a pipeline's tables: what it tells the stream."""
+"""The watch of the slot: what it tells the stream of a source that refuses to answer."""
 
 from __future__ import annotations
 
@@ -8,50 +8,37 @@ import anyio
 import psycopg
 import pytest
 
-from cdcsync.config import parse
 from cdcsync.demo.cluster import Cluster
-from cdcsync.flows import watch
-from cdcsync.flows.watch import Watch
-from cdcsync.lsn import Lsn
+from cdcsync.flows import retention
+from cdcsync.flows.retention import watch_slot
 from cdcsync.metrics import Metrics
-from cdcsync.model.pauses import Pauses
-from tests.support.configs import configuration
 from tests.support.indexes import until as eventually
-from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
 
 async def test_a_source_that_refuses_connections_is_told_of_for_as_long_as_it_does(
-    make_cluster: Callable[..., Cluster], database: Database, monkeypatch: pytest.MonkeyPatch
+    make_cluster: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # It may be shut down a second time before it was looked at, and would wait for the stream, which waits for it.
-    monkeypatch.setattr(watch, "AWAITED_S", 0.1)
-    monkeypatch.setattr(watch, "WATCH_S", 0.1)
+    monkeypatch.setattr(retention, "AWAY_LOOK_S", 0.1)
+    monkeypatch.setattr(retention, "LOOK_S", 0.1)
     source = make_cluster()
     source.stop()
-    config = parse(configuration(source.dsn(), target=database.dsn), {}, where="the test's configuration")
     told: list[float] = []
-    watching = Watch(
-        *(config, [], [], Pauses(), lambda error: None, Metrics()),
-        deliveries={},
-        received=lambda: Lsn(0),
-        unapproved={},
-        source_ends=lambda: told.append(anyio.current_time()),
-    )
 
     async def often() -> bool:
         return len(told) >= 3
 
     async def looked() -> bool:
         with psycopg.connect(source.dsn()) as session:
-            looks = "SELECT query_start FROM pg_stat_activity WHERE application_name = 'cdcsync watch'"
+            looks = "SELECT query_start FROM pg_stat_activity WHERE application_name = 'cdcsync slot'"
             seen.update(session.execute(looks).fetchall())
         return len(seen) > 4
 
     seen: set[object] = set()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(watching.run)
+        tasks.start_soon(watch_slot, source.dsn(), "cdcsync", Metrics(), lambda: told.append(anyio.current_time()))
         await eventually(often)
         source.start()
         await eventually(looked)
