@@ -219,20 +219,20 @@ class Projection:
         :raises SchemaChanged: the key is missing.
         """
         row = self._row(new)
-        key = row[: self._key_width]
+        sent = row[: self._key_width]
         if old is None:
-            if UNCHANGED in key:
+            if UNCHANGED in sent:
                 raise SchemaChanged(
                     "an UPDATE arrived without its key",
                     index=self.shape.index,
                     where=str(self.shape.table),
                     hint=f"update the source to its latest minor release: old ones omit large keys; {AGAIN}",
                 )
-            return Upsert(self.shape, self._whole(key), row, xid, lsn)
+            return Upsert(self.shape, self._whole(sent), row, xid, lsn)
         before = self._old_key(old, "an UPDATE")
-        row = fill(row, self._row(old)) if old_kind == "O" else fill(key, before) + row[self._key_width :]
-        now = self._whole(self.shape.key_of(row))
-        return Upsert(self.shape, now, row, xid, lsn, before if before != now else None)
+        row = fill(row, self._row(old)) if old_kind == "O" else fill(sent, before) + row[self._key_width :]
+        key = self._whole(self.shape.key_of(row))
+        return Upsert(self.shape, key, row, xid, lsn, before if before != key else None)
 
     def truncated(self, xid: int, lsn: int) -> Truncation:
         """Return the change that a TRUNCATE makes."""
