@@ -383,7 +383,12 @@ class Writer:
                     [key, day, self.text(1)],
                 )
             case 14:
-                session.execute("UPDATE events SET day = (day + 10) %% 20 WHERE id = %s AND day = %s", [key, day])
+                moved = session.execute(
+                    "UPDATE events SET day = (day + 10) %% 20 WHERE id = %s AND day = %s"
+                    " RETURNING format('on day %%s: %%s', day, payload)",
+                    [key, day],
+                )
+                self.returned += [row[0] for row in moved.fetchall()]  # the second move brings the first text back
             case 15:
                 session.execute("DELETE FROM events WHERE id = %s AND day = %s", [key, day])
 
