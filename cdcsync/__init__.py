@@ -26,6 +26,7 @@ _PLACES = {
     "SetupError": "cdcsync.errors",
     "EmbedderSetupError": "cdcsync.errors",
     "ModelChanged": "cdcsync.errors",
+    "NotReached": "cdcsync.errors",
     "RunError": "cdcsync.errors",
     "Unavailable": "cdcsync.errors",
     "SourceUnavailable": "cdcsync.errors",

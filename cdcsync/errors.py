@@ -205,6 +205,10 @@ class TargetUnavailable(Unavailable):
     """The target server cannot be reached now."""
 
 
+class NotReached(TargetUnavailable):
+    """The index does not hold yet what its source had committed up to a position."""
+
+
 class SlotInUse(Unavailable):
     """Another connection is reading the replication slot."""
 

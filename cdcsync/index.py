@@ -16,6 +16,8 @@ The rules:
    query was embedded for, so the query is never compared with vectors of another model; and it looks which generation
    is live, so an application follows a migration with its next search, without a restart. A query is embedded anew for
    a generation that became live meanwhile; a vector that the caller brought is refused.
+4. A DSN may name several servers, and each session is with one of them. What is said of a search (that it waited for a
+   position, how fresh it is) is of the session that answered it.
 """
 
 from __future__ import annotations
@@ -31,13 +33,14 @@ from psycopg import sql
 from cdcsync.config import Config
 from cdcsync.embedders import Vectors
 from cdcsync.embedders.queries import QueryModels
-from cdcsync.errors import EmbedError, ModelChanged, TargetUnavailable, UsageError
+from cdcsync.errors import EmbedError, ModelChanged, NotReached, TargetUnavailable, UsageError
 from cdcsync.lsn import Lsn
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.pool import Pool
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.target.freshness import Freshness
 from cdcsync.target.search import (
     NO_SETTINGS,
     TIMEOUT_S,
@@ -45,8 +48,8 @@ from cdcsync.target.search import (
     Hit,
     Mode,
     check_arguments,
-    live_generation,
     search,
+    served_now,
     stored_spec,
 )
 from cdcsync.target.waits import Waits
@@ -67,6 +70,16 @@ STORED_S = 30.0
 SWITCHES = 4
 """How often a search begins again because the index was switched to another generation just then: once, in practice."""
 
+WAIT_S = 10.0
+"""How long a search or `wait_for` waits for a position, unless told otherwise."""
+
+REACH_AGAIN_S = 0.05
+"""How soon a position is asked for again of another session, if the one that was to search is behind."""
+
+
+class _Altered(ModelChanged):
+    """The index has other columns or relations than a moment ago, and the same vectors."""
+
 
 class Hits(list[Hit]):
     """A list of `Hit`, the best first.
@@ -76,10 +89,19 @@ class Hits(list[Hit]):
     :ivar generation: the generation of vectors that was searched; see `cdcsync migrate`.
     """
 
-    def __init__(self, hits: Sequence[Hit] = (), warning: str | None = None, *, generation: int | None = None) -> None:
+    def __init__(
+        self,
+        hits: Sequence[Hit] = (),
+        warning: str | None = None,
+        *,
+        generation: int | None = None,
+        freshness: Freshness | None = None,
+    ) -> None:
         super().__init__(hits)
         self.warning = warning
         self.generation = generation
+        self._freshness = freshness
+        """How fresh the index was before the search, which saw at least as much; None where nobody asked."""
 
 
 class Resources:
@@ -192,6 +214,8 @@ class Index:
         settings: Mapping[str, str] = NO_SETTINGS,
         timeout_s: float = TIMEOUT_S,
         generation: int | None = None,
+        after_lsn: str | None = None,
+        wait_s: float = WAIT_S,
     ) -> Hits:
         """Return the `k` best hits for a text, the best first.
 
@@ -218,11 +242,15 @@ class Index:
         :param timeout_s: how long the server may take.
         :param generation: the generation of vectors to search, such as the one that `vector` was made for; `None` is
             the live one. `Hits.generation` says which one was searched.
+        :param after_lsn: search once the index holds everything up to this position; see `wait_for`. It is the server
+            which answers that does, so that this is right where `target.dsn` names several.
+        :param wait_s: how long to wait for that.
         :raises UsageError: an argument cannot be used.
         :raises ModelChanged: another generation has become live, and `vector` came without its generation: embed again.
         :raises EmbedderUnavailable: the mode is `vector`, or the index has no keyword search, and the model is away.
-        :raises TargetUnavailable: the target does not answer now.
+        :raises TargetUnavailable: the target does not answer now; `NotReached`: it does not hold `after_lsn` in time.
         """
+        position = None if after_lsn is None else _position(after_lsn, "search")
         check_arguments(
             texts=[text, headline],
             k=k,
@@ -252,10 +280,15 @@ class Index:
                     warnings.append(self._without_model("searched by words alone", error))
                     by_words = True
 
-            async def ask(connection: Connection) -> list[Hit]:
+            async def ask(connection: Connection) -> Hits:
                 if generation is None:
                     await self._refuse_switched(connection, spec)
-                return await search(
+                if position is not None and not await self._holds(connection, spec.name, position):
+                    raise NotReached(
+                        f"the index does not hold {position} yet", where=f"index {self.name}", hint="search again later"
+                    )
+                freshness = await self._freshness(connection, spec, position)
+                found = await search(
                     connection,
                     schema,
                     spec,
@@ -274,16 +307,42 @@ class Index:
                     warnings=warnings,
                     for_json=self._for_json,
                 )
+                warning = "; ".join(dict.fromkeys(warnings)) or None
+                return Hits(found, warning, generation=spec.generation, freshness=freshness)
 
             with tracing.span("cdcsync.statement", index=self.name):
-                hits = await self._with_connection(ask)
-                return Hits(hits, "; ".join(dict.fromkeys(warnings)) or None, generation=spec.generation)
+                return await self._with_connection(ask)
 
-        found = await self._after_switches(once, unnamed=vector is not None and generation is None and mode != "text")
+        async def settled() -> Hits:
+            unnamed = vector is not None and generation is None and mode != "text"
+            return await self._after_switches(once, unnamed=unnamed)
+
+        found = await (settled() if after_lsn is None else self._once_reached(settled, after_lsn, wait_s))
         if reranker is None:
             return found
         ranked = await self.rerank(text, found)
-        return Hits(ranked[skip : skip + k], ranked.warning, generation=found.generation)
+        return Hits(ranked[skip : skip + k], ranked.warning, generation=found.generation, freshness=found._freshness)
+
+    async def _once_reached(self, ask: Callable[[], Awaitable[Hits]], lsn: str, wait_s: float) -> Hits:
+        """Search once the session that answers holds everything up to a position.
+
+        :raises NotReached: none did in time.
+        """
+        until, pause_s = anyio.current_time() + wait_s, 0.0
+        while True:
+            try:
+                return await ask()
+            except NotReached:
+                left_s = until - anyio.current_time()
+                if left_s <= 0:
+                    raise
+                await anyio.sleep(min(pause_s, left_s))
+                await self.wait_for(lsn, timeout_s=left_s - pause_s)
+                pause_s = REACH_AGAIN_S
+
+    async def _freshness(self, connection: Connection, spec: IndexSpec, position: Lsn | None) -> Freshness | None:
+        """Return how fresh the index is in a session; None where nobody is told. It holds `position` already."""
+        return None
 
     async def _after_switches(self, once: Callable[[], Awaitable[Hits]], *, unnamed: bool) -> Hits:
         """Search, and again whenever another generation became live meanwhile.
@@ -294,6 +353,8 @@ class Index:
         for _ in range(SWITCHES - 1):
             try:
                 return await once()
+            except _Altered:
+                self._stored = None
             except ModelChanged as error:
                 self._stored = None
                 if unnamed:
@@ -347,11 +408,12 @@ class Index:
         spec = await self._live()
         return await self._resources.models.embedder(spec).embed(texts), spec.generation
 
-    async def wait_for(self, lsn: str | None = None, *, timeout_s: float = 10.0, vectors: bool = False) -> bool:
+    async def wait_for(self, lsn: str | None = None, *, timeout_s: float = WAIT_S, vectors: bool = False) -> bool:
         """Wait until the index holds everything that the source had committed up to an LSN; return whether it does.
 
         To read your own writes, take `SELECT pg_current_wal_insert_lsn()` on the source after the commit, keep it (in a
-        session or a cookie), and wait for it before the search. Tasks that wait keep no connection from searches.
+        session or a cookie), and wait for it before the search, or give it to `search` as `after_lsn`. Tasks that wait
+        keep no connection from searches.
 
         :param lsn: `None` takes the source's position now.
         :param timeout_s: how long to wait before returning `False`.
@@ -361,22 +423,27 @@ class Index:
         """
         if lsn is None:
             lsn = await self.lsn()
-        try:
-            position = Lsn.parse(lsn)
-        except (ValueError, TypeError):
-            wrong = repr(lsn)[:80]
-            raise UsageError(f"{wrong} is not an LSN", where="wait_for", hint="give it as pg_lsn prints it") from None
+        position = _position(lsn, "wait_for")
 
         async def reached(connection: Connection, within_s: float) -> bool:
-            function = sql.Identifier(self._resources.config.target.schema, "wait_for")
-            statement = sql.SQL("SELECT {}(%s, %s::pg_lsn, %s * interval '1 s', %s)").format(function)
-            with speaking_of("target", where=f"index {self.name}"):
-                return bool(await fetch_value(connection, statement, [self.name, str(position), within_s, vectors]))
+            return await self._holds(connection, self.name, position, within_s, vectors=vectors)
 
         async def look() -> bool:
             return await self._with_connection(lambda connection: reached(connection, 0))
 
         return await self._resources.waits.wait(look, reached, timeout_s)
+
+    async def _holds(
+        self, connection: Connection, name: str, position: Lsn, within_s: float = 0, *, vectors: bool = False
+    ) -> bool:
+        """Say whether the index holds everything up to a position, within so many seconds.
+
+        :param name: its own, or that of the one which stands beside it.
+        """
+        function = sql.Identifier(self._resources.config.target.schema, "wait_for")
+        statement = sql.SQL("SELECT {}(%s, %s::pg_lsn, %s * interval '1 s', %s)").format(function)
+        with speaking_of("target", where=f"index {self.name}"):
+            return bool(await fetch_value(connection, statement, [name, str(position), within_s, vectors]))
 
     async def lsn(self) -> str:
         """Return the source's position now: everything that was committed before is below it.
@@ -404,26 +471,41 @@ class Index:
     async def _generation(self, generation: int | None) -> IndexSpec:
         """Return the index with one of its generations; None is the live one.
 
-        :raises ModelChanged: there is no such generation.
+        :raises ModelChanged: there is no such generation any more.
+        :raises UsageError: there never was one.
         """
-        spec = await self._with_connection(self._spec)
-        for one in spec.searchable:
-            if generation in (None, one.generation):
+        schema = self._resources.config.target.schema
+        known = (await self._with_connection(self._spec)).searchable
+        if generation is None:
+            return known[0]
+        if all(one.generation != generation for one in known):
+            self._stored = None  # it may have come into being since
+            known = (await self._with_connection(self._spec)).searchable
+        for one in known:
+            if one.generation == generation:
                 return one
-        raise ModelChanged(
+        now = await self._with_connection(lambda connection: served_now(connection, schema, self.name))
+        last = max(0 if now is None else now.last_generation, *(one.generation for one in known))
+        kind = ModelChanged if 1 <= generation <= last else UsageError
+        raise kind(
             f"the index has no generation {generation} of vectors",
             where=f"index {self.name}",
-            hint=f"generation {spec.generation} is live, by {spec.model}",
+            hint=f"generation {known[0].generation} is live, by {known[0].model}",
         )
 
     async def _refuse_switched(self, connection: Connection, spec: IndexSpec) -> None:
-        """See that a query is embedded for the generation that is live now.
+        """See that the index is what a spec says, and a query embedded for the generation that is live now.
 
         :raises ModelChanged: it is not.
         """
-        live = await live_generation(connection, self._resources.config.target.schema, self.name)
-        if live not in (spec.generation, None):
-            raise ModelChanged(f"generation {live} is live, not {spec.generation}", where=f"index {self.name}")
+        now = await served_now(connection, self._resources.config.target.schema, self.name)
+        if now is None or now.fits(spec):
+            return
+        if now.generation != spec.generation:
+            raise ModelChanged(
+                f"generation {now.generation} is live, not {spec.generation}", where=f"index {self.name}"
+            )
+        raise _Altered("it has other columns than a moment ago", where=f"index {self.name}")
 
     async def _spec(self, connection: Connection) -> IndexSpec:
         if self._stored is None or anyio.current_time() > self._stored_until:
@@ -442,3 +524,15 @@ class Index:
                     if last or not connection.closed:
                         raise
         raise AssertionError
+
+
+def _position(lsn: str, where: str) -> Lsn:
+    """Read a position that a caller gives.
+
+    :raises UsageError: it is none.
+    """
+    try:
+        return Lsn.parse(lsn)
+    except (ValueError, TypeError):
+        wrong = repr(lsn)[:80]
+        raise UsageError(f"{wrong} is not an LSN", where=where, hint="give it as pg_lsn prints it") from None

@@ -196,7 +196,7 @@ async def find(
     """
     from cdcsync.errors import EmbedError
     from cdcsync.postgres.sessions import connect
-    from cdcsync.target.search import MAX_HITS, check_condition, live_generation, search, stored_spec
+    from cdcsync.target.search import MAX_HITS, check_condition, search, served_now, stored_spec
 
     if skip + k > MAX_HITS:
         raise UsageError(
@@ -233,7 +233,8 @@ async def find(
             await check_condition(connection, schema, spec, where)
         for name, spec in specs.items():
             await embed(spec)
-            if mode != "text" and await live_generation(connection, schema, name) != spec.generation:
+            now = await served_now(connection, schema, name)
+            if now is not None and not now.fits(spec):
                 # It was switched while the model was loaded.
                 spec = await stored_spec(connection, schema, name, indexes[name])
                 await embed(spec)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from math import inf
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import anyio
 import msgspec
@@ -16,8 +18,18 @@ from psycopg import conninfo, sql
 from cdcsync.config import Config
 from cdcsync.config.serving import Serve
 from cdcsync.embedders import Vectors
-from cdcsync.errors import CdcsyncError, EmbedderSetupError, EmbedError, SetupError, TargetUnavailable, TextRejected
-from cdcsync.index import Index, Resources
+from cdcsync.errors import (
+    CdcsyncError,
+    EmbedderSetupError,
+    EmbedError,
+    ModelChanged,
+    NotReached,
+    SetupError,
+    TargetUnavailable,
+    TextRejected,
+)
+from cdcsync.index import SWITCHES, Index, Resources
+from cdcsync.lsn import Lsn
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.queries import fetch_value
@@ -29,7 +41,7 @@ from cdcsync.serve.identity import Principal
 from cdcsync.serve.messages import Answer, ColumnInfo, Document, Found, IndexInfo, SearchRequest
 from cdcsync.serve.problems import Problem
 from cdcsync.serve.visibility import Visibility
-from cdcsync.target.ddl.filters import Column, read_columns
+from cdcsync.target.ddl.filters import Column, read_columns, read_value
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.freshness import Freshness, read_freshness
 from cdcsync.target.registry import Registry
@@ -38,8 +50,10 @@ from cdcsync.tracing import Tracing
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
 FRESHNESS_S = 0.2
-"""How long a position in the WAL is told again: the index holds what it held, and lag is told to the second."""
+"""How long a session tells a position in the WAL again: its index holds what it held, and lag is told to the second."""
 
 EXAMPLES = 3
 """Values of each column that `list_indexes` shows, so that an agent sees how they are written."""
@@ -53,6 +67,9 @@ EXAMPLES_MS = 500
 
 UNDEFINED_TABLE = "42P01"
 
+ALTERED = (UNDEFINED_TABLE, "42703")
+"""The SQLSTATEs of a statement about relations and columns that the index had a moment ago."""
+
 TOO_LATE = ("55P03", "57014")
 """The SQLSTATEs of a lock that was waited for too long, and of a statement that took too long."""
 
@@ -64,12 +81,10 @@ UNHELD = (
 
 
 class _Known(msgspec.Struct, frozen=True):
-    """Facts about an index, and when they were read."""
+    """What an index is made of."""
 
-    read_at: float
     spec: IndexSpec
     columns: Mapping[str, Column]
-    freshness: Freshness
 
 
 class Offered(Index):
@@ -82,7 +97,8 @@ class Offered(Index):
         self.serve = resources.config.serve
         self.visible = Visibility(self.serve)
         self._known: _Known | None = None
-        self._columns: tuple[IndexSpec, Mapping[str, Column]] | None = None
+        self._fresh = WeakKeyDictionary[Connection, dict[tuple[str, int], tuple[float, Freshness]]]()
+        """By session, as each may be with another server, and by generation: how fresh it was at some time."""
         self._fault: str | None = None
         """Why it could not be listed the last time."""
 
@@ -95,10 +111,7 @@ class Offered(Index):
         _refuse_costly(request, self.serve)
         assert request.after_lsn is not None
         if not await self.wait_for(request.after_lsn, timeout_s=self.serve.deadline_s / 2):
-            raise Problem(
-                503, "Not yet", "the index has not reached after_lsn", "call again, or without it", retry_after_s=1
-            )
-        self._known = None
+            raise _not_yet()
 
     async def answer(self, who: Principal, request: SearchRequest) -> Answer:
         """Search for a caller.
@@ -107,9 +120,9 @@ class Offered(Index):
         :raises CdcsyncError: the target or the model cannot answer it now.
         """
         _refuse_costly(request, self.serve)
-        known = await self._facts()  # before the search, which sees at least as much
+        known = await self._facts()
         if request.vector is not None and len(request.vector) != _dimensions(known.spec, request.generation):
-            self._stored = self._known = None  # a generation may have become live, or be new
+            self._stored = None  # a generation may have become live, or be new
             known = await self._facts()
             dimensions = _dimensions(known.spec, request.generation)
             if dimensions not in (None, len(request.vector)):
@@ -120,21 +133,26 @@ class Offered(Index):
                     "POST /v1/embed makes vectors of the index's model",
                 )
         who = await self._held(who, known)
-        hits = await self.search(
-            request.query,
-            k=request.k,
-            mode=request.mode,
-            filter=self.visible.filter(who, known.spec, request.filter),
-            per_document=request.per_document,
-            skip=request.skip,
-            vector=request.vector,
-            headline="" if request.headline else None,
-            settings=self.visible.settings(who),
-            timeout_s=self.serve.deadline_s,
-            generation=request.generation,
-        )
+        try:
+            hits = await self.search(
+                request.query,
+                k=request.k,
+                mode=request.mode,
+                filter=self.visible.filter(who, known.spec, request.filter),
+                per_document=request.per_document,
+                skip=request.skip,
+                vector=request.vector,
+                headline="" if request.headline else None,
+                settings=self.visible.settings(who),
+                timeout_s=self.serve.deadline_s,
+                generation=request.generation,
+                after_lsn=request.after_lsn,
+                wait_s=self.serve.deadline_s / 4,
+            )
+        except NotReached:  # the session that was to answer is with a server that is behind
+            raise _not_yet() from None
         found = [self._found(hit) for hit in hits]
-        fresh, warning = known.freshness, hits.warning
+        fresh, warning = hits._freshness or Freshness(), hits.warning
         if fresh.warning is not None and fresh.warning not in (warning or ""):  # the search may have said so itself
             warning = "; ".join(filter(None, [warning, fresh.warning]))
         return Answer(self.name, found, fresh.lsn, fresh.lag_s, warning, generation=hits.generation)
@@ -164,6 +182,9 @@ class Offered(Index):
         missing = Problem(404, "No such document", "the index has no document of this key")
         if not all(map(is_text, key.values() if isinstance(key, Mapping) else key)):
             raise missing
+        return await self._as_it_is(lambda: self._document(who, key, missing))
+
+    async def _document(self, who: Principal, key: Sequence[str] | Mapping[str, str], missing: Problem) -> Document:
         async with self._session(who) as (connection, known, who):
             spec = known.spec
             mine = self.visible.condition(who, spec, known.columns)
@@ -189,9 +210,14 @@ class Offered(Index):
             cursor = connection.cursor()
             load_values(cursor, for_json=True)
             try:
-                await cursor.execute(statement)
-            except psycopg.DataError:
-                raise missing from None  # a text that is not a value of the key's type is not a key
+                async with connection.transaction():
+                    await cursor.execute(statement)
+            except psycopg.Error:
+                # A text that is not a value of the key's type is not a key.
+                read = [await read_value(connection, known.columns[name], values_of[name]) for name in names]
+                if None in read:
+                    raise missing from None
+                raise
             rows = await cursor.fetchall()
         if not rows:
             raise missing
@@ -216,7 +242,7 @@ class Offered(Index):
         except SetupError as error:
             if str(error) != self._fault:
                 log.warning("index_not_searchable", index=self.name, error=str(error), fix=error.hint)
-            self._fault, self._stored, self._known = str(error), None, None
+            self._fault, self._stored = str(error), None
             state = "gone" if error.sqlstate in (None, UNDEFINED_TABLE) else "unreadable"
             keywords = self._config.search is not None
             return IndexInfo(self.name, str(self._config.table_name), [], [], keywords, state, None, None)
@@ -224,9 +250,15 @@ class Offered(Index):
         return info
 
     async def _info(self, who: Principal, *, examples: bool) -> IndexInfo:
+        async def now(connection: Connection) -> Freshness:
+            spec = (await self._read_facts(connection)).spec
+            await self._refuse_switched(connection, spec)
+            return await self._freshness(connection, spec, None)
+
+        fresh = await self._as_it_is(lambda: self._with_connection(now))
+        values = await self._as_it_is(lambda: self._examples(who)) if examples else {}
         known = await self._facts()
-        spec, fresh = known.spec, known.freshness
-        values = await self._examples(who, known) if examples else {}
+        spec = known.spec
         types = dict(zip(spec.shape.key + spec.shape.carried, spec.key_types + spec.carried_types, strict=True))
         key, columns = (
             [ColumnInfo(one, types[one], values.get(one, [])) for one in self.visible.shown(names)]
@@ -273,6 +305,7 @@ class Offered(Index):
         """Lend a session for reading as the caller, what the index is made of now, and the caller as `_held` has it.
 
         :raises Problem: the caller's claim is no value of the bound column.
+        :raises ModelChanged: the index is not made of what it was; see `_as_it_is`.
         """
         known = await self._facts()
         who = await self._held(who, known)
@@ -281,6 +314,7 @@ class Offered(Index):
                 async with connection.transaction():
                     for name, value in self.visible.settings(who).items():
                         await connection.execute("SELECT pg_catalog.set_config(%s, %s, true)", [name, value])
+                    await self._refuse_switched(connection, known.spec)
                     yield connection, known, who
 
     async def _held(self, who: Principal, known: _Known) -> Principal:
@@ -295,19 +329,39 @@ class Offered(Index):
             return await self.visible.held_to(who, self.name, column, self._resources.pool.connection)
 
     async def _facts(self) -> _Known:
-        """Return what the index is made of and how fresh it is, read again after `FRESHNESS_S`."""
-        now = anyio.current_time()
+        """Return what the index is made of, as far as it is known; whoever reads the index sees that it still is."""
         known = self._known
-        if known is None or now - known.read_at > FRESHNESS_S:
-            async with self._resources.pool.connection() as connection:
-                with speaking_of("target", where=f"index {self.name}"):
-                    spec = await self._spec(connection)
-                    if self._columns is None or self._columns[0] is not spec:
-                        self._columns = spec, await read_columns(connection, spec)
-                    columns = self._columns[1]
-                    fresh = await read_freshness(connection, self.schema, self.name)
-            self._known = known = _Known(now, spec, columns, fresh)
+        if known is not None and known.spec is self._stored and anyio.current_time() <= self._stored_until:
+            return known
+        return await self._with_connection(self._read_facts)
+
+    async def _read_facts(self, connection: Connection) -> _Known:
+        spec = await self._spec(connection)
+        known = self._known
+        if known is None or known.spec is not spec:
+            self._known = known = _Known(spec, await read_columns(connection, spec))
         return known
+
+    async def _as_it_is(self, read: Callable[[], Awaitable[T]]) -> T:
+        """Read, and again whenever the index turns out to be made of something else than it was, as searches do."""
+        for _ in range(SWITCHES - 1):
+            try:
+                return await read()
+            except SetupError as error:
+                if not isinstance(error, ModelChanged) and error.sqlstate not in ALTERED:
+                    raise
+                self._stored = None
+        return await read()
+
+    async def _freshness(self, connection: Connection, spec: IndexSpec, position: Lsn | None) -> Freshness:
+        told = self._fresh.setdefault(connection, {})
+        place, now = (spec.name, spec.generation), anyio.current_time()
+        read_at, fresh = told.get(place, (-inf, Freshness()))
+        behind = position is not None and (fresh.lsn is None or Lsn.parse(fresh.lsn) < position)
+        if behind or now - read_at > FRESHNESS_S:
+            fresh = await read_freshness(connection, self.schema, spec)
+            told[place] = now, fresh
+        return fresh
 
     async def load(self) -> None:
         """Load the index's model.
@@ -338,18 +392,18 @@ class Offered(Index):
                     )
                 )
 
-    async def _examples(self, who: Principal, known: _Known) -> dict[str, list[Any]]:
+    async def _examples(self, who: Principal) -> dict[str, list[Any]]:
         """Return a few values of each column, out of the first rows: those that a filter takes as they are.
 
         There are none if the caller may see none, and of chunks that cannot be read soon: one index that somebody has
         locked keeps nobody from the others.
         """
-        spec = known.spec
-        names = [*spec.shape.key, *spec.shape.carried]
-        if not self.visible.divides(spec):
+        if not self.visible.divides((await self._facts()).spec):
             return {}
         try:
             async with self._session(who) as (connection, known, who):
+                spec = known.spec
+                names = [*spec.shape.key, *spec.shape.carried]
                 cursor = connection.cursor()
                 load_values(cursor, for_json=True)
                 await connection.execute(
@@ -378,6 +432,10 @@ class Offered(Index):
                 if value not in seen[name] and len(seen[name]) < EXAMPLES:
                     seen[name].append(value)
         return {name: [shortened(value, EXAMPLE_CHARACTERS) for value in values] for name, values in seen.items()}
+
+
+def _not_yet() -> Problem:
+    return Problem(503, "Not yet", "the index has not reached after_lsn", "call again, or without it", retry_after_s=1)
 
 
 def _dimensions(spec: IndexSpec, generation: int | None) -> int | None:

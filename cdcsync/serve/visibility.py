@@ -11,18 +11,15 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, NoReturn
 
 import msgspec
-import psycopg
 import structlog
 from psycopg import sql
 
 from cdcsync.config.serving import Serve
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
-from cdcsync.postgres.texts import is_text
 from cdcsync.serve.identity import Principal
 from cdcsync.serve.problems import Problem
-from cdcsync.target.ddl.filters import Column
+from cdcsync.target.ddl.filters import Column, read_value
 from cdcsync.target.ddl.policies import SETTING
 
 log = structlog.get_logger()
@@ -35,17 +32,8 @@ CLAIMS = 10_000
 
 
 async def read_claim(connection: Connection, column: Column, claim: str) -> str | None:
-    """Return the text of the value that a claim is of a column's type, such as `1` for `01`; None if it is none.
-
-    :param connection: in autocommit.
-    """
-    if not is_text(claim):
-        return None
-    statement = sql.SQL("SELECT ({}::{})::pg_catalog.text").format(sql.Literal(claim), sql.SQL(column.type))
-    try:
-        value = str(await fetch_value(connection, statement))
-    except psycopg.DataError:
-        return None
+    """Return the text of the value that a claim is of a column's type, such as `1` for `01`; None if it is none."""
+    value = await read_value(connection, column, claim)
     # These types cut a text that is too long for them, without a word: it would be the value of somebody else.
     return None if column.type in CUT and value != claim else value
 

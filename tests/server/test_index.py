@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 import msgspec
 import numpy as np
+import psycopg
 import pytest
-from psycopg import sql
+from psycopg import conninfo, sql
 
 import cdcsync
 import cdcsync.sync
 from cdcsync.config import Source, Target, TeiEmbedder, TeiReranker
+from cdcsync.config.serving import Serve
+from cdcsync.demo.cluster import Cluster
 from cdcsync.embedders import make_embedder, queries
 from cdcsync.errors import (
     EmbedderSetupError,
     EmbedderUnavailable,
+    ModelChanged,
+    NotReached,
     SetupError,
     SourceUnavailable,
     TargetUnavailable,
     UsageError,
 )
-from tests.support.indexes import changes, document, until
+from tests.support.indexes import LiveIndex, changes, document, until
 from tests.support.searched import HASHING, Model, indexed, keys
+from tests.support.servers import Database
+from tests.support.serving import served
 
 if TYPE_CHECKING:
     from tests.support.provider import FakeProvider
-    from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -274,6 +282,129 @@ async def test_wait_for_is_true_once_the_checkpoint_is_there_and_false_at_the_ti
         assert await articles.wait_for("FFFFFFFF/0", timeout_s=0.01, vectors=True) is False
         with pytest.raises(UsageError, match="'nonsense' is not an LSN"):
             await articles.wait_for("nonsense")
+
+
+async def two_servers(
+    stack: AsyncExitStack, make_cluster: Callable[..., Cluster]
+) -> tuple[cdcsync.Config, LiveIndex, LiveIndex]:
+    """Return a configuration whose target is either of two servers, and the index on each; the second is behind."""
+    made, ports, config = [], [], None
+    for checkpoint in ("0/2000", "0/1000"):
+        cluster = make_cluster()
+        database = Database(cluster.dsn(), "postgres", cast("Any", None))
+        with psycopg.connect(cluster.dsn(), autocommit=True) as admin:
+            admin.execute("CREATE EXTENSION vector")
+        index, config = await stack.enter_async_context(indexed(database))
+        await index.connection.execute(f"UPDATE cdcsync.pipelines SET checkpoint = '{checkpoint}'".encode())
+        made.append(index)
+        ports.append(str(cluster.port))
+    ahead, behind = made
+    assert config is not None
+    await ahead.apply(changes(document("4", "a whale sings", carried=("4",))))
+    await ahead.connection.execute("UPDATE cdcsync.pipelines SET checkpoint = '0/2000'")
+    dsn = conninfo.make_conninfo(
+        config.target.dsn, host="127.0.0.1,127.0.0.1", port=",".join(ports), load_balance_hosts="random"
+    )
+    return msgspec.structs.replace(config, target=Target(dsn=dsn)), ahead, behind
+
+
+async def test_a_position_is_reached_by_the_server_that_answers(make_cluster: Callable[..., Cluster]) -> None:
+    async with AsyncExitStack() as stack:
+        config, _, behind = await two_servers(stack, make_cluster)
+        found = set()
+        for _ in range(12):  # each is with one of the two, as its only session is
+            async with cdcsync.Index.open(config, "articles", connections=1) as articles:
+                now = keys(await articles.search("whale", mode="text"))
+                found.add(tuple(now))
+                if now:
+                    assert keys(await articles.search("whale", mode="text", after_lsn="0/2000", wait_s=0)) == [4]
+                else:
+                    with pytest.raises(NotReached, match="does not hold 0/2000 yet"):
+                        await articles.search("whale", mode="text", after_lsn="0/2000", wait_s=0.1)
+        assert found == {(4,), ()}
+
+        # Who waits is answered by the session that has caught up meanwhile.
+        async def catches_up() -> None:
+            await anyio.sleep(0.2)
+            await behind.apply(changes(document("4", "a whale sings", carried=("4",))))
+            await behind.connection.execute("UPDATE cdcsync.pipelines SET checkpoint = '0/2000'")
+
+        async with (
+            cdcsync.Index.open(config, "articles", connections=8) as articles,
+            anyio.create_task_group() as tasks,
+        ):
+            tasks.start_soon(catches_up)
+
+            async def search() -> None:
+                assert keys(await articles.search("whale", mode="text", after_lsn="0/2000", wait_s=60)) == [4]
+
+            for _ in range(8):
+                tasks.start_soon(search)
+            with pytest.raises(UsageError, match="search: 'here' is not an LSN"):
+                await articles.search("whale", after_lsn="here")
+
+
+async def test_what_is_told_of_a_search_is_of_the_server_that_answered(
+    make_cluster: Callable[..., Cluster],
+) -> None:
+    async with AsyncExitStack() as stack:
+        config, _, _ = await two_servers(stack, make_cluster)
+        config = msgspec.structs.replace(
+            config, serve=Serve(listen="127.0.0.1:0", anonymous=True, audit_days=0, deadline_s=1.0)
+        )
+        client = await stack.enter_async_context(served(config))
+        seen = set()
+
+        async def search(after: str | None) -> None:
+            body = {"query": "whale", "mode": "text", "after_lsn": after}
+            answer = (await client.post("/v1/indexes/articles/search", json=body)).json()
+            if "hits" in answer:
+                seen.add((after, len(answer["hits"]), answer["as_of_lsn"]))
+            else:
+                assert answer["title"] in ("Not yet", "Too many calls")
+
+        for after in (None, "0/2000"):
+            for _ in range(4):
+                async with anyio.create_task_group() as tasks:
+                    for _ in range(8):
+                        tasks.start_soon(search, after)
+        assert seen <= {(None, 1, "0/2000"), (None, 0, "0/1000"), ("0/2000", 1, "0/2000")}
+        assert ("0/2000", 1, "0/2000") in seen
+
+
+async def test_a_generation_that_never_was_is_told_from_one_that_is_gone(database: Database) -> None:
+    async with indexed(database) as (index, config), cdcsync.Index.open(config, "articles") as articles:
+        await index.connection.execute("UPDATE cdcsync.indexes SET last_generation = 3")
+        for generation, kind in (
+            (0, UsageError),
+            (-1, UsageError),
+            (4, UsageError),
+            (2, ModelChanged),
+            (3, ModelChanged),
+        ):
+            with pytest.raises(kind, match=f"has no generation {generation} of vectors") as refused:
+                await articles.search("cat", mode="text", generation=generation)
+            assert type(refused.value) is kind
+        assert keys(await articles.search("cat", mode="text", generation=1)) == [1]
+
+
+async def test_an_index_that_is_being_built_says_so_with_each_search(database: Database) -> None:
+    async with indexed(database) as (index, config), cdcsync.Index.open(config, "articles") as articles:
+        assert (await articles.search("cat", mode="text")).warning is None
+        await index.connection.execute("UPDATE cdcsync.indexes SET state = 'building'")
+        found = await articles.search("cat", mode="text")
+        assert keys(found) == [1]
+        assert "is being built: a search may not find all of it" in (found.warning or "")
+
+
+async def test_columns_that_an_index_no_longer_carries_are_not_asked_for(database: Database) -> None:
+    async with indexed(database) as (index, config), cdcsync.Index.open(config, "articles") as articles:
+        assert (await articles.search("cat", mode="text"))[0].carried == {"tenant": 1}
+        await index.connection.execute("UPDATE cdcsync.indexes SET columns = '{}'")
+        assert (await articles.search("cat", mode="text"))[0].carried == {}
+        # A vector of the same model is as good as before.
+        found = await articles.search("", mode="vector", vector=[1.0] * 32, k=1)
+        assert found[0].carried == {}
 
 
 @pytest.mark.parametrize("lsn", ["nonsense", "", 5, b"0/1"])

@@ -61,8 +61,13 @@ class Model:
 
 
 @asynccontextmanager
-async def indexed(database: Database, **settings: object) -> AsyncIterator[tuple[LiveIndex, Config]]:
-    """Make an index of the texts, a document each, as a worker leaves it."""
+async def indexed(
+    database: Database, *, filled: bool = True, **settings: object
+) -> AsyncIterator[tuple[LiveIndex, Config]]:
+    """Make an index of the texts, a document each, as a worker leaves it.
+
+    :param filled: whether it has any.
+    """
     spec = make_spec(dimensions=32, **settings)  # type: ignore[arg-type]
     spec = msgspec.structs.replace(spec, model="python:model:1")
     async with live_index(database, spec) as index:
@@ -71,7 +76,8 @@ async def indexed(database: Database, **settings: object) -> AsyncIterator[tuple
         texts = [text for chunks in TEXTS.values() for text in chunks]
         vectors = {hash_text(text): vector for text, vector in zip(texts, HASHING.vectors(texts), strict=True)}
         documents = [document(key, *chunks, carried=(key,)) for key, chunks in TEXTS.items()]
-        await index.apply(msgspec.structs.replace(changes(*documents), vectors=vectors))
+        if filled:
+            await index.apply(msgspec.structs.replace(changes(*documents), vectors=vectors))
         config = Config(
             source=Source(dsn=database.dsn),
             target=Target(dsn=database.dsn),

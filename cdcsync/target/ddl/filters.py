@@ -8,13 +8,19 @@ Source: PostgreSQL, "B-Tree Indexes" (B-Tree Strategies), "Operator Classes and 
 
 from __future__ import annotations
 
-from typing import cast
+from typing import LiteralString, cast
 
 import msgspec
+import psycopg
 from psycopg import sql
 
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
+from cdcsync.postgres.texts import is_text
+
+OF_THE_SERVER: tuple[LiteralString, ...] = ("08", "25", "40", "42501", "53", "55", "57", "58", "XX")
+"""How the SQLSTATEs of errors begin that are no fault of a value: by any other, an input function refuses it."""
 
 STRATEGIES = {"lt": (1, "<"), "lte": (2, "<="), "eq": (3, "="), "gte": (4, ">="), "gt": (5, ">")}
 """The operators that a type is sorted by: B-tree's number of each, and its name in pg_catalog."""
@@ -49,6 +55,20 @@ class Column(msgspec.Struct, frozen=True):
         return sql.SQL("{} {} {}::{}").format(
             sql.Identifier(name), sql.SQL(self.operators["eq"]), value, sql.SQL(self.type)
         )
+
+
+async def read_value(connection: Connection, column: Column, text: str) -> str | None:
+    """Return the text of the value that a text is of a column's type, such as `1` for `01`; None if it is none."""
+    if not is_text(text):
+        return None
+    statement = sql.SQL("SELECT ({}::{})::pg_catalog.text").format(sql.Literal(text), sql.SQL(column.type))
+    try:
+        async with connection.transaction():
+            return cast(str, await fetch_value(connection, statement))
+    except psycopg.Error as error:
+        if error.sqlstate is None or error.sqlstate.startswith(OF_THE_SERVER):
+            raise
+        return None
 
 
 async def read_columns(connection: Connection, spec: IndexSpec) -> dict[str, Column]:

@@ -153,12 +153,11 @@ BEGIN
         RETURN; -- blank: somebody has typed nothing yet
     END IF;
 
-    -- An index that nothing keeps in step answers as it was, and says so. INFO reaches every client, and no log.
+    -- An index that nothing keeps in step, or that is being built, says so. INFO reaches every client, and no log.
     IF has_function_privilege(to_regprocedure({standing_signature}), 'EXECUTE') THEN
-        line := {standing}({index_name});
+        line := {standing}({index_name}, made_by);
         IF line IS NOT NULL THEN
-            RAISE INFO USING ERRCODE = '{not_followed}', MESSAGE = line,
-                HINT = 'It is as it was then; cdcsync status says why, and what to do.';
+            RAISE INFO USING ERRCODE = '{not_whole}', MESSAGE = line, HINT = 'cdcsync status says more.';
         END IF;
     END IF;
 
@@ -205,7 +204,11 @@ BEGIN
                     BEGIN
                         literal := format('%L::%s', literal, facts -> column_name ->> 'type');
                         EXECUTE 'SELECT ' || literal;
-                    EXCEPTION WHEN data_exception THEN
+                    EXCEPTION WHEN OTHERS THEN
+                        -- Types refuse a value in any class: ltree as a mistake of syntax, regclass as a missing table.
+                        IF SQLSTATE = ANY ('{of_the_server}') OR left(SQLSTATE, 2) = ANY ('{of_the_server}') THEN
+                            RAISE;
+                        END IF;
                         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
                             MESSAGE = format('the filter on %I: %s', column_name, SQLERRM),
                             HINT = format('The column is of the type %s.', facts -> column_name ->> 'shown');

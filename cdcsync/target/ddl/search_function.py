@@ -15,7 +15,7 @@ from psycopg import sql
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.bm25 import best_by_words, usable
-from cdcsync.target.ddl.filters import read_columns
+from cdcsync.target.ddl.filters import OF_THE_SERVER, read_columns
 from cdcsync.target.ddl.hits import attribute_of, wanted_attributes
 from cdcsync.target.ddl.hits import attributes as present_attributes
 from cdcsync.target.ddl.languages import searched
@@ -87,8 +87,9 @@ NO_GENERATION = "VG001"
 """The SQLSTATE of a search for a generation that the index does not have: its query was embedded for vectors that are
 gone. PostgreSQL leaves classes that begin with I to Z to others."""
 
-NOT_FOLLOWED = "VG002"
-"""The SQLSTATE of the INFO that a search of an index gives which is paused, or in no configuration any more."""
+NOT_WHOLE = "VG002"
+"""The SQLSTATE of the INFO that a search of an index gives which is paused, in no configuration any more, or being
+built."""
 
 BY_WORDS_ALONE = "VG003"
 """The SQLSTATE of the INFO that a hybrid search gives whose vector has no direction."""
@@ -182,11 +183,12 @@ async def _parts(
             for one in spec.generations
         ),
         "no_generation": sql.SQL(NO_GENERATION),
-        "not_followed": sql.SQL(NOT_FOLLOWED),
+        "not_whole": sql.SQL(NOT_WHOLE),
+        "of_the_server": sql.SQL("{" + ",".join(OF_THE_SERVER) + "}"),
         "by_words_alone": sql.SQL(BY_WORDS_ALONE),
         "undirected": sql.Literal(UNDIRECTED),
         "standing": sql.Identifier(schema, "standing"),
-        "standing_signature": sql.Literal(f"{sql.Identifier(schema, 'standing').as_string(connection)}(text)"),
+        "standing_signature": sql.Literal(f"{sql.Identifier(schema, 'standing').as_string(connection)}(text, int)"),
         "index_name": sql.Literal(spec.name),
         "first_depth": sql.SQL(DEPTH),
         "usual_ef": sql.SQL(effort(iterative=iterative)),

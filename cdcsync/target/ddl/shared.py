@@ -14,6 +14,7 @@ from typing import LiteralString
 
 from psycopg import sql
 
+from cdcsync.config.names import BESIDE
 from cdcsync.logs import get_logger
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target import approvals, audits, calls, entries, generations, version
@@ -38,6 +39,7 @@ async def create_shared(connection: Connection, schema: str) -> None:
         attempts=sql.SQL(str(MAX_ATTEMPTS)),
         waiters=sql.Literal(waiters_lock(schema)),
     )
+    names["beside"] = sql.Literal(BESIDE)
     names["registry"] = sql.Literal(sql.Identifier(schema, entries.TABLE).as_string(connection))
     names["definition"] = sql.Literal(wait_for.as_string(connection))
     await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdcsync schema ' || %s, 0))", [schema])
@@ -229,21 +231,34 @@ _WAIT_FOR: tuple[LiteralString, ...] = (
 
 
 _STANDING: tuple[LiteralString, ...] = (
+    # An earlier version's was not asked for a generation.
+    "DROP FUNCTION IF EXISTS {schema}.standing(text)",
     """
-    CREATE OR REPLACE FUNCTION {schema}.standing(index_name text)
+    CREATE OR REPLACE FUNCTION {schema}.standing(index_name text, generation int)
     RETURNS text LANGUAGE sql STABLE STRICT SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp SET row_security = off AS $body$
-        SELECT 'the index ' || quote_literal(i.name) || CASE
-            WHEN i.unfollowed_at IS NOT NULL THEN ' is no longer followed since ' || i.unfollowed_at::text
-            ELSE ' is paused' || coalesce(' since ' || i.paused_at::text, '') END
-        FROM {schema}.indexes i
-        WHERE i.name = index_name AND (i.unfollowed_at IS NOT NULL OR i.state = 'paused')
+        SELECT CASE
+            WHEN i.unfollowed_at IS NOT NULL
+                THEN o.whole || ' is no longer followed since ' || i.unfollowed_at::text || ', and is as it was then'
+            WHEN i.state = 'paused'
+                THEN o.whole || ' is paused' || coalesce(' since ' || i.paused_at::text, '')
+                    || ', and is as it was then'
+            ELSE CASE WHEN strpos(i.name, {beside}) > 0 OR i.generation <> standing.generation
+                THEN 'generation ' || standing.generation || ' of ' ELSE '' END
+                || o.whole || ' is being built: a search may not find all of it' END
+        FROM {schema}.indexes AS i LEFT JOIN {schema}.generations AS g
+            ON g.index_name = i.name AND g.generation = standing.generation,
+            LATERAL (SELECT 'the index ' || quote_literal(replace(i.name, {beside}, '')) AS whole) AS o
+        WHERE i.name = standing.index_name
+            AND (i.unfollowed_at IS NOT NULL OR i.state <> 'live'
+                 OR g.state = 'filling' AND i.generation <> standing.generation)
     $body$
     """,
-    "COMMENT ON FUNCTION {schema}.standing(text) IS"
-    " 'cdcsync: says that an index is paused or no longer followed, and since when; NULL if it is kept in step.'",
+    "COMMENT ON FUNCTION {schema}.standing(text, int) IS"
+    " 'cdcsync: says that an index is paused or no longer followed, and since when, or that it, or this generation of"
+    " its vectors, is being built; NULL if it is kept in step.'",
 )
-"""Runs as the worker's role, as `wait_for` does: every search asks it, and a reader need not see the table."""
+"""Runs as the worker's role, as `wait_for` does: every search asks it, and a reader need not see the tables."""
 
 
 _SHARED: tuple[LiteralString, ...] = (

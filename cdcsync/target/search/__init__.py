@@ -29,7 +29,7 @@ from cdcsync.target.search.query import (
     refusal,
     search,
 )
-from cdcsync.target.search.stored import live_generation, stored_spec
+from cdcsync.target.search.stored import served_now, stored_spec
 from cdcsync.target.search.values import load_values
 from cdcsync.target.search.words import count_words
 
@@ -48,12 +48,12 @@ __all__ = [
     "check_where",
     "count_words",
     "drop_search",
-    "live_generation",
     "load_values",
     "nearest_statement",
     "put_search",
     "refusal",
     "search",
+    "served_now",
     "stored_spec",
     "tune",
     "usual_effort",

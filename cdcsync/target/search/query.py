@@ -24,7 +24,7 @@ from cdcsync.postgres.errors import first_line, passing, speaking_of, translate,
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.hits import OWN, attribute_of
 from cdcsync.target.ddl.names import Names, function_name
-from cdcsync.target.ddl.search_function import BY_WORDS_ALONE, NO_GENERATION, NOT_FOLLOWED, Variant, compose
+from cdcsync.target.ddl.search_function import BY_WORDS_ALONE, NO_GENERATION, NOT_WHOLE, Variant, compose
 from cdcsync.target.search.arguments import check_arguments, plain_filter
 from cdcsync.target.search.conditions import check_where
 from cdcsync.target.search.values import load_values
@@ -125,8 +125,8 @@ async def search(
     :param traceparent: the trace context of the caller's span, a comment in the statement: it leads from the server's
         log of slow statements, and from pg_stat_activity, to the trace.
     :param plans: gets how the server executed each leg.
-    :param warnings: gets what the caller should know of the answer: that nothing keeps the index in step, or that the
-        vector has no direction.
+    :param warnings: gets what the caller should know of the answer: that nothing keeps the index in step, that it is
+        being built, or that the vector has no direction.
     :param for_json: return values as an answer in JSON holds them; see `load_values`.
     :raises UsageError: `k`, `mode`, `filter`, `where` or another argument cannot be used.
     :raises ModelChanged: the vectors that `vector` was made for are gone; embed the query anew.
@@ -267,7 +267,7 @@ def _noting(connection: Connection, plans: list[Plan] | None, warnings: list[str
     lines: list[tuple[str, str]] = []
 
     def note(diagnostic: psycopg.errors.Diagnostic) -> None:
-        if diagnostic.sqlstate in (NOT_FOLLOWED, BY_WORDS_ALONE):
+        if diagnostic.sqlstate in (NOT_WHOLE, BY_WORDS_ALONE):
             if warnings is not None:
                 warnings.append(f"{diagnostic.message_primary}. {diagnostic.message_hint}")
         elif diagnostic.severity_nonlocalized == "INFO":

@@ -15,7 +15,7 @@ from cdcsync.model.conditions import Where
 from cdcsync.model.rows import Shape
 from cdcsync.model.spec import Distance, IndexSpec
 from cdcsync.postgres.errors import speaking_of
-from cdcsync.postgres.queries import fetch_value
+from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.beside import as_kept, made_by
 from cdcsync.target.entries import TABLE, Entry
@@ -115,16 +115,30 @@ async def _spec_of(
     return msgspec.structs.replace(spec, others=tuple(others))
 
 
-async def live_generation(connection: Connection, schema: str, name: str) -> int | None:
-    """Return the number of the generation that searches of an index use now; None if there is no such index."""
-    return cast(
-        int | None,
-        await fetch_value(
-            connection,
-            sql.SQL("SELECT generation FROM {} WHERE name = %s").format(sql.Identifier(schema, TABLE)),
-            [name],
-        ),
-    )
+class Served(msgspec.Struct, frozen=True):
+    """What searches of an index read now, which tells that it is not what it was when its spec was read.
+
+    :ivar generation: the number of the generation that searches use.
+    :ivar last_generation: the last number that was given, as far as the index remembers.
+    """
+
+    generation: int
+    last_generation: int
+    stem: str | None
+    columns: tuple[str, ...]
+
+    def fits(self, spec: IndexSpec) -> bool:
+        """Say whether a spec of the live generation is still true."""
+        return (self.generation, self.stem, self.columns) == (spec.generation, spec.stem, spec.shape.carried)
+
+
+async def served_now(connection: Connection, schema: str, name: str) -> Served | None:
+    """Return what searches of an index read now; None if there is no such index."""
+    statement = sql.SQL(
+        "SELECT generation, greatest(generation, last_generation), stem, columns FROM {} WHERE name = %s"
+    ).format(sql.Identifier(schema, TABLE))
+    row = await fetch_row(connection, statement, [name])
+    return None if row is None else Served(row[0], row[1], row[2], tuple(row[3]))
 
 
 def _types_of(types: Mapping[str, str], names: Iterable[str]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import anyio
 import anyio.to_thread
@@ -16,13 +17,14 @@ import structlog
 import structlog.testing
 from psycopg import conninfo
 
-from cdcsync.config.serving import Tenant
+from cdcsync.config.serving import Serve, Tenant
 from cdcsync.serve.identity import new_token
 from cdcsync.serve.reader import UNHELD, Reader
 from cdcsync.serve.service import Service
 from cdcsync.tracing import Tracing
 from tests.support.configs import Section
-from tests.support.servers import Server, fresh_database
+from tests.support.searched import indexed
+from tests.support.servers import Database, Server, fresh_database
 from tests.support.serving import Office, ask, bearer, office, served, with_tokens
 from tests.support.workers import until
 
@@ -253,6 +255,51 @@ async def test_the_position_of_an_index_that_is_not_kept_in_step_is_null_and_the
         assert answer["as_of_lsn"]
         assert answer["lag_seconds"] >= 0
         assert answer["warning"] is None
+
+
+async def test_a_document_is_of_what_the_index_is_made_of_now(database: Database) -> None:
+    async with indexed(database) as (index, config):
+        config = msgspec.structs.replace(config, serve=Serve(listen="127.0.0.1:0", anonymous=True, audit_days=0))
+        run = index.connection.execute
+
+        async with served(config) as client:
+
+            async def fetched() -> tuple[int, Any]:
+                answer = await client.get("/v1/indexes/articles/documents/1")
+                return answer.status_code, answer.json().get("columns")
+
+            assert await fetched() == (200, {"tenant": 1})
+            # Other chunks took the place of these, whose tables are gone.
+            for relation in ("chunks", "backlog", "vectors_1"):
+                await run(f'ALTER TABLE cdcsync.articles_{relation} RENAME TO "articles~2_{relation}"'.encode())
+            await run("UPDATE cdcsync.indexes SET stem = 'articles~2'")
+            assert await fetched() == (200, {"tenant": 1})
+            await run('ALTER TABLE cdcsync."articles~2_chunks" DROP COLUMN tenant CASCADE')
+            await run("UPDATE cdcsync.indexes SET columns = '{}'")
+            assert await fetched() == (200, {})
+            (listed,) = (await client.get("/v1/indexes")).json()["indexes"]
+            assert (listed["state"], listed["columns"]) == ("live", [])
+            await run('DROP TABLE cdcsync."articles~2_chunks" CASCADE')
+            assert (await fetched())[0] == 503
+
+
+@pytest.mark.parametrize(
+    ("type_", "wrong"),
+    [("regclass", "no such table"), ("integer", "one"), ("tsquery", "a b"), ("inet", "300.0.0.1"), ("jsonb", "{")],
+)
+async def test_what_is_no_value_of_a_type_is_a_callers_mistake_whatever_its_input_function_calls_it(
+    database: Database, type_: str, wrong: str
+) -> None:
+    key = {"id": type_} if type_ == "regclass" else None
+    async with indexed(database, carried={"of": type_}, key=key, filled=False) as (_, config):
+        config = msgspec.structs.replace(config, serve=Serve(listen="127.0.0.1:0", anonymous=True, audit_days=0))
+        async with served(config) as client:
+            for value in (wrong, {"in": [wrong]}):
+                body = {"query": "cat", "mode": "text", "filter": {"of": value}}
+                answer = await client.post("/v1/indexes/articles/search", json=body)
+                assert (answer.status_code, answer.json()["fix"]) == (422, f"The column is of the type {type_}.")
+            fetched = await client.get(f"/v1/indexes/articles/documents/{quote(wrong, safe='')}")
+            assert fetched.status_code == 404
 
 
 async def test_a_tenant_finds_its_own_rows_and_never_sees_the_column(tickets: Office, tokens: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from cdcsync.errors import SetupError
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.search import live_generation, stored_spec
+from cdcsync.target.search import served_now, stored_spec
 from tests.support.indexes import SCHEMA, make_spec, register
 from tests.support.relations import create, registered
 
@@ -24,7 +24,14 @@ async def test_the_stored_index_is_what_the_target_says_and_not_the_configuratio
     await register(connection, spec, slot="s")
     changed = msgspec.structs.replace(spec.config, vector_type="halfvec", columns=())
     assert await stored_spec(connection, SCHEMA, "articles", changed) == spec
-    assert await live_generation(connection, SCHEMA, "articles") == 1
+    now = await served_now(connection, SCHEMA, "articles")
+    assert now is not None
+    assert now.fits(spec)
+    assert not now.fits(msgspec.structs.replace(spec, generation=2))
+    assert not now.fits(msgspec.structs.replace(spec, stem="articles~2"))
+    other = msgspec.structs.replace(spec.shape, carried=())
+    assert not now.fits(msgspec.structs.replace(spec, shape=other))
+    assert await served_now(connection, SCHEMA, "nothing") is None
 
 
 async def test_a_target_without_any_index_says_what_to_do(connection: Connection) -> None:
