@@ -223,6 +223,17 @@ CATALOGUE = (
             "test_waiting_for_a_paused_or_an_unfollowed_index_is_an_error_with_the_reason",
             "test_an_index_that_is_loading_is_not_there_yet",
             "test_vectors_are_waited_for_on_request_up_to_the_same_position",
+            "test_a_position_is_reached_by_the_server_that_answers",
+            "test_what_is_told_of_a_search_is_of_the_server_that_answered",
+        ),
+    ),
+    P(
+        "an answer says what it lacks",
+        "A search of what is paused, no longer followed or being built says so, and tells no position.",
+        "target/freshness.py:read_freshness",
+        (
+            "test_the_position_of_an_index_that_is_not_kept_in_step_is_not_known",
+            "test_of_a_generation_that_is_being_built_no_position_is_known_and_a_search_says_so",
         ),
     ),
     P(
@@ -279,6 +290,17 @@ CATALOGUE = (
             "source restarts",
             "target restarts",
             "target unreachable",
+        ),
+    ),
+    P(
+        "a server may be shut down",
+        "The source stops at once, whatever of what it has sent still waits for it or for the target.",
+        "flows/retention.py:watch_slot",
+        (
+            "test_a_source_can_be_shut_down_while_changes_that_it_has_sent_wait_for_it_or_for_the_target",
+            "test_a_source_that_shuts_down_is_let_go_however_long_a_write_takes",
+            "source restarts",
+            "target half-open",
         ),
     ),
     P(

@@ -196,6 +196,25 @@ MUTANTS = (
         r"assert \[\] == \[True\]",
     ),
     Mutant(
+        "the slot's connection stays open until the write in hand has ended",
+        "flows/follow/stream.py",
+        "                async with slot:\n",
+        "                if slot is not None:\n",
+        "tests",
+        "tests/unit/flows/follow/test_stream.py::"
+        "test_a_source_that_shuts_down_is_let_go_however_long_a_write_takes",
+        r"assert \(False, \[\]\) == \(True, \[\]\)",
+    ),
+    Mutant(
+        "a search is answered by a session of which nobody asked whether it holds the position",
+        "index.py",
+        "if position is not None and not await self._holds(connection, spec.name, position):",
+        "if position is not None and position < 0:",
+        "tests",
+        "tests/server/test_index.py::test_a_position_is_reached_by_the_server_that_answers",
+        "DID NOT RAISE NotReached",
+    ),
+    Mutant(
         "a set-up writes over a connection that the pipeline's lock does not depend on",
         "worker/pipeline.py",
         "        target = self.session.connection\n",
