@@ -21,7 +21,7 @@ from tests.mutants.finding import FoundElse, control, find, said_by_chaos, said_
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda one: one.name)
 def test_a_known_fault_can_be_put_back(mutant: Mutant, tmp_path: Path) -> None:
     path = tmp_path / mutant.file
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(PACKAGE / mutant.file, path)
 
     mutant.apply(tmp_path)
