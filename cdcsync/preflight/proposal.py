@@ -22,7 +22,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.tables import key_faults, kind_faults, no_such_table
 from cdcsync.source.columns import Column
 from cdcsync.source.publications import GENERATED_COLUMNS_VERSION
-from cdcsync.source.relations import Table, read_table
+from cdcsync.source.relations import TELLS_ROWS_APART, Table, read_table
 from cdcsync.target.ddl.relations import RESERVED
 
 SAMPLED_ROWS = 500
@@ -99,15 +99,15 @@ async def look(connection: Connection, name: QualifiedName) -> Look:
     if table is None or faults:
         raise SetupError(faults[0].message, where=faults[0].where, hint=faults[0].hint)
     cursor = await connection.execute(
-        """
-        SELECT c.relname, i.indisunique AND i.indimmediate AND i.indpred IS NULL AND NOT i.indisprimary
-                   AND bool_and(coalesce(a.attnotnull, false)),
+        f"""
+        SELECT c.relname, bool_and({TELLS_ROWS_APART} AND i.indpred IS NULL AND NOT i.indisprimary
+                   AND coalesce(a.attnotnull, false)),
                array_agg(a.attname::text ORDER BY k.place)
         FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
         CROSS JOIN unnest(i.indkey::int2[]) WITH ORDINALITY AS k(attnum, place)
         LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum AND k.attnum > 0
         WHERE i.indrelid = %s::int8::oid AND i.indisvalid AND k.place <= i.indnkeyatts
-        GROUP BY c.relname, i.indisunique, i.indimmediate, i.indpred, i.indisprimary, i.indrelid, i.indkey
+        GROUP BY c.relname, i.indkey
         ORDER BY cardinality(i.indkey::int2[]), c.relname
         """,
         [table.oid],

@@ -269,7 +269,20 @@ def key_faults(table: Table) -> Iterator[Finding]:
             str(table.name), f"its replica identity {why}: UPDATE and DELETE do not send the key ({key})", fix
         )
     else:
+        if table.identity_mode == "i" and not _told_apart(table):
+            yield Finding.error(
+                str(table.name),
+                f"the index that is its replica identity compares ({key}) in another way than the columns' types do, so"
+                " that rows with equal keys may be beside each other",
+                f"CREATE UNIQUE INDEX CONCURRENTLY ON {table.name} ({key}), without an operator class or a collation,"
+                f" and {alter} USING INDEX with that one",
+            )
         yield from leaf_faults(table, key)
+
+
+def _told_apart(table: Table) -> bool:
+    """Say whether a unique index keeps apart the rows that the replica identity is to name."""
+    return any(one.unique and set(one.columns) <= set(table.identity) for one in table.indexes)
 
 
 def _identifying(table: Table) -> TableIndex | None:

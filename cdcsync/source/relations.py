@@ -168,10 +168,33 @@ _IDENTITY = (
 """SQL for the replica identity's columns of `pg_class c`; NULL when it has none."""
 
 
-_INDEXES = """(
-    SELECT json_agg(json_build_object('name', x.relname, 'unique', i.indisunique AND i.indimmediate AND NOT EXISTS (
-        SELECT FROM unnest(i.indclass::oid[]) AS k (opclass) JOIN pg_opclass o ON o.oid = k.opclass
-        WHERE NOT o.opcdefault), 'columns', (
+TELLS_ROWS_APART = """(
+    i.indisunique AND i.indimmediate AND NOT EXISTS (
+        SELECT FROM unnest(i.indkey::int2[], i.indclass::oid[], i.indcollation::oid[])
+            WITH ORDINALITY AS k (attnum, opclass, collated, place)
+        JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+        JOIN pg_opclass o ON o.oid = k.opclass
+        LEFT JOIN pg_collation l ON l.oid = a.attcollation
+        WHERE k.place <= i.indnkeyatts AND (
+            k.collated <> a.attcollation AND NOT l.collisdeterministic
+            OR (SELECT amopopr FROM pg_amop WHERE amopfamily = o.opcfamily AND amopstrategy = 3
+                AND amoplefttype = o.opcintype AND amoprighttype = o.opcintype) IS DISTINCT FROM (
+                SELECT e.amopopr FROM pg_opclass d JOIN pg_amop e ON e.amopfamily = d.opcfamily AND e.amopstrategy = 3
+                    AND e.amoplefttype = d.opcintype AND e.amoprighttype = d.opcintype
+                WHERE d.opcdefault AND d.opcmethod = o.opcmethod AND d.opcintype IN (o.opcintype, (
+                    WITH RECURSIVE made_of (oid) AS (
+                        SELECT a.atttypid UNION ALL
+                        SELECT t.typbasetype FROM made_of m JOIN pg_type t ON t.oid = m.oid WHERE t.typtype = 'd')
+                    SELECT m.oid FROM made_of m JOIN pg_type t ON t.oid = m.oid WHERE t.typtype <> 'd'))
+                ORDER BY d.opcintype = o.opcintype LIMIT 1))))"""
+"""SQL that says whether `pg_index i` keeps rows apart as their columns' types do, at any moment.
+
+One that compares otherwise (citext by `text_ops`, a nondeterministic collation by another) has rows beside each other
+whose keys are equal.
+"""
+
+_INDEXES = f"""(
+    SELECT json_agg(json_build_object('name', x.relname, 'unique', {TELLS_ROWS_APART}, 'columns', (
         SELECT json_agg(a.attname ORDER BY k.place)
         FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, place)
         JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum

@@ -148,8 +148,8 @@ class IndexWriter(LookUps):
         :param first: statements to be run before.
         :returns: how many took that of an equal text, how many came along, and how many wait.
         """
-        # The vectors that came along are of the live generation's model.
-        along = changes.vectors if one.model == self._spec.model else {}
+        # The vectors that came along are of the live generation's model, and such as it can store.
+        along = changes.vectors if one is self._spec else one.usable(changes.vectors) if self._same_model(one) else {}
         # At light load every vector came along, and there is nothing to look for.
         looks = not all(chunk.hash in along for document in changes.documents for chunk in document.chunks)
         queuing = (HASHING, QUEUE, NOT_HASHING)
@@ -162,6 +162,9 @@ class IndexWriter(LookUps):
         if along and inline < chunks:
             rows += await self._run_all([(statement, one) for statement in queuing])
         return reused, inline, rows[QUEUE]
+
+    def _same_model(self, one: IndexSpec) -> bool:
+        return (one.model, one.dimensions) == (self._spec.model, self._spec.dimensions)
 
     async def _reuse_now(self) -> str:
         """Return the statement that takes vectors over from where they can be read now."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import psycopg
 import pytest
 
+from cdcsync.demo.cluster import Cluster
+from tests.support.clusters import OTHER_VERSIONS
 from tests.support.preflight import ARTICLES, Role, configured, examined, the_error
 from tests.support.servers import Database
 
@@ -94,6 +99,15 @@ async def test_a_key_column_named_like_one_of_ours_is_refused(database: Database
             " ALTER TABLE t REPLICA IDENTITY USING INDEX u; DROP INDEX u",
             "REPLICA IDENTITY DEFAULT",
         ),
+        *(
+            (
+                "CREATE EXTENSION citext; CREATE DOMAIN folded AS citext;"
+                f" CREATE TABLE t (n int NOT NULL, id {type_} NOT NULL);"
+                " CREATE UNIQUE INDEX u ON t (n, id text_ops); ALTER TABLE t REPLICA IDENTITY USING INDEX u",
+                "CREATE UNIQUE INDEX CONCURRENTLY ON public.t (n, id), without an operator class",
+            )
+            for type_ in ("citext", "folded")
+        ),
         (
             "CREATE TABLE t (id int PRIMARY KEY) PARTITION BY RANGE (id);"
             " CREATE TABLE low PARTITION OF t FOR VALUES FROM (0) TO (9);"
@@ -112,7 +126,10 @@ async def test_a_key_column_named_like_one_of_ours_is_refused(database: Database
             "ALTER TABLE public.t DETACH PARTITION public.low",
         ),
     ],
-    ids=["no key", "nothing", "deferrable", "dropped index", "blind partition", "partly full", "unlogged partition"],
+    ids=[
+        *("no key", "nothing", "deferrable", "dropped index", "citext by text_ops", "domain by text_ops"),
+        *("blind partition", "partly full", "unlogged partition"),
+    ],
 )
 async def test_a_table_whose_changes_do_not_name_their_row_is_refused(
     database: Database, create: str, fix: str
@@ -135,13 +152,21 @@ async def test_a_table_whose_changes_do_not_name_their_row_is_refused(
             ("id", "a"),
         ),
         (
+            "CREATE EXTENSION citext; CREATE DOMAIN folded AS citext; CREATE TYPE mood AS ENUM ('a');"
+            " CREATE TABLE t (id text NOT NULL, v varchar(9) NOT NULL, c char(2) NOT NULL, m mood NOT NULL, n int[] NOT"
+            " NULL, f folded NOT NULL, r int4range NOT NULL, u uuid NOT NULL, x int); CREATE UNIQUE INDEX u ON t"
+            ' (id text_pattern_ops, v COLLATE "C", c bpchar_pattern_ops, m, n, f, r, u) INCLUDE (x);'
+            " ALTER TABLE t REPLICA IDENTITY USING INDEX u",
+            ("id", "v", "c", "m", "n", "f", "r", "u"),
+        ),
+        (
             "CREATE TABLE t (id int PRIMARY KEY) PARTITION BY RANGE (id);"
             " CREATE TABLE low PARTITION OF t FOR VALUES FROM (0) TO (9) PARTITION BY RANGE (id);"
             " CREATE TABLE lowest PARTITION OF low FOR VALUES FROM (0) TO (1)",
             ("id",),
         ),
     ],
-    ids=["primary", "including", "full", "identity index", "partitioned"],
+    ids=["primary", "including", "full", "identity index", "types of all kinds", "partitioned"],
 )
 async def test_a_table_whose_changes_name_their_row_has_that_as_its_key(
     database: Database, create: str, key: tuple[str, ...]
@@ -270,6 +295,12 @@ NAMED_KEY = 'table = "t"\ntext = "{body}"\nkey = ["a", "b"]'
             "CREATE UNIQUE INDEX CONCURRENTLY",
         ),
         (
+            "CREATE EXTENSION citext; CREATE TABLE t (a int NOT NULL, b citext NOT NULL, body text);"
+            " CREATE UNIQUE INDEX ON t (a, b text_ops); ALTER TABLE t REPLICA IDENTITY FULL",
+            "is not known to identify a row",
+            "CREATE UNIQUE INDEX CONCURRENTLY",
+        ),
+        (
             "CREATE TABLE t (a int PRIMARY KEY, b text NOT NULL, body text); CREATE UNIQUE INDEX ON t (b, a)",
             "the replica identity of public.t is (a): UPDATE and DELETE do not send the key (b, a)",
             "REPLICA IDENTITY FULL",
@@ -321,6 +352,28 @@ async def test_a_named_key_that_a_unique_index_proves_is_the_key(
     report = await examined(configured(database.dsn, t=NAMED_KEY))
     assert report.errors == []
     assert report.specs[0].shape.key == key
+
+
+@pytest.mark.parametrize(
+    ("column", "index", "told"),
+    [("folded", "", False), ("folded", 'COLLATE "C"', True), ('"C"', "COLLATE folded", False), ('"C"', "", False)],
+)
+async def test_an_identity_by_another_collation_is_refused_where_the_columns_takes_more_for_equal(
+    make_cluster: Callable[..., Cluster], database: Database, column: str, index: str, told: bool
+) -> None:
+    if not OTHER_VERSIONS[15].exists():  # the one with ICU
+        pytest.skip("PostgreSQL 15 is not installed")
+    source = make_cluster(bin_dir=OTHER_VERSIONS[15])
+    with psycopg.connect(source.dsn(), autocommit=True) as session:
+        for statement in (
+            "CREATE COLLATION folded (provider = icu, locale = 'und-u-ks-level2', deterministic = false)",
+            f"CREATE TABLE t (id text COLLATE {column} NOT NULL)",
+            f"CREATE UNIQUE INDEX u ON t (id {index})",
+            "ALTER TABLE t REPLICA IDENTITY USING INDEX u",
+        ):
+            session.execute(statement.encode())
+    report = await examined(configured(source.dsn(), database.dsn, t='table = "t"\ntext = "{id}"'))
+    assert ["compares (id) in another way" in one.message for one in report.errors] == [True] * told
 
 
 async def test_a_table_without_a_primary_key_is_told_which_unique_index_could_serve(database: Database) -> None:

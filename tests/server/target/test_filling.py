@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.lowlevel
 import msgspec
+import numpy as np
 import pytest
 
 from cdcsync.documents.templates import hash_text
@@ -189,6 +190,27 @@ async def in_each(live: LiveIndex, text: str) -> list[tuple[Any, ...]]:
         " (SELECT count(*) FROM {backlog} AS b WHERE b.generation = g) FROM generate_series(1, 2) AS g ORDER BY g",
         *(text, vector_text(text)),
     )
+
+
+@pytest.mark.parametrize("vector", [[1e5, 1, 1], [1e-9, 1e-9, 0], None], ids=["too long", "too short", "too many"])
+async def test_what_comes_along_with_a_change_is_stored_in_the_generations_that_can_hold_it(
+    database: Database, vector: list[float] | None
+) -> None:
+    """Another one embeds the text by itself, and notes why it cannot have it."""
+    spec = in_two_precisions()
+    if vector is None:
+        other = msgspec.structs.replace(spec.others[0], dimensions=4)
+        spec, vector = msgspec.structs.replace(spec, others=(other,)), [1.0, 2.0, 3.0]
+    async with live_index(database, spec) as live:
+        await begin_generations(live)
+        change = changes(document("1", "odd"), document("2", "one"), inline=["one"])
+        odd = {hash_text("odd"): np.asarray(vector, np.float32)}
+        await live.apply(msgspec.structs.replace(change, vectors={**change.vectors, **odd}))
+        assert await live.rows("SELECT count(*) FROM cdcsync.articles_vectors_1") == [(2,)]
+        waiting = "SELECT content FROM {backlog} JOIN {chunks} USING (chunk_id) WHERE generation = 2 ORDER BY 1"
+        takes_one = spec.others[0].dimensions == spec.dimensions
+        assert await live.rows(waiting) == ([("odd",)] if takes_one else [("odd",), ("one",)])
+        assert await live.rows("SELECT count(*) FROM cdcsync.articles_vectors_2") == [(int(takes_one),)]
 
 
 async def test_a_text_that_any_generation_of_the_model_has_a_vector_of_waits_in_none(database: Database) -> None:
