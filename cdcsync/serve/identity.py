@@ -18,7 +18,7 @@ import secrets
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import anyio
 import anyio.to_thread
@@ -72,7 +72,7 @@ class StoredToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
     subject: str
     claims: dict[str, Any] = {}
-    expires: datetime | None = None
+    expires: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
     revoked: bool = False
 
 
@@ -168,32 +168,44 @@ def _digest(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-REFUSED = Problem(401, "Not signed in", "the token is unknown, expired or revoked", "send Authorization: Bearer TOKEN")
-"""The same answer for every reason, so that a caller learns nothing about other tokens."""
+def not_signed_in() -> Problem:
+    """Return the answer to a caller who is not known: the same for every reason, so that it tells nothing of others.
+
+    A new one for each call: an exception holds the frames that it passed, and with them the call, for as long as it
+    lives.
+    """
+    return Problem(401, "Not signed in", "the token is unknown, expired or revoked", "send Authorization: Bearer TOKEN")
+
+
+NEVER_LOOKED = (0, 0, 0)
+"""The stamp of a file of tokens before it is read for the first time."""
 
 TOKEN_VARIABLE = "CDCSYNC_TOKEN"  # a name # noqa: S105 # nosec B105
 """The environment variable that holds the caller's token where MCP speaks over standard input and output."""
 
-REFUSED_OVER_STDIO = Problem(
-    401,
-    "Not signed in",
-    "the token is missing, unknown, expired or revoked",
-    f"set {TOKEN_VARIABLE} in the environment of the program that starts `cdcsync serve --stdio`",
-)
-"""The answer where there is no header to send."""
+
+def not_signed_in_over_stdio() -> Problem:
+    """Return the answer where there is no header to send."""
+    return Problem(
+        401,
+        "Not signed in",
+        "the token is missing, unknown, expired or revoked",
+        f"set {TOKEN_VARIABLE} in the environment of the program that starts `cdcsync serve --stdio`",
+    )
 
 
 class Authenticator:
     """Says who calls, from the `Authorization` header.
 
-    :ivar refused: the answer to a caller who is not known.
+    :ivar refused: returns the answer to a caller who is not known.
     """
 
     def __init__(self, serve: Serve) -> None:
         self._serve = serve
-        self.refused = REFUSED
+        self.refused = not_signed_in
         self._file = Path(serve.tokens_file) if serve.tokens_file is not None else None
-        self._stamp: tuple[int, int, int] | None = None
+        self._stamp: tuple[int, int, int] | None = NEVER_LOOKED
+        """The file as it was read last; None if there was none."""
         self._tokens: dict[str, StoredToken] = {}
         self._keys = _Keys(serve.jwks) if serve.jwks is not None else None
 
@@ -209,7 +221,7 @@ class Authenticator:
                 hint="set serve.tokens_file and run `cdcsync token new`, or serve.jwks, or serve.anonymous on loopback",
             )
         if self._file is not None:
-            self._tokens = {one.sha256: one for one in read_tokens(self._file).tokens}
+            read_tokens(self._file)
 
     async def principal(self, authorization: str | None) -> Principal:
         """Return the caller.
@@ -219,10 +231,10 @@ class Authenticator:
         if authorization is None:
             if self._serve.anonymous:
                 return Principal("anonymous")
-            raise self.refused
+            raise self.refused()
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
-            raise self.refused
+            raise self.refused()
         subject, claims = await self._claims(token.strip())
         tenant = self._serve.tenant
         if tenant.column is None:
@@ -235,7 +247,7 @@ class Authenticator:
     def _storable(self, who: Principal) -> Principal:
         """Return a caller whom the record and the tenant's column can name; a JSON string can hold what no text can."""
         if not is_text(who.subject) or not is_text(who.tenant or ""):
-            raise self.refused
+            raise self.refused()
         return who
 
     async def _claims(self, token: str) -> tuple[str, Mapping[str, Any]]:
@@ -253,7 +265,7 @@ class Authenticator:
                 options={"require": ["exp", "iss", "aud", "sub"]},
             )
         except (jwt.PyJWTError, UnicodeEncodeError):
-            raise self.refused from None
+            raise self.refused() from None
         return str(claims["sub"]), claims
 
     def _stored_claims(self, token: str) -> tuple[str, Mapping[str, Any]]:
@@ -261,9 +273,9 @@ class Authenticator:
         digest = _digest(token)
         stored = self._tokens.get(digest)
         if stored is None or not hmac.compare_digest(stored.sha256, digest) or stored.revoked:
-            raise self.refused
+            raise self.refused()
         if stored.expires is not None and stored.expires <= datetime.now(UTC):
-            raise self.refused
+            raise self.refused()
         return stored.subject, stored.claims
 
     def _reread(self) -> None:

@@ -147,8 +147,7 @@ def make_mcp(service: Service, *, stdio: bool = False) -> MCPServer:
     ) -> dict[str, Any]:
         """Fetch a whole document by its key: its passages in order, and its columns."""
         try:
-            texts = {name: str(value) for name, value in key.items()}
-            document = await service.fetch(caller(context), index, texts, cut=True)
+            document = await service.fetch(caller(context), index, key, cut=True)
         except Problem as problem:
             raise ToolError(str(problem)) from None
         return {"note": UNTRUSTED, **_plain(document)}

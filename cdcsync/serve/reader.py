@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from math import inf
@@ -172,33 +173,35 @@ class Offered(Index):
         log.warning("model_away", index=self.name, error=str(error))
         return f"{what}: the model is away"
 
-    async def document(self, who: Principal, key: Sequence[str] | Mapping[str, str]) -> Document:
-        """Return a document by its key, as texts in the order of the key's columns or by their names.
+    async def document(self, who: Principal, key: Sequence[str] | Mapping[str, Any]) -> Document:
+        """Return a document by its key, as texts in the order of the key's columns, or by their names as a hit has it.
 
         A bound column in the key has the caller's value, and is not among them.
 
         :raises Problem: 404, there is none, or the caller may not see it; 403, the index does not have the tenants.
         """
         missing = Problem(404, "No such document", "the index has no document of this key")
-        if not all(map(is_text, key.values() if isinstance(key, Mapping) else key)):
-            raise missing
         return await self._as_it_is(lambda: self._document(who, key, missing))
 
-    async def _document(self, who: Principal, key: Sequence[str] | Mapping[str, str], missing: Problem) -> Document:
+    async def _document(self, who: Principal, key: Sequence[str] | Mapping[str, Any], missing: Problem) -> Document:
         async with self._session(who) as (connection, known, who):
             spec = known.spec
             mine = self.visible.condition(who, spec, known.columns)
             names = self.visible.shown(spec.shape.key)
             if isinstance(key, Mapping):
-                values_of, fix = key, "give a value for each"
+                values_of = {name: _written(known.columns[name], key[name]) for name in names if name in key}
+                fix = "give a value for each, none of them null"
             else:
                 values_of, fix = (
                     dict(zip(names, key, strict=False)),
                     "give a value for each, in this order, separated by commas",
                 )
-            if len(key) != len(names) or set(values_of) != set(names):
+            texts = {name: text for name, text in values_of.items() if text is not None}
+            if len(key) != len(names) or set(texts) != set(names):
                 raise Problem(422, "The key is incomplete", f"the key has the columns {', '.join(names)}", fix)
-            conditions = [known.columns[name].equals(name, sql.Literal(values_of[name])) for name in names]
+            if not all(map(is_text, texts.values())):
+                raise missing
+            conditions = [known.columns[name].equals(name, sql.Literal(texts[name])) for name in names]
             shown = self.visible.shown(spec.shape.key + spec.shape.carried)
             statement = sql.SQL(
                 "SELECT {}, content, encode(document_hash, 'hex'), commit_lsn::text FROM {} WHERE {} ORDER BY chunk_no"
@@ -214,7 +217,7 @@ class Offered(Index):
                     await cursor.execute(statement)
             except psycopg.Error:
                 # A text that is not a value of the key's type is not a key.
-                read = [await read_value(connection, known.columns[name], values_of[name]) for name in names]
+                read = [await read_value(connection, known.columns[name], texts[name]) for name in names]
                 if None in read:
                     raise missing from None
                 raise
@@ -432,6 +435,29 @@ class Offered(Index):
                 if value not in seen[name] and len(seen[name]) < EXAMPLES:
                     seen[name].append(value)
         return {name: [shortened(value, EXAMPLE_CHARACTERS) for value in values] for name, values in seen.items()}
+
+
+def _written(column: Column, value: Any) -> str | None:
+    """Return the text of a key's value that an answer has as JSON; None for null, which no key holds."""
+    if column.type == "pg_catalog.jsonb" and value is not None:
+        return json.dumps(value)
+    if column.array and isinstance(value, list):
+        return _array(value)
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
+def _array(values: Sequence[Any]) -> str:
+    """Return the text of an array as PostgreSQL reads it."""
+    parts = []
+    for value in values:
+        if isinstance(value, list):
+            parts.append(_array(value))
+        elif value is None:
+            parts.append("NULL")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            parts.append('"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"')
+    return "{" + ",".join(parts) + "}"
 
 
 def _not_yet() -> Problem:

@@ -15,7 +15,7 @@ from cdcsync.errors import Unavailable
 from cdcsync.http.listening import Bounds, serve
 from cdcsync.process import collector
 from cdcsync.serve.http import make_app
-from cdcsync.serve.identity import REFUSED_OVER_STDIO
+from cdcsync.serve.identity import not_signed_in_over_stdio
 from cdcsync.serve.mcp import make_mcp, mcp_route
 from cdcsync.serve.service import Service
 from cdcsync.worker.descriptors import raise_descriptor_limit
@@ -104,7 +104,7 @@ async def run_stdio(config: Config) -> None:
     :raises SetupError: nobody could call.
     """
     service = Service(config, candid=True)
-    service.authenticator.refused = REFUSED_OVER_STDIO
+    service.authenticator.refused = not_signed_in_over_stdio
     service.authenticator.check()
     try:
         async with anyio.create_task_group() as tasks:

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -154,9 +154,12 @@ class Service:
         return await self._call("search", caller, noted, work, first=reach if waits else None)
 
     async def fetch(
-        self, caller: Caller, index: str, key: Sequence[str] | Mapping[str, str], *, cut: bool = False
+        self, caller: Caller, index: str, key: Sequence[str] | Mapping[str, Any], *, cut: bool = False
     ) -> Document:
-        """Return a document."""
+        """Return a document.
+
+        :param key: texts in the order of the key's columns, or by their names values as a hit has them.
+        """
         noted = _Noted(index)
 
         async def work(who: Principal) -> Document:

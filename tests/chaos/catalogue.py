@@ -238,7 +238,8 @@ CATALOGUE = (
     ),
     P(
         "embedded once",
-        "No text is embedded twice, but for a call whose answer was lost, and one that comes back after many others.",
+        "No text is embedded twice, but for a call whose answer was lost, one that comes back after many others, and"
+        " one that a large transaction deletes and that is delivered again.",
         "flows/embed/dispatcher.py:Dispatcher",
         (
             "test_texts_that_changed_while_the_worker_was_away_are_embedded_once_as_they_are_now",

@@ -397,12 +397,11 @@ class History:
         self.note(f"of {self.embedded} embedded texts, {self.covered} were seen in the target while it all went on")
         kept = {place for _, place in self._held()} if self.provider.rewound else set()
         repeated = self.provider.repeated(self.losses, kept, within_s=LOSS_S)
-        if self.gap_expected or self.pause_expected:
-            # When everything is read again, another row may have taken the old key, and the vector's place, before the
-            # page is read on which the moved row is.
-            repeated = [
-                one for one in repeated if not any("".join(one.text.split()) in row for row in self.writer.moved)
-            ]
+        # When everything is read again, another row may have taken the old key, and the vector's place, before the page
+        # is read on which the moved row is.
+        moved = self.writer.moved if self.gap_expected or self.pause_expected else []
+        excused = [*moved, *self.writer.undone]
+        repeated = [one for one in repeated if not any("".join(one.text.split()) in row for row in excused)]
         if repeated:
             for one in repeated:
                 times = ", ".join(f"{at - self._began:.2f}" for at in (one.first, one.again))

@@ -203,6 +203,9 @@ class Writer:
         """The texts of `shelf` that have come back: a condition had excluded them."""
         self.moved: list[str] = []
         """What rows are that were given another key, without white space."""
+        self.undone: list[str] = []
+        """What rows were that a large transaction deleted, without white space. Delivered again after a part of it was
+        applied, it writes them once more, and deletes them again."""
         self._connect = connect
         self._session: Connection | None = None
         self._number = 0
@@ -447,7 +450,12 @@ class Writer:
                     [chance.randint(0, 9), self.text(0), self.text(0), low, low + chance.randint(5, 90)],
                 )
                 if chance.random() < 0.3:
-                    session.execute("DELETE FROM articles WHERE id BETWEEN %s AND %s", [low, low + 10])
+                    gone = session.execute(
+                        "DELETE FROM articles WHERE id BETWEEN %s AND %s"
+                        " RETURNING concat_ws(' ', 'titled:', title, 'shelved:', title, title, body)",
+                        [low, low + 10],
+                    )
+                    self.undone += ["".join(row[0].split()) for row in gone.fetchall()]
                 if chance.random() < 0.4:
                     session.execute("ROLLBACK TO part")
             if chance.random() < 0.2:

@@ -223,7 +223,7 @@ async def test_keys_of_several_columns_go_by_name_and_a_tenant_among_them_is_the
         refused = [
             await refusal(client, "fetch", index="notes", key=key) for key in ({"id": 3, "tenant": "t2"}, {"no": 3})
         ]
-    assert all(one.endswith("the key has the columns id. Give a value for each.") for one in refused)
+    assert all(one.endswith("the key has the columns id. Give a value for each, none of them null.") for one in refused)
 
 
 def never_answered_by(silent: socket.socket, dsn: str, **settings: int) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
+import weakref
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,12 @@ from cdcsync.serve.identity import (
     KEYS_AGAIN_S,
     KEYS_GOOD_S,
     PREFIX,
-    REFUSED,
-    REFUSED_OVER_STDIO,
     Authenticator,
     Principal,
     _Keys,
     new_token,
+    not_signed_in,
+    not_signed_in_over_stdio,
     read_tokens,
     revoke_tokens,
 )
@@ -119,7 +122,24 @@ async def test_whoever_has_no_token_gets_one_answer(path: Path, authorization: s
     new_token(path, "ana", {}, None)
     with pytest.raises(Problem) as refused:
         await authenticator(path).principal(authorization)
-    assert refused.value is REFUSED
+    assert refused.value.body == not_signed_in().body
+
+
+async def test_nothing_of_a_refused_call_is_kept(path: Path) -> None:
+    made = authenticator(path)
+
+    class Body:
+        """What a call holds."""
+
+    async def call() -> weakref.ref[Body]:
+        body = Body()
+        with contextlib.suppress(Problem):
+            await made.principal("Bearer nope")
+        return weakref.ref(body)
+
+    bodies = [await call() for _ in range(20)]
+    gc.collect()
+    assert not [one for one in bodies if one() is not None]
 
 
 async def test_a_token_ends_at_its_time(path: Path) -> None:
@@ -127,7 +147,7 @@ async def test_a_token_ends_at_its_time(path: Path) -> None:
     expire(path)
     with pytest.raises(Problem) as refused:
         await authenticator(path).principal(f"Bearer {token}")
-    assert refused.value is REFUSED
+    assert refused.value.body == not_signed_in().body
 
 
 async def test_a_change_of_the_file_is_noticed_at_the_next_call(path: Path) -> None:
@@ -156,6 +176,24 @@ async def test_a_file_that_cannot_be_read_lets_nobody_in(path: Path, broken: str
             authenticator(path).check()
 
 
+async def test_tokens_of_a_file_that_is_deleted_before_the_first_call_let_nobody_in(path: Path) -> None:
+    token = new_token(path, "ana", {}, None)
+    made = authenticator(path)
+    made.check()
+    replace(path, None)
+    with pytest.raises(Problem):
+        await made.principal(f"Bearer {token}")
+
+
+def test_a_time_without_an_offset_is_refused_when_the_file_is_read(path: Path) -> None:
+    new_token(path, "ana", {}, 1)
+    content = json.loads(path.read_text())
+    content["tokens"][0]["expires"] = "2027-01-01T00:00:00"
+    path.write_text(json.dumps(content))
+    with pytest.raises(SetupError, match="timezone"):
+        authenticator(path).check()
+
+
 @pytest.mark.parametrize("claim", [{}, {"tenant": None}, {"tenant": True}, {"tenant": ["t1"]}, {"tenant": {"a": 1}}])
 async def test_a_token_without_the_tenants_claim_is_not_allowed(path: Path, claim: dict[str, Any]) -> None:
     token = new_token(path, "ana", claim, None)
@@ -177,7 +215,7 @@ async def test_a_caller_whom_no_text_can_name_is_not_known(path: Path, subject: 
     replace(path, json.dumps(content))
     with pytest.raises(Problem) as refused:
         await authenticator(path, tenant=TENANT).principal(f"Bearer {token}")
-    assert refused.value is REFUSED
+    assert refused.value.body == not_signed_in().body
 
 
 @pytest.mark.parametrize("subject", ["", " ", "bo\0b", "bo\udcffb", "bo\nb", "bo\x1b[2Jb"])
@@ -189,11 +227,11 @@ def test_no_token_is_made_for_a_subject_that_a_list_could_not_show(path: Path, s
 
 async def test_a_caller_without_a_header_to_send_is_told_of_the_environment(path: Path) -> None:
     made = authenticator(path)
-    made.refused = REFUSED_OVER_STDIO
+    made.refused = not_signed_in_over_stdio
     for authorization in (None, "Bearer cdcsync_x"):
         with pytest.raises(Problem) as refused:
             await made.principal(authorization)
-        assert refused.value is REFUSED_OVER_STDIO
+        assert refused.value.body == not_signed_in_over_stdio().body
 
 
 async def test_anonymous_callers_are_let_in_where_the_configuration_says_so(path: Path) -> None:
