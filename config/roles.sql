@@ -9,7 +9,7 @@
 --   psql -d search -v target_role=cdcsync_target -f config/roles.sql
 --
 -- Both at once, for one database: give all three variables. The two roles may be one. Running it again is harmless: it
--- adds what is missing, and takes nothing away. It sets no passwords: \password cdcsync_source, in psql, does that
+-- adds what is missing, and takes nothing away, but for what serve_role is not to read. It sets no passwords: \password cdcsync_source, in psql, does that
 -- without one ever being in a file or a log.
 --
 -- Variables, with their defaults:
@@ -20,7 +20,8 @@
 --   target_role     the role of target.dsn
 --   schema          cdcsync: target.schema of the configuration
 --   view_schema     public: where the views are that your users search, as in `view` of each index
---   reader_role     none: a role that may search, and ask cdcsync.wait_for; it must exist
+--   reader_role     none: a role of applications that search by SQL, and ask cdcsync.wait_for; it must exist
+--   serve_role      none: the role of `cdcsync serve`, as in serve.role; it must exist
 
 \set ON_ERROR_STOP on
 \if :{?publication}
@@ -158,6 +159,25 @@ GRANT USAGE, CREATE ON SCHEMA :"view_schema" TO :"target_role";
     SELECT format('GRANT SELECT ON %I.%I TO %I', n.nspname, c.relname, :'reader_role')
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE n.nspname = :'view_schema' AND c.relkind = 'v' AND pg_get_userbyid(c.relowner) = :'target_role' \gexec
+\endif
+
+\if :{?serve_role}
+    -- The tool server calls the search functions, which read chunks, vectors and words with its privileges, under the policy
+    -- that holds its callers to their tenants. It gets no view: a view reads with its owner's privileges, past the policy.
+    GRANT USAGE ON SCHEMA :"schema" TO :"serve_role";
+    GRANT SELECT ON ALL TABLES IN SCHEMA :"schema" TO :"serve_role";
+    ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" GRANT SELECT ON TABLES TO :"serve_role";
+    GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA :"schema" TO :"serve_role";
+    ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" GRANT EXECUTE ON FUNCTIONS TO :"serve_role";
+    -- Of the tables of all indexes it needs three. In the others are calls of all tenants, keys of their rows and questions
+    -- by which search is judged. It writes the record of calls, and deletes what is old by its time. Before the worker's
+    -- first start there are no such tables: run this script again after it.
+    SELECT format('REVOKE SELECT ON %s FROM %I', c.oid::regclass, :'serve_role')
+    FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE n.nspname = :'schema' AND (c.relkind = 'v' OR c.relname IN ('approvals', 'audits', 'backfill_keys', 'backfills',
+        'calls', 'differences', 'embedders', 'evaluations', 'failed_documents', 'judged_runs', 'tiers')) \gexec
+    SELECT format('GRANT INSERT, DELETE, SELECT (at) ON %I.calls TO %I', :'schema', :'serve_role')
+    WHERE to_regclass(format('%I.calls', :'schema')) IS NOT NULL \gexec
 \endif
 \endif
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from math import inf
-from typing import Any, TypeVar
+from typing import Any, LiteralString, TypeVar
 from weakref import WeakKeyDictionary
 
 import anyio
@@ -74,9 +74,20 @@ ALTERED = (UNDEFINED_TABLE, "42703")
 TOO_LATE = ("55P03", "57014")
 """The SQLSTATEs of a lock that was waited for too long, and of a statement that took too long."""
 
+HELD: LiteralString = """
+    SELECT current_user = %(role)s AND row_security_active(to_regclass(%(chunks)s)) AND NOT EXISTS (
+        SELECT FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class v ON v.oid = r.ev_class
+        WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%(chunks)s)
+            AND v.relkind IN ('v', 'm') AND has_table_privilege(v.oid, 'SELECT') AND NOT EXISTS (
+                SELECT FROM pg_options_to_table(v.reloptions) AS o
+                WHERE o.option_name = 'security_invoker' AND o.option_value::bool))
+"""
+"""Says whether the policy on an index's chunks concerns a session, and no view leads it past the policy."""
+
 UNHELD = (
-    "set serve.role, have serve.dsn log in as that role, not as the owner of the tables, and start the worker with this"
-    " [serve] too"
+    "set serve.role, have serve.dsn log in as that role, not as the owner of the tables, start the worker with this"
+    " [serve] too, and let the role read no view of the index: config/roles.sql with -v serve_role=… grants what it"
+    " needs, and REVOKE SELECT takes a view from it"
 )
 """The fix if row-level security does not apply to this server's sessions."""
 
@@ -390,8 +401,8 @@ class Offered(Index):
                 return bool(
                     await fetch_value(
                         connection,
-                        "SELECT current_user = %s AND row_security_active(to_regclass(%s))",
-                        [role, Names(self.schema, stem).chunks.as_string(connection)],
+                        HELD,
+                        {"role": role, "chunks": Names(self.schema, stem).chunks.as_string(connection)},
                     )
                 )
 

@@ -10,6 +10,8 @@ import psycopg
 import pytest
 
 from cdcsync.config import Config, Serve
+from cdcsync.serve.reader import Reader
+from cdcsync.tracing import Tracing
 from tests.support.roles import Roles, answered, config, grant
 from tests.support.servers import Database
 from tests.support.serving import served
@@ -96,6 +98,55 @@ def test_a_worker_runs_end_to_end_under_roles_with_the_least_privilege(
         ("search",),
     ]
     assert pipeline.stop(worker) == 0
+
+
+def test_the_tool_servers_role_reads_the_rows_of_its_callers_tenant_and_no_others(
+    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    source, target = make_database(), make_database()
+    source.execute(TABLE)
+    server, reader, writer = roles.create("serve"), roles.create("reader"), roles.name("target")
+    grant(source, source_role=(replicator := roles.name("source")), tables="shop.articles")
+    granted = {"target_role": writer, "serve_role": server, "reader_role": reader, "view_schema": "search"}
+    grant(target, **granted)
+    text = config(roles.dsn(source, replicator), roles.dsn(target, writer), f"s_{source.name}", view="search.articles")
+    text += f'\n[serve]\nrole = "{server}"\ntenant = {{ column = "tenant", claim = "tenant" }}\n'
+    pipeline = make_pipeline(text)
+    worker = pipeline.start()
+    pipeline.live()
+    for _ in range(2):
+        grant(target, **granted)
+    dsn = roles.dsn(target, server)
+    for shared in ("calls", "failed_documents", "judged_runs", "backfills", "audits"):
+        assert not allowed(dsn, f"SELECT * FROM cdcsync.{shared}")
+    for view in ("search.articles", "search.articles_chunks"):
+        assert not allowed(dsn, f"SELECT * FROM {view}")
+        assert allowed(roles.dsn(target, reader), f"SELECT * FROM {view}")
+    with psycopg.connect(dsn) as session:
+        seen = "SELECT array_agg(DISTINCT tenant) FROM cdcsync.articles_chunks"
+        assert session.execute(seen).fetchone() == (None,)
+        session.execute("SET cdcsync.tenant = '2'")
+        assert session.execute(seen).fetchone() == ([2],)
+
+    serve = Serve(listen="127.0.0.1:0", dsn=dsn, role=server, tokens_file="tokens", tenant=pipeline.config.serve.tenant)
+    held = msgspec.structs.replace(pipeline.config, serve=serve)
+    assert anyio.run(is_held, held)
+    # A view that the role may read shows it all tenants.
+    target.execute(f"GRANT USAGE ON SCHEMA search TO {server}; GRANT SELECT ON search.articles TO {server}")
+    assert not anyio.run(is_held, held)
+    target.execute("ALTER VIEW search.articles SET (security_invoker)")
+    assert anyio.run(is_held, held)
+    assert anyio.run(called, msgspec.structs.replace(held, serve=Serve(listen="127.0.0.1:0", dsn=dsn, anonymous=True)))
+    assert pipeline.stop(worker) == 0
+
+
+async def is_held(config: Config) -> bool:
+    """Say whether the tool server takes itself for held to its callers' tenants."""
+    reader = Reader(config, Tracing())
+    try:
+        return await reader.index("articles").is_held()
+    finally:
+        await reader.aclose()
 
 
 async def called(config: Config) -> list[int]:
