@@ -29,7 +29,9 @@ EPILOG = """List failures and their reasons: `cdcsync failures articles list`
 
     After the cause was fixed: `cdcsync failures articles retry`
 
-    Live without them: `cdcsync failures articles discard`"""
+    Live without them: `cdcsync failures articles discard`
+
+    Try discarded texts again after all: `cdcsync failures articles retry --discarded`"""
 
 
 class Action(StrEnum):
@@ -47,6 +49,9 @@ def failures(
     action: Annotated[Action, typer.Argument(help="Show them, have them tried again now, or give them up.")],
     config: ConfigOption = None,
     limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many to list of each kind.")] = 100,
+    discarded: Annotated[
+        bool, typer.Option("--discarded", help="List or retry also the texts that were discarded.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """List what could not be embedded or made a document, have it tried again, or give it up.
@@ -57,7 +62,8 @@ def failures(
 
     `retry` is for all of them: texts are tried again by a running worker within some seconds, rows are read again as by
     `cdcsync replay`. `discard` is for those that nobody tries any more: chunks then stay without a vector, and rows out
-    of the index without being listed, until they change.
+    of the index without being listed, until they change. `cdcsync status` counts the chunks, and `--discarded` lists
+    them or has their texts tried again.
     """
     import anyio
 
@@ -71,20 +77,22 @@ def failures(
             where="INDEX",
             hint=f"there are: {', '.join(sorted(configuration.indexes))}",
         )
+    if discarded and action is Action.discard:
+        raise UsageError("--discarded belongs to list and retry", where="--discarded", hint="leave it out")
     match action:
         case Action.list:
-            found, listed, several = anyio.run(interruptible, _list, configuration, index, limit)
+            found, listed, several, hidden = anyio.run(interruptible, _list, configuration, index, limit, discarded)
             if as_json:
                 printing.print_json(found)
             else:
-                _print(index, found, listed, limit, several=several)
+                _print(index, found, listed, limit, several=several, discarded=hidden)
         case Action.retry:
             logs.configure("error", configuration.worker.log_format)
-            if not anyio.run(interruptible, _retry, configuration, index, as_json):
+            if not anyio.run(interruptible, _retry, configuration, index, as_json, discarded):
                 raise typer.Exit(EXIT_FAILED)
         case Action.discard:
             count = anyio.run(interruptible, _discard, configuration, index)
-            _say(as_json, {"discard": count}, f"{count} given up")
+            _say(as_json, {"discard": count}, f"{count} discarded")
 
 
 async def _open(target: Connection, config: Config, name: str) -> tuple[IndexSpec, Failures]:
@@ -106,8 +114,11 @@ async def _of_beside(
     return await ask(Failures(target, config.target.schema, spec.beside))
 
 
-async def _list(config: Config, name: str, limit: int) -> tuple[list[Failure], Listed, bool]:
-    """Return some failures, how many documents there are, and whether the index has several generations of vectors."""
+async def _list(config: Config, name: str, limit: int, discarded: bool) -> tuple[list[Failure], Listed, bool, int]:
+    """Return some failures, how many documents there are, and whether the index has several generations of vectors.
+
+    :returns: also how many texts were discarded and are not among them: none if those were asked for.
+    """
     import msgspec
 
     from cdcsync.postgres.errors import speaking_of
@@ -116,14 +127,20 @@ async def _list(config: Config, name: str, limit: int) -> tuple[list[Failure], L
     async with await connect(config.target.dsn, "target", application_name="cdcsync failures", works=True) as target:
         spec, failed = await _open(target, config, name)
         with speaking_of("target", where=f"index {name}"):
-            found, listed = await failed.some(limit), await failed.listed()
+            found, listed = await failed.some(limit, discarded=discarded), await failed.listed()
             nothing: list[Failure] = []
-            for one in await _of_beside(target, config, spec, lambda other: other.some(limit), nothing):
+            for one in await _of_beside(
+                target, config, spec, lambda other: other.some(limit, discarded=discarded), nothing
+            ):
                 # A document that has failed there too is another one.
                 found.append(msgspec.structs.replace(one, generation=spec.beside and spec.beside.generation))
             unlisted = await _of_beside(target, config, spec, lambda other: other.listed(), listed)
             listed = msgspec.structs.replace(listed, unlisted=max(listed.unlisted, unlisted.unlisted))
-            return found, listed, len(spec.searchable) > 1
+            hidden = 0
+            if not discarded:
+                hidden = await failed.discarded()
+                hidden += await _of_beside(target, config, spec, lambda other: other.discarded(), 0)
+            return found, listed, len(spec.searchable) > 1, hidden
 
 
 async def _discard(config: Config, name: str) -> int:
@@ -136,7 +153,7 @@ async def _discard(config: Config, name: str) -> int:
             return await failed.discard() + await _of_beside(target, config, spec, lambda other: other.discard(), 0)
 
 
-async def _retry(config: Config, name: str, as_json: bool) -> bool:
+async def _retry(config: Config, name: str, as_json: bool, discarded: bool) -> bool:
     """Request another attempt for everything, and follow the rows that are read again; returns whether that worked."""
     from cdcsync.flows.replay import open_index, require_followed
     from cdcsync.postgres.errors import speaking_of
@@ -157,8 +174,8 @@ async def _retry(config: Config, name: str, as_json: bool) -> bool:
         for side, _, _ in lacking:  # a paused one reads nothing
             await (require_followed(target, config, side) if side.hidden else open_index(target, config, name))
         with speaking_of("target", where=f"index {name}"):
-            for side in (spec, spec.beside):
-                texts += 0 if side is None else await Failures(target, config.target.schema, side).retry_texts()
+            for side in filter(None, (spec, spec.beside)):
+                texts += await Failures(target, config.target.schema, side).retry_texts(discarded=discarded)
         if not lacking:
             _say(as_json, {"retry": texts}, f"{texts} to be tried again")
             return True
@@ -207,7 +224,9 @@ def _say(as_json: bool, value: dict[str, object], text: str) -> None:
         console().print(plain(text), markup=False)
 
 
-def _print(index: str, found: Sequence[Failure], listed: Listed, limit: int, *, several: bool = False) -> None:
+def _print(
+    index: str, found: Sequence[Failure], listed: Listed, limit: int, *, several: bool = False, discarded: int = 0
+) -> None:
     from rich.text import Text
 
     from cdcsync.cli.printing import console, plain
@@ -217,14 +236,13 @@ def _print(index: str, found: Sequence[Failure], listed: Listed, limit: int, *, 
         out.print("nothing has failed")
     for failure in found:
         key = ", ".join(f"{name}={plain(value)}" for name, value in failure.key.items())
-        when = failure.next_attempt_at
         what = "no document" if failure.chunk_no is None else f"chunk {failure.chunk_no}"
         what += f" in generation {failure.generation}" if several and failure.generation is not None else ""
         out.print(
             Text.assemble(
                 (key, "bold"),
                 f"  {what}  attempts {failure.attempts}  ",
-                ("waits for you", "red") if when is None else f"next attempt {when:%Y-%m-%d %H:%M:%S %Z}",
+                _next_attempt(failure),
                 f"\n     {plain(failure.error)}",
             )
         )
@@ -233,3 +251,15 @@ def _print(index: str, found: Sequence[Failure], listed: Listed, limit: int, *, 
         out.print(f"the first {limit} of each kind; --limit shows more", markup=False)
     if listed.unlisted:
         out.print(f"more rows failed than are listed; `cdcsync verify {index}` finds the others", markup=False)
+    if discarded:
+        texts = "1 text was" if discarded == 1 else f"{discarded:,} texts were"
+        out.print(f"{texts} discarded; --discarded lists them, too", markup=False)
+
+
+def _next_attempt(failure: Failure) -> str | tuple[str, str]:
+    """Return when a failure is tried again, or who decides about that; with a style where there is one."""
+    if failure.discarded:
+        return "discarded"
+    if failure.next_attempt_at is None:
+        return "waits for you", "red"
+    return f"next attempt {failure.next_attempt_at:%Y-%m-%d %H:%M:%S %Z}"

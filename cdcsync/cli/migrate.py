@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import typer
 
@@ -14,7 +15,7 @@ from cdcsync.errors import EXIT_FAILED, UsageError
 from cdcsync.process.stopping import interruptible
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from cdcsync.config import Config
     from cdcsync.flows.evaluate.gates import Verdict
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from cdcsync.status.generations import GenerationStatus
     from cdcsync.target.generations import Generation
     from cdcsync.target.judged_runs import Run
+
+T = TypeVar("T")
 
 commands = typer.Typer()
 
@@ -74,13 +77,16 @@ def migrate(
     not_worse: Annotated[
         bool, typer.Option("--not-worse", help="With --judged: refuse to switch if the answers are surely worse.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="With activate: measure, and do not switch.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With activate: measure, check as a switch does, and do not switch.")
+    ] = False,
     yes: Annotated[
         bool,
         typer.Option(
             "--yes",
             "-y",
-            help="With drop, with start above confirm_above_texts, and to switch to fewer vectors: say yes beforehand.",
+            help="With drop, with start above confirm_above_texts, and to switch to fewer vectors or to those that the"
+            " worker has no embedder for: say yes beforehand.",
         ),
     ] = False,
     as_json: JsonOption = False,
@@ -98,14 +104,14 @@ def migrate(
     in place.
 
     The worker has to know both models: start it again with the changed configuration. The exit status of `activate` is
-    1 if --min or --not-worse refuses. A generation that lacks more vectors than the live one becomes live with --yes
-    only.
+    1 if --min or --not-worse refuses. A generation that lacks more vectors than the live one, or that the worker has no
+    embedder for, becomes live with --yes only.
     """
     import anyio
 
     from cdcsync import logs
     from cdcsync.cli import printing
-    from cdcsync.flows.migrate import drop, present, start
+    from cdcsync.flows.migrate import present, start
 
     asked = context.ensure_object(Invocation)
     _check_options(action, max_rows_per_s, least, judged, not_worse=not_worse, dry_run=dry_run, yes=yes)
@@ -133,13 +139,13 @@ def migrate(
             if not outcome.passed:
                 raise typer.Exit(EXIT_FAILED)
         case Action.rollback:
-            before, now = anyio.run(interruptible, lambda: _roll_back(configuration, index, yes=yes))
-            _say(as_json, {"index": index, "live": now, "before": before}, f"generation {now} is live again")
+            facts, text = anyio.run(interruptible, lambda: _roll_back(configuration, index, yes=yes))
+            _say(as_json, facts, text)
         case Action.drop:
             spare = anyio.run(interruptible, present.spare, configuration, index)
             if not yes:
                 confirm(_what_goes(spare), needs="drop")
-            gone = anyio.run(interruptible, drop.drop, configuration, index, spare.generation)
+            gone = anyio.run(interruptible, _drop, configuration, index, spare.generation)
             _say(as_json, {"index": index, "dropped": gone}, f"generation {gone} is dropped")
 
 
@@ -251,14 +257,51 @@ async def _activate(
             for run in runs:
                 await judged_runs.store(connection, config.target.schema, run)
     before = None
-    if not dry_run and all(verdict.passed for verdict in verdicts):
-        before = await switch.switch(config, index, other.generation, confirmed=yes)
+    if all(verdict.passed for verdict in verdicts):
+        if dry_run:
+            await switch.check(config, index, other.generation, confirmed=yes)
+        else:
+            before = await _switch(config, index, other.generation, yes=yes)
     return _Outcome(index, live.generation, other.generation, quality, runs, verdicts, before)
 
 
-async def _roll_back(config: Config, index: str, *, yes: bool) -> tuple[int, int]:
-    from cdcsync.flows.migrate import switch
+async def _switch(config: Config, index: str, generation: int, *, yes: bool) -> int:
+    from cdcsync.flows.migrate import switch, withdrawal
 
+    return await _unless_interrupted(
+        switch.switch(config, index, generation, confirmed=yes),
+        lambda: withdrawal.end_of_switch(config, index, generation),
+    )
+
+
+async def _drop(config: Config, index: str, generation: int) -> int:
+    from cdcsync.flows.migrate import drop, withdrawal
+
+    return await _unless_interrupted(
+        drop.drop(config, index, generation), lambda: withdrawal.end_of_drop(config, index, generation)
+    )
+
+
+async def _unless_interrupted(step: Awaitable[T], end: Callable[[], Awaitable[str]]) -> T:
+    """Return the result of a step that a worker may have to make; if it is interrupted, say what has become of it."""
+    import anyio
+
+    try:
+        return await step
+    except anyio.get_cancelled_exc_class():
+        with anyio.CancelScope(shield=True):
+            print(await end(), file=sys.stderr)
+        raise
+
+
+async def _roll_back(config: Config, index: str, *, yes: bool) -> tuple[dict[str, Any], str]:
+    """Return what was done, for programs and for people."""
+    from cdcsync.flows.migrate import switch, withdrawal
+
+    now, withdrawn = await withdrawal.withdraw_activation(config, index, newer=True)
+    facts = {"index": index, "live": now, "before": now, "withdrawn": withdrawn}
+    if withdrawn is not None:
+        return facts, f"the switch to generation {withdrawn} is withdrawn; generation {now} stays live"
     live, other = await switch.candidates(config, index)
     if other.generation > live.generation:
         raise UsageError(
@@ -266,7 +309,8 @@ async def _roll_back(config: Config, index: str, *, yes: bool) -> tuple[int, int
             where=f"index {index}",
             hint=f"to switch to generation {other.generation}: cdcsync migrate {index} activate",
         )
-    return await switch.switch(config, index, other.generation, confirmed=yes), other.generation
+    before = await _switch(config, index, other.generation, yes=yes)
+    return facts | {"live": other.generation, "before": before}, f"generation {other.generation} is live again"
 
 
 def _say(as_json: bool, facts: dict[str, Any], text: str) -> None:

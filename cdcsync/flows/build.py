@@ -16,7 +16,7 @@ from psycopg.pq import TransactionStatus
 
 from cdcsync.backoff import Backoff
 from cdcsync.errors import TargetUnavailable
-from cdcsync.model.pauses import Pause
+from cdcsync.model.pauses import LOAD_CANCELLED, Pause
 from cdcsync.model.requests import Request
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
@@ -37,9 +37,6 @@ log = structlog.get_logger()
 
 POLL_S = 0.5
 """How often a building index is looked at: one small query."""
-
-LOAD_CANCELLED = "its load was cancelled"
-"""Why an index is paused whose load someone cancelled: it is not loaded again without being asked."""
 
 
 MOVED_AT_ONCE = 2_000

@@ -21,6 +21,7 @@ from psycopg import sql
 from cdcsync.config import Config
 from cdcsync.config.names import beside_name, quote
 from cdcsync.errors import SetupError, UsageError
+from cdcsync.model.pauses import Pause
 from cdcsync.model.requests import Request, RequestAction
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
@@ -83,11 +84,7 @@ async def open_index(target: Connection, config: Config, name: str, *, even_paus
             hint="use its configuration",
         )
     if entry.pause is not None and not even_paused and not await _mended(target, config, name):
-        raise SetupError(
-            f"the index is paused: {entry.pause}",
-            where=f"index {name}",
-            hint="correct that; the worker then reads the whole table again and resumes the index by itself",
-        )
+        raise _paused("the index", entry.pause, where=f"index {name}")
     return spec
 
 
@@ -102,11 +99,15 @@ async def require_followed(target: Connection, config: Config, beside: IndexSpec
     if entry is None:
         raise SetupError("the generation is gone", where=where, hint="`cdcsync status` shows what is there")
     if entry.pause is not None:
-        raise SetupError(
-            f"the generation is paused: {entry.pause}",
-            where=where,
-            hint="correct that; the worker then reads the whole table again and resumes it by itself",
-        )
+        raise _paused("the generation", entry.pause, where=where)
+
+
+def _paused(what: str, pause: Pause, *, where: str) -> SetupError:
+    """Return the refusal to read rows again for an index or a generation that is paused."""
+    if pause.needs_a_start:
+        return SetupError(f"{what} is paused: {pause.reason}", where=where, hint=pause.remedy)
+    hint = f"correct that; the worker then reads the whole table again and resumes {what} by itself"
+    return SetupError(f"{what} is paused: {pause}", where=where, hint=hint)
 
 
 async def _mended(target: Connection, config: Config, name: str) -> bool:

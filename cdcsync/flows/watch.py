@@ -24,7 +24,7 @@ from cdcsync.errors import (
     TablesChanged,
     Unavailable,
 )
-from cdcsync.flows.build import LOAD_CANCELLED, pause_after
+from cdcsync.flows.build import pause_after
 from cdcsync.flows.setup.differences import (
     ask_for,
     difference_of,
@@ -358,5 +358,5 @@ class Watch:
             # A load of it has ended without success.
             self._noted.add(name)
             self._pauses.note_standing(name, now)
-        if self._pauses.due(name, now) and not (entry.reason or "").startswith(LOAD_CANCELLED):
+        if self._pauses.due(name, now) and entry.pause is not None and not entry.pause.needs_a_start:
             raise TablesChanged("it may be followed again", where=f"index {name}")

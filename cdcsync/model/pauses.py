@@ -26,6 +26,10 @@ MOST_DELAY_S = 3_600.0
 each attempt reads the table from its beginning, so the pauses double up to an hour."""
 
 
+LOAD_CANCELLED = "its load was cancelled"
+"""Why an index is paused whose load someone cancelled: it is not loaded again without being asked."""
+
+
 class Pause(msgspec.Struct, frozen=True):
     """Why an index does not follow its table.
 
@@ -42,6 +46,11 @@ class Pause(msgspec.Struct, frozen=True):
     def of(cls, error: SchemaChanged) -> Pause:
         """Return the pause that an error calls for."""
         return cls(f"{error.message}, of the row {error.row}" if error.row else error.message, error.hint)
+
+    @property
+    def needs_a_start(self) -> bool:
+        """Whether the worker has to be started again to resume the index; it ends any other pause by itself."""
+        return self.reason.startswith(LOAD_CANCELLED)
 
     def __str__(self) -> str:
         return f"{self.reason}; {self.remedy}" if self.remedy else self.reason

@@ -5,14 +5,14 @@ Source: PostgreSQL, "Using EXPLAIN"; "Row Estimation Examples".
 
 from __future__ import annotations
 
-from typing import cast
+from typing import LiteralString, NamedTuple, cast
 
 import msgspec
 from psycopg import sql
 
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names
+from cdcsync.target.ddl.names import DISCARDED_ATTEMPTS, MAX_ATTEMPTS, Names
 
 COUNT_UP_TO = 200_000
 """Rows that are counted one by one, in some tens of milliseconds. Of larger tables the planner's estimate is taken."""
@@ -28,6 +28,16 @@ ROW_BYTES = 28
 """The least that a row takes: its header and its line pointer. A table of so many pages has no more rows than that."""
 
 
+_STATES = {"most": sql.Literal(MAX_ATTEMPTS), "discarded": sql.Literal(DISCARDED_ATTEMPTS)}
+
+_COUNTED: LiteralString = (
+    "count(*) FILTER (WHERE attempts < {most}), count(*) FILTER (WHERE attempts < {most} AND lane = 0),"
+    " count(*) FILTER (WHERE attempts >= {most} AND attempts < {discarded}),"
+    " count(*) FILTER (WHERE attempts >= {discarded})"
+)
+"""The figures of `_Backlog`, of rows of the backlog."""
+
+
 class Counts(msgspec.Struct, frozen=True):
     """An index's figures; `estimated` when not all are exact. `documents` is None when chunks are estimated.
 
@@ -41,7 +51,17 @@ class Counts(msgspec.Struct, frozen=True):
     backlog: int
     backlog_live: int
     failed: int
+    discarded: int
     estimated: bool
+
+
+class _Backlog(NamedTuple):
+    """Chunks that wait, those of the live lane among them; texts that failed; those that were discarded then."""
+
+    waiting: int
+    live: int
+    failed: int
+    discarded: int
 
 
 async def count_index(target: Connection, names: Names, generation: int) -> Counts:
@@ -58,9 +78,9 @@ async def count_index(target: Connection, names: Names, generation: int) -> Coun
     if exact_vectors:
         (vectors,) = await _numbers(target, sql.SQL("SELECT count(*) FROM {}").format(settled))
     fresh, exact_fresh = await _count_fresh(target, names.fresh(generation), most=chunks - vectors)
-    backlog, backlog_live, failed, exact_backlog = await _count_backlog(target, names, generation)
+    backlog, exact_backlog = await _count_backlog(target, names, generation)
     exact = exact_chunks and exact_vectors and exact_fresh and exact_backlog
-    return Counts(documents, chunks, vectors + fresh, fresh, backlog, backlog_live, failed, not exact)
+    return Counts(documents, chunks, vectors + fresh, fresh, *backlog, estimated=not exact)
 
 
 async def _small(target: Connection, *tables: sql.Identifier) -> bool:
@@ -79,55 +99,53 @@ async def _small(target: Connection, *tables: sql.Identifier) -> bool:
 
 async def _count_small(target: Connection, names: Names, generation: int) -> Counts:
     """Count a small index in one statement: a worker may have many of them."""
-    chunks, documents, settled, fresh, waiting, live, failed = await _numbers(
+    chunks, documents, settled, fresh, *backlog = await _numbers(
         target,
         sql.SQL(
             "SELECT c.*, v.*, f.*, b.* FROM"
             " (SELECT count(*), count(*) FILTER (WHERE chunk_no = 0) FROM {chunks}) AS c,"
             " (SELECT count(*) FROM {settled}) AS v, (SELECT count(*) FROM {fresh}) AS f,"
-            " (SELECT count(*) FILTER (WHERE attempts < {most}),"
-            " count(*) FILTER (WHERE attempts < {most} AND lane = 0), count(*) FILTER (WHERE attempts >= {most})"
-            " FROM {backlog} WHERE generation = {generation}) AS b"
+            " (SELECT " + _COUNTED + " FROM {backlog} WHERE generation = {generation}) AS b"
         ).format(
             chunks=names.chunks,
             **names.tiers(generation),
             backlog=names.backlog,
             generation=sql.Literal(generation),
-            most=sql.Literal(MAX_ATTEMPTS),
+            **_STATES,
         ),
     )
-    return Counts(documents, chunks, settled + fresh, fresh, waiting, live, failed, estimated=False)
+    return Counts(documents, chunks, settled + fresh, fresh, *_Backlog(*backlog), estimated=False)
 
 
-async def _count_backlog(target: Connection, names: Names, generation: int) -> tuple[int, int, int, bool]:
-    """Return how many chunks wait, those of the live lane among them, those that failed, and whether that is exact.
+async def _count_backlog(target: Connection, names: Names, generation: int) -> tuple[_Backlog, bool]:
+    """Return how many chunks are in the backlog, and whether that is exact.
 
     During a first load the backlog is as large as the index, and afterwards it is full of dead rows, which spoils
     estimates: so it is counted up to the limit. Failures are few, and someone is called for each: they are always
-    counted.
+    counted, and so are those that were discarded.
     """
     parts = {
         "backlog": names.backlog,
         "generation": sql.Literal(generation),
-        "most": sql.Literal(MAX_ATTEMPTS),
         "limit": sql.Literal(COUNT_UP_TO + 1),
+        **_STATES,
     }
     up_to_the_limit = sql.SQL(
-        "SELECT count(*) FILTER (WHERE attempts < {most}), count(*) FILTER (WHERE attempts < {most} AND lane = 0),"
-        " count(*) FILTER (WHERE attempts >= {most})"
-        " FROM (SELECT attempts, lane FROM {backlog} WHERE generation = {generation} LIMIT {limit}) AS b"
+        "SELECT " + _COUNTED + " FROM"
+        " (SELECT attempts, lane FROM {backlog} WHERE generation = {generation} LIMIT {limit}) AS b"
     ).format(**parts)
-    waiting, live, failed = await _numbers(target, up_to_the_limit)
-    if waiting + failed <= COUNT_UP_TO:
-        return waiting, live, failed, True
+    counted = _Backlog(*await _numbers(target, up_to_the_limit))
+    if counted.waiting + counted.failed + counted.discarded <= COUNT_UP_TO:
+        return counted, True
     by_lane = sql.SQL(
         "SELECT (SELECT count(*) FROM (SELECT FROM {backlog} WHERE generation = {generation} AND lane = 0"
-        " AND attempts < {most} LIMIT {limit}) AS b),"
-        " (SELECT count(*) FROM {backlog} WHERE generation = {generation} AND attempts >= {most})"
+        " AND attempts < {most} LIMIT {limit}) AS b), f.* FROM (SELECT"
+        " count(*) FILTER (WHERE attempts < {discarded}), count(*) FILTER (WHERE attempts >= {discarded})"
+        " FROM {backlog} WHERE generation = {generation} AND attempts >= {most}) AS f"
     ).format(**parts)
-    live, failed = await _numbers(target, by_lane)
-    planned = await _planned(target, names.backlog)
-    return max(waiting, live, planned - failed), live, failed, False
+    live, failed, discarded = await _numbers(target, by_lane)
+    planned = await _planned(target, names.backlog) - failed - discarded
+    return _Backlog(max(counted.waiting, live, planned), live, failed, discarded), False
 
 
 async def _count_fresh(target: Connection, fresh: sql.Identifier, *, most: int) -> tuple[int, bool]:

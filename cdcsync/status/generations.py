@@ -25,9 +25,10 @@ class GenerationStatus(msgspec.Struct, frozen=True):
     """One generation of an index.
 
     `state` is `live`, or else `filling`, `ready`, `activating` or `dropping`. Of `chunks`, `vectors` have a vector,
-    `waiting` wait for one, and `failed` cannot have one. `rate` is in chunks a second over the whole fill, `eta_s` in
-    seconds; both are None unless it is being filled. `bytes` is the disk space of its tables and indexes. `reason` says
-    why it cannot be filled or built now, `refusal` why it was not dropped or made live when that was last asked.
+    `waiting` wait for one, `failed` cannot have one, and of `discarded` nobody tries to make one any more. `rate` is in
+    chunks a second over the whole fill, `eta_s` in seconds; both are None unless it is being filled. `bytes` is the
+    disk space of its tables and indexes. `reason` says why it cannot be filled or built now, `refusal` why it was not
+    dropped or made live when that was last asked.
     `own_chunks` says in which keys a generation that has chunks of its own is unlike the live one; it is empty for one
     that shares the live one's chunks. `read` is the share of the table's rows that it was made of so far, while it is
     filled. `failed_documents` is how many rows at least no document could be made of, in a generation that has chunks
@@ -57,6 +58,7 @@ class GenerationStatus(msgspec.Struct, frozen=True):
     own_chunks: list[str] = []
     read: float | None = None
     failed_documents: int = 0
+    discarded: int = 0
 
 
 async def read_generations(
@@ -130,10 +132,11 @@ async def _read(
         " extract(epoch FROM clock_timestamp() - %s)::float8 FROM unnest(%s::text[]) AS t",
         [one.begun_at, tiers],
     )
-    chunks = vectors = waiting = failed = 0
+    chunks = vectors = waiting = failed = discarded = 0
     if there:
         counts = await count_index(connection, names, number)
         chunks, vectors, waiting, failed = counts.chunks, counts.vectors, counts.backlog, counts.failed
+        discarded = counts.discarded
     recall = None
     if evaluated:
         recall = (await evaluations.latest(connection, schema, {entry.name: number})).get(entry.name)
@@ -156,5 +159,6 @@ async def _read(
         bytes=size,
         recall=None if recall is None else recall.recall,
         rate=None if rate is None else round(rate, 1),
-        eta_s=None if rate is None else round(max(0, chunks - vectors - failed) / rate, 1),
+        eta_s=None if rate is None else round(max(0, chunks - vectors - failed - discarded) / rate, 1),
+        discarded=discarded,
     )

@@ -132,6 +132,8 @@ class EmbedderStatus(msgspec.Struct, frozen=True):
 class IndexStatus(msgspec.Struct, frozen=True):
     """One index. `backlog_live` is part of `backlog`, `failed` is not; `recall` is of this generation's vectors.
 
+    `discarded` are chunks whose text failed and was discarded: they are part of neither, and need nobody.
+
     `proven_equal_at` is when the last audit of the whole index ended that found nothing to differ, `differed_at` when
     one last found something, which was read again. `undecided` documents are left out of that proof: they changed
     each time the audit looked at them.
@@ -146,7 +148,7 @@ class IndexStatus(msgspec.Struct, frozen=True):
     `where` is the condition on its rows. `tables` are the tables of an index over many, whose patterns are `table`.
 
     `unreadable` is why its tables could not be read and how to fix that: the figures from `documents` to `failed`,
-    `fresh` and `generations` are then not known, and have the values that they have without rows.
+    `discarded`, `fresh` and `generations` are then not known, and have the values that they have without rows.
 
     `locked` is who has kept everybody from reading one of its source tables, or from writing to its own in the target,
     for a while, if anybody has.
@@ -191,6 +193,7 @@ class IndexStatus(msgspec.Struct, frozen=True):
     tables: list[str] = []
     unreadable: str | None = None
     locked: str | None = None
+    discarded: int = 0
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -71,7 +71,7 @@ def progress(index: IndexStatus, hnsw: tuple[int, int] | None = None) -> list[Pr
         parts.append(Progress("rows", index.documents, index.documents, 0.0))
     waiting = index.backlog - index.backlog_live
     if index.state == "building" or ((loading or waiting) and index.chunks):
-        done = max(0, index.chunks - index.backlog - index.failed)
+        done = max(0, index.chunks - index.backlog - index.failed - index.discarded)
         parts.append(Progress("vectors", done, _chunks_in_the_end(index) if index.chunks else None))
     if hnsw is not None:
         parts.append(Progress("hnsw", *hnsw))

@@ -192,6 +192,12 @@ def _fresh(index: IndexStatus) -> str:
     return f"{index.fresh:,} fresh vectors add {index.fresh_scan_ms:g} ms to a search{moving}"
 
 
+def _discarded(name: str, index: IndexStatus) -> str:
+    """Say how many chunks have no vector because their text was discarded, and what shows which."""
+    chunks = "1 chunk has" if index.discarded == 1 else f"{index.discarded:,} chunks have"
+    return f"{chunks} no vector, as the text was discarded: cdcsync failures {name} list --discarded"
+
+
 def _backfill(backfill: BackfillStatus) -> str:
     if backfill.phase == "orphans":
         return f"{backfill.kind} {backfill.state}: looking for rows that are gone from the source"
@@ -210,6 +216,7 @@ def _generation(one: GenerationStatus) -> str:
     filled = "" if share == 1.0 else f", {share:.0%} of {one.chunks:,} chunks"
     left = "" if one.eta_s is None else f", {human_seconds(one.eta_s)} left"
     failed = f", {one.failed:,} failed" if one.failed else ""
+    failed += f", {one.discarded:,} discarded" if one.discarded else ""
     recall = "" if one.recall is None else f", recall {one.recall:.3f}"
     made = f"{one.embedder or one.model}, {one.vector_type}({one.dimensions}), {one.distance}"
     return f"generation {one.generation} {one.state}: {made}{filled}{left}{failed}{recall}, {human_bytes(one.bytes)}"
@@ -290,6 +297,8 @@ def _notes(status: Status) -> list[RenderableType]:
         if index.proven_equal_at is not None:
             age = _ago(index.proven_equal_at, status.read_at)
             grid.add_row("›", Text(f"{name}: proven equal to the source {age}{_but_for(index.undecided)}"))
+        if index.discarded:
+            grid.add_row("›", Text(f"{name}: {_discarded(name, index)}"))
         if index.fresh_scan_ms is not None:
             grid.add_row("›", Text(f"{name}: {_fresh(index)}"))
         if index.recall is not None:

@@ -1,5 +1,9 @@
 """The backlog: the chunks that have no current vector yet. It is the queue of the embed loop and its dead-letter list.
 
+Each chunk without a vector of its text has a row here, whose attempts say what is to become of it. Below
+`MAX_ATTEMPTS` it waits for the embed loop; from there on it has failed, and waits for an operator; from
+`DISCARDED_ATTEMPTS` on the operator has discarded it, and nobody tries it until the text changes.
+
 The embed loop writes a vector only where it holds the lock of the chunk's backlog row and that row still names the
 text the vector was made from. Rows that apply is changing at that moment are skipped, never waited for.
 """
@@ -21,7 +25,7 @@ from cdcsync.postgres.locking import WRITERS_WAIT, Lock, exclusive_locks
 from cdcsync.postgres.queries import BY_INDEX, fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
-from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
+from cdcsync.target.ddl.names import DISCARDED_ATTEMPTS, MAX_ATTEMPTS, Names, vector_schema
 from cdcsync.target.ddl.tiers import DISCARDED
 from cdcsync.target.vectors import converted, register_vectors, wire_form, within_reach
 
@@ -50,7 +54,7 @@ class Waiting(msgspec.Struct, frozen=True):
 
 
 class BacklogCounts(msgspec.Struct, frozen=True):
-    """How many chunks wait, by lane, and how many have failed finally."""
+    """How many chunks wait, by lane, and how many have failed finally; those that were discarded are in neither."""
 
     live: int
     backfill: int
@@ -81,6 +85,9 @@ class Backlog:
             # An expression, which no index has: the one that serves is that of the other condition.
             "of_generation": sql.SQL("generation + 0 = {}").format(sql.Literal(spec.generation)),
             "attempts": sql.Literal(MAX_ATTEMPTS),
+            # Not the condition of the index of what is due either.
+            "waits": sql.SQL("attempts + 0 < {}").format(sql.Literal(MAX_ATTEMPTS)),
+            "discarded_attempts": sql.Literal(DISCARDED_ATTEMPTS),
         }
         self._wire_form = wire_form(spec)
 
@@ -148,18 +155,18 @@ class Backlog:
         return [one for one in locks if one.granted]
 
     async def still_waiting(self, hashes: Sequence[bytes]) -> set[bytes]:
-        """Return those texts that some chunk still needs a vector of."""
+        """Return those texts that some chunk still waits for a vector of."""
         cursor = await self._connection.execute(
             self._sql(
                 "SELECT h FROM unnest(%s::bytea[]) AS h WHERE EXISTS (SELECT FROM {backlog}"
-                " WHERE generation = {generation} AND content_hash = h OFFSET 0)"
+                " WHERE generation = {generation} AND content_hash = h AND {waits} OFFSET 0)"
             ),
             [list(hashes)],
         )
         return {cast(bytes, row[0]) for row in await cursor.fetchall()}
 
     async def store(self, vectors: Mapping[bytes, npt.NDArray[np.float32]]) -> int:
-        """Store vectors for every waiting chunk with one of these texts; returns how many chunks."""
+        """Store vectors for every chunk in the backlog with one of these texts; returns how many chunks."""
         if not vectors:
             return 0
         async with self._storing() as store:
@@ -258,12 +265,14 @@ class Backlog:
     async def postpone(self, hashes: Sequence[bytes], error: str, *, delay_s: float, final: bool = False) -> int:
         """Note a failure of these texts: they are due again after `delay_s` seconds, or never when `final`.
 
+        A chunk with an equal text that failed before, or was discarded, stays as it is.
+
         :returns: of how many chunks that could be noted.
         """
         cursor = await self._connection.execute(
             self._sql(
                 "WITH due AS (SELECT b.chunk_id FROM unnest(%s::bytea[]) AS h CROSS JOIN LATERAL"
-                " (SELECT chunk_id FROM {backlog} WHERE generation = {generation} AND content_hash = h"
+                " (SELECT chunk_id FROM {backlog} WHERE generation = {generation} AND content_hash = h AND {waits}"
                 " FOR UPDATE SKIP LOCKED) AS b)"
                 " UPDATE {backlog} AS b SET attempts = CASE WHEN %s THEN {attempts} ELSE b.attempts + 1 END,"
                 " error = %s, next_attempt_at = now() + make_interval(secs => %s)"
@@ -275,14 +284,14 @@ class Backlog:
         return cursor.rowcount
 
     async def counts(self) -> BacklogCounts:
-        """Return how many chunks wait."""
+        """Return how many chunks wait or have failed."""
         row = await fetch_row(
             self._connection,
             self._sql(
                 "SELECT count(*) FILTER (WHERE attempts < {attempts} AND lane = 0),"
                 " count(*) FILTER (WHERE attempts < {attempts} AND lane > 0),"
                 " count(*) FILTER (WHERE attempts >= {attempts})"
-                " FROM {backlog} WHERE generation = {generation}"
+                " FROM {backlog} WHERE generation = {generation} AND attempts < {discarded_attempts}"
             ),
         )
         return BacklogCounts(*cast(tuple[int, int, int], row))

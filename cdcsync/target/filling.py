@@ -215,7 +215,10 @@ class Filling:
         )
 
     async def lacking(self) -> int:
-        """Return how many chunks have no vector of their text and do not wait for one either: none, unless we err."""
+        """Return how many chunks have no vector of their text and no place in the backlog either: none, unless we err.
+
+        That place says why: a chunk waits for its vector, its text has failed, or it was discarded.
+        """
         (count,) = await fetch_one(
             self._connection,
             self._sql(

@@ -76,6 +76,9 @@ DDL: tuple[LiteralString, ...] = (
     "ALTER TABLE {schema}.generations ADD COLUMN IF NOT EXISTS refusal text",
     "COMMENT ON COLUMN {schema}.generations.refusal IS"
     " 'Why the worker did not drop the generation, or make it live, when that was last asked.'",
+    "ALTER TABLE {schema}.generations ADD COLUMN IF NOT EXISTS has_embedder boolean",
+    "COMMENT ON COLUMN {schema}.generations.has_embedder IS"
+    " 'Whether the worker that was started last has an embedder that makes these vectors; NULL: none has looked.'",
     # Those of the versions before this table.
     """
     INSERT INTO {schema}.generations
@@ -93,6 +96,7 @@ class Generation(msgspec.Struct, frozen=True):
 
     :ivar embedder: None in a row that an earlier version's index left.
     :ivar m: None, as `ef_construction`, where the configuration says it.
+    :ivar has_embedder: whether the worker that was started last has an embedder for it; None if none has looked.
     """
 
     index_name: str
@@ -115,6 +119,7 @@ class Generation(msgspec.Struct, frozen=True):
     live_at: datetime | None = None
     reason: str | None = None
     refusal: str | None = None
+    has_embedder: bool | None = None
 
     @classmethod
     def of(cls, spec: IndexSpec, state: State) -> Generation:
@@ -237,7 +242,7 @@ class Generations:
         facts = {
             name: value
             for name, value in msgspec.structs.asdict(one).items()
-            if name not in ("begun_at", "filled_at", "ready_at", "live_at")
+            if value is not None and name not in ("begun_at", "filled_at", "ready_at", "live_at")
         }
         await connection.execute(
             sql.SQL("INSERT INTO {} ({}) VALUES ({}) ON CONFLICT DO NOTHING").format(
@@ -343,6 +348,13 @@ class Generations:
         await connection.execute(
             sql.SQL("UPDATE {} SET reason = %s WHERE index_name = %s AND generation = %s").format(self._table),
             [reason, index, generation],
+        )
+
+    async def note_embedder(self, connection: Connection, index: str, generation: int, has_embedder: bool) -> None:
+        """Note whether the worker has an embedder that makes the vectors of a generation."""
+        await connection.execute(
+            sql.SQL("UPDATE {} SET has_embedder = %s WHERE index_name = %s AND generation = %s").format(self._table),
+            [has_embedder, index, generation],
         )
 
     async def remove(self, connection: Connection, index: str, generation: int) -> None:

@@ -18,6 +18,7 @@ import msgspec
 import structlog
 
 from cdcsync.config import Config, RemoteEmbedder, tokens_per_day
+from cdcsync.config.names import own_name
 from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import (
@@ -43,6 +44,7 @@ from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.flows.follow.stream import Stream
 from cdcsync.flows.heartbeat import send_heartbeats
 from cdcsync.flows.migrate.fill import Fill
+from cdcsync.flows.migrate.models import note_embedders
 from cdcsync.flows.retention import watch_slot
 from cdcsync.flows.settle import Settle
 from cdcsync.flows.setup.approval import Held
@@ -220,7 +222,8 @@ class Pipeline:
                     index=one.name,
                     generation=one.generation,
                     model=one.model,
-                    fix=f"put its [embedders] section back, or drop it: cdcsync migrate {one.name} drop",
+                    fix="put its [embedders] section back and start the worker again, or drop it:"
+                    f" cdcsync migrate {own_name(one.name)} drop",
                 )
                 continue
             loop = EmbedLoop(self.embedding, one, dispatcher, metrics, searched=False, alike=spec.alike(one))
@@ -288,6 +291,7 @@ class Pipeline:
                 return "outdated"
             await recall(target, *self._pipeline, self.dispatchers)
             await set_up_indexes(target, config, specs, catalog, waiting, known=self._known)
+            await note_embedders(target, config, {name: one.embedder for name, one in self.dispatchers.items()})
             await self.session.prepare(self.specs)
         self.streaming.fit(server.wal_sender_timeout_s)
         return "ready"

@@ -84,6 +84,7 @@ EXEMPT = {
     ("source/catalog.py", "in_doubt"): "writes what nobody reads",
     ("target/search/query.py", "search"): "reads only",
     ("target/search/query.py", "check_condition"): "reads only",
+    ("target/ddl/filters.py", "read_value"): "reads only",
     ("target/search/query.py", "_session_function"): "makes a function of its own session",
     ("target/requests/queue.py", "end_page"): "runs in the transaction of its batch",
     ("target/requests/submission.py", "action"): "asked for by commands",

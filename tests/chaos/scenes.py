@@ -548,6 +548,7 @@ UPGRADING = "tests/server/target/ddl/test_upgrading.py"
 REQUESTED = "tests/server/flows/audit/test_requested.py"
 PLAN = "tests/server/flows/test_plan.py"
 START = "tests/server/flows/setup/test_start.py"
+WITHDRAWAL = "tests/server/flows/migrate/test_withdrawal.py"
 
 ELSEWHERE: dict[str, str] = {
     "fence raised by a command": "tests/server/scenarios/test_other_chunks.py",
@@ -576,9 +577,11 @@ ELSEWHERE: dict[str, str] = {
     ),
     **dict.fromkeys(("approval given", "approvals removed"), PLAN),
     "slot that is made again dropped": START,
+    **dict.fromkeys(("activation withdrawn", "withdrawn activation committed"), WITHDRAWAL),
 }
 """Crash points that a history does not come to, and the tests that kill at them: they need thousands of rows or of
-changes, an index of an earlier version, an operator's approval, or a table that is created while the slot is."""
+changes, an index of an earlier version, an operator's approval or rollback, or a table that is created while the slot
+is."""
 
 
 def reachable() -> list[str]:

@@ -370,8 +370,8 @@ MUTANTS = (
     Mutant(
         "vectors of one model are stored for another one too",
         "target/apply.py",
-        "along = changes.vectors if one.model == self._spec.model else {}",
-        "along = changes.vectors",
+        "one is self._spec else one.usable(changes.vectors) if self._same_model(one) else {}",
+        "True else {}",
         "tests",
         "tests/server/target/test_filling.py::test_a_page_gives_vectors_to_some_chunks_and_queues_the_others",
         "assert 0 == 1",

@@ -59,6 +59,12 @@ def asks_for(pipeline: Pipeline, text: str) -> None:
     pipeline.start(PYTHONPATH=str(ROOT))
 
 
+def noted(pipeline: Pipeline, *known: bool) -> None:
+    """Wait until the worker has noted which generations of an index it has an embedder for."""
+    notes = "SELECT array_agg(has_embedder ORDER BY generation) FROM cdcsync.generations"
+    until(lambda: pipeline.target.execute(notes).fetchone() == ([*known],), pipeline.tail)
+
+
 def wanted(database: Database) -> str:
     """Return the configuration that asks for the vectors of the new model and still has the old one."""
     return configuration(database.dsn, embedders=BOTH, indexes={"articles": {"embedder": "new"}})

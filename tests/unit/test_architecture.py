@@ -80,6 +80,36 @@ def test_each_folder_lists_its_files_in_the_order_in_which_they_import(folder: P
     assert not upwards
 
 
+KEPT = {
+    # Of one attempt, raised for those alone who wait for it.
+    ("embedders/ray.py", "self._failure"),
+}
+"""Errors that are raised although they were made before, and why that keeps little."""
+
+
+def test_each_error_that_is_raised_is_a_new_one() -> None:
+    """One that is raised again and again keeps the frames of every time, and with them the call's arguments."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assigned = {
+            target.id
+            for node in tree.body
+            if isinstance(node, ast.Assign | ast.AnnAssign)
+            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+            if isinstance(target, ast.Name)
+        }
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Raise) or node.exc is None:
+                continue
+            raised = node.exc
+            held = isinstance(raised, ast.Attribute) and ast.unparse(raised.value) == "self"
+            of_module = isinstance(raised, ast.Name) and (raised.id in assigned or raised.id.isupper())
+            if held or of_module:
+                found.add((str(path.relative_to(PACKAGE)), ast.unparse(raised)))
+    assert found == KEPT
+
+
 def test_each_module_has_a_test_file_of_its_name_or_a_word_about_where_it_runs() -> None:
     section = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Find your way")[1].split("\n## ")[0]
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]

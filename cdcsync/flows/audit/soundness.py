@@ -3,8 +3,8 @@
 Every committed state of the index holds to these: a chunk's hash is that of its text; the chunks of a document are
 numbered without a gap, are as many as each of them says, and agree on what the document is; each chunk has a vector of
 its text in every generation, or is in the backlog; each vector belongs to a chunk, is of the model's dimensions and
-finite; each row of the backlog belongs to a chunk. Such a chunk waits for its vector, or its text has been given up,
-which is listed as a failure.
+finite; each row of the backlog belongs to a chunk. Such a chunk waits for its vector, or its text has failed, which is
+listed, or it failed and was discarded, which is as its operator wants it.
 
 Source: pgvector's README (vector_norm, l2_norm, vector_dims).
 """
@@ -24,7 +24,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons
 from cdcsync.postgres.queries import fetch_one, fetch_texts
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.relations import MAX_ATTEMPTS, Names, vector_schema
+from cdcsync.target.ddl.names import DISCARDED_ATTEMPTS, MAX_ATTEMPTS, Names, vector_schema
 from cdcsync.target.generations import Generations
 
 Fault = Literal[
@@ -129,6 +129,7 @@ def _parts_of(names: Names, extension: str, one: IndexSpec) -> dict[str, sql.Com
         "vectors": names.vectors(one.generation),
         **names.tiers(one.generation),
         "tried": sql.Literal(MAX_ATTEMPTS),
+        "discarded": sql.Literal(DISCARDED_ATTEMPTS),
         "dimensions": sql.SQL("{}.vector_dims(v.embedding)").format(sql.Identifier(extension)),
         "norm": sql.SQL("{}." + norm).format(sql.Identifier(extension)),
         "right": sql.Literal(one.dimensions),
@@ -146,7 +147,7 @@ DAMAGED: LiteralString = (
 )
 
 VECTOR_FAULTS: dict[Fault, LiteralString] = {
-    "failed": "b.attempts >= {tried}",
+    "failed": "b.attempts >= {tried} AND b.attempts < {discarded}",
     "vector_missing": "b.chunk_id IS NULL AND v.chunk_id IS NULL",
     "vector_stale": "b.chunk_id IS NULL AND v.content_hash <> c.content_hash",
     "vector_dimensions": "{dimensions} <> {right}",

@@ -7,10 +7,12 @@ The worker fills and drops generations, as it writes all of them; a command asks
 
     present   the generations that an index has
     compare   two generations beside each other
+    models    whether the configurations of worker and command have an embedder for a generation
     beside    `migrate start` to other chunks
     start     `migrate start`
     switch    `migrate activate` and `rollback`
     drop      `migrate drop`
+    withdrawal  requests whose command was interrupted
     fill      the vectors of a generation, from the stored chunks; and its HNSW index
 
 The commands check, change something in one transaction, and return what an operator sees. Done twice, they find their

@@ -7,24 +7,21 @@ the pipeline's lock makes it (`flows/setup/exchange`). Whether the generation is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import anyio
 import msgspec
 
 from cdcsync.config import Config
 from cdcsync.config.names import beside_name
-from cdcsync.embedders import Embedder
 from cdcsync.errors import SetupError
+from cdcsync.flows.migrate.models import Models
 from cdcsync.flows.migrate.present import opened, other_generation
 from cdcsync.flows.setup.attempts import attempt, withdraw
 from cdcsync.flows.setup.exchange import do_without_worker
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection
-from cdcsync.preflight import build_embedders
-from cdcsync.preflight.findings import Finding
-from cdcsync.preflight.generations import embedder_of
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.status.counting import Counts, count_index
 from cdcsync.target.ddl.chunks_view import chunks_view_name
@@ -83,11 +80,13 @@ async def _require_complete(
     if _lacking(other) - _lacking(live) <= min(other.backlog, UNDER_WAY * other.chunks):
         return
     remedies = [f"see why: cdcsync failures {entry.name} list"] if other.failed else []
-    remedies += ["wait for the worker"] if _lacking(other) > other.failed else []
+    remedies += [f"try them again: cdcsync failures {entry.name} retry --discarded"] if other.discarded else []
+    remedies += ["wait for the worker"] if _lacking(other) > other.failed + other.discarded else []
+    discarded = f", {other.discarded:,} discarded" if other.discarded else ""
     raise SetupError(
         f"generation {generation} lacks the vectors of {_lacking(other):,} of {other.chunks:,} chunks"
-        f" ({other.failed:,} failed, {other.backlog:,} wait), and the live one of {_lacking(live):,}: searches would"
-        " find less with it",
+        f" ({other.failed:,} failed, {other.backlog:,} wait{discarded}), and the live one of {_lacking(live):,}:"
+        " searches would find less with it",
         where=f"index {entry.name}",
         hint=f"{', or '.join(remedies)}; --yes switches all the same",
     )
@@ -105,55 +104,85 @@ async def _require_documents(connection: Connection, schema: str, entry: Entry, 
         )
 
 
-def _require_embedder(one: Generation, embedders: dict[str, Embedder], findings: Sequence[Finding]) -> None:
-    """Refuse a generation that could not be kept: the index would be paused with the switch.
-
-    :raises SetupError: the configuration has no embedder that makes its vectors.
-    """
-    if embedder_of(one, embedders) is not None:
-        return
-    unusable = "".join(f"; {one.where} cannot be used: {one.message}" for one in findings)
-    raise SetupError(
-        f"no [embedders] section makes the vectors of generation {one.generation}, by {one.model} ({one.dimensions}"
-        " dimensions): the index would be paused",
-        where=f"index {one.index_name}",
-        hint=f"put its section back beside the other, under any name, and start the worker again{unusable}",
-    )
-
-
 def _lacking(counts: Counts) -> int:
     """Return how many chunks have no vector of their text; of a large index, those that are known by the backlog."""
-    known = counts.backlog + counts.failed
+    known = counts.backlog + counts.failed + counts.discarded
     return known if counts.estimated else max(known, counts.chunks - counts.vectors)
+
+
+class _Choice(NamedTuple):
+    """The generation that is live now, and the index that has the chunks of the other one if those are its own."""
+
+    live: int
+    beside: Entry | None
+
+
+async def _checked(
+    connection: Connection,
+    config: Config,
+    models: Models,
+    index: str,
+    generation: int,
+    *,
+    confirmed: bool,
+    lock: bool = False,
+) -> _Choice:
+    """Refuse a generation that may not become live, and return what a switch to it needs to know.
+
+    :param lock: keep others from changing that until the transaction around this ends.
+    :raises SetupError: as `check`.
+    """
+    schema = config.target.schema
+    entry = await Registry(schema).find(connection, index, lock=lock)
+    generations = await Generations(schema).around(connection, index, lock=lock)
+    assert entry is not None
+    if entry.generation == generation:
+        return _Choice(generation, None)
+    one = next((one for one in generations if one.generation == generation), None)
+    one = _require_ready(entry, one or other_generation(entry, generations))
+    models.require(one, confirmed=confirmed)
+    beside = await Registry(schema).find(connection, one.index_name) if one.of_other_chunks else None
+    if not confirmed:
+        await _require_complete(connection, schema, entry, generation, beside)
+    if beside is not None:
+        _require_live(beside)
+    return _Choice(entry.generation, beside)
+
+
+async def check(config: Config, index: str, generation: int, *, confirmed: bool = False) -> None:
+    """Refuse a generation as `switch` would, and change nothing.
+
+    Whether something is built on the view, or others have it locked, is not found before the switch.
+
+    :param confirmed: whether it may have fewer vectors than the one that is live, and the worker may lack its embedder.
+    :raises SetupError: it is not ready, or this configuration has no embedder for it; or, unless `confirmed`, it has
+        fewer vectors or the worker has no embedder for it.
+    """
+    models = Models.of(config)
+    async with opened(config, index) as (connection, _):
+        with speaking_of("target", where=f"index {index}"):
+            await _checked(connection, config, models, index, generation, confirmed=confirmed)
 
 
 async def switch(config: Config, index: str, generation: int, *, confirmed: bool = False) -> int:
     """Make a generation the live one, in one transaction; returns which was live before.
 
-    :param confirmed: whether it may have fewer vectors than the one that is live.
-    :raises SetupError: it is not ready, no embedder makes its vectors, it has fewer vectors and may not, something is
-        built on the view that would have to be dropped, or others have the view locked; nothing was changed.
+    If this is cancelled, the caller has to withdraw what is still asked for: see `withdrawal`.
+
+    :param confirmed: as for `check`.
+    :raises SetupError: as `check`; or something is built on the view that would have to be dropped, or others have the
+        view locked. Nothing was changed.
     """
-    schema = config.target.schema
-    findings: list[Finding] = []
-    embedders = build_embedders(config, findings)
+    schema, models = config.target.schema, Models.of(config)
 
     async def once(connection: Connection) -> int:
         async with connection.transaction():
-            entry = await Registry(schema).find(connection, index, lock=True)
-            generations = await Generations(schema).around(connection, index, lock=True)
-            assert entry is not None
-            before = entry.generation
+            before, beside = await _checked(
+                connection, config, models, index, generation, confirmed=confirmed, lock=True
+            )
             if before == generation:
                 return before
-            one = next((one for one in generations if one.generation == generation), None)
-            one = _require_ready(entry, one or other_generation(entry, generations))
-            _require_embedder(one, embedders, findings)
-            beside = await Registry(schema).find(connection, one.index_name) if one.of_other_chunks else None
-            if not confirmed:
-                await _require_complete(connection, schema, entry, generation, beside)
             if beside is not None:
-                _require_live(beside)
                 await Registry(schema).ask_for_activation(connection, index)
                 await Generations(schema).activation_asked(connection, beside.name, generation)
             else:

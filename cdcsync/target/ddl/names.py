@@ -20,6 +20,11 @@ OPERATORS: dict[Distance, str] = {"cosine": "<=>", "l2": "<->", "inner_product":
 MAX_ATTEMPTS = 8
 """After so many failures a chunk waits for an operator; with the delays between them that is about ten minutes."""
 
+DISCARDED_ATTEMPTS = 1_000_000
+"""Added to the attempts of a text that failed and that an operator discarded. Its row of the backlog stays, as the
+reason why the chunk has no vector, and goes as every other when the text changes. Earlier versions counted some
+failures beyond `MAX_ATTEMPTS`, but never so many."""
+
 OPCLASSES: dict[Distance, str] = {"cosine": "cosine_ops", "l2": "l2_ops", "inner_product": "ip_ops"}
 
 

@@ -272,6 +272,30 @@ def test_no_stream_of_short_requests_of_another_index_holds_a_replay_up(both: Pi
     assert "articles" in ended[:10]
 
 
+def test_after_a_first_load_was_cancelled_a_replay_is_refused_with_what_loads_the_index(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    slow = "backfill_page_rows = 5\nbackfill_max_rows_per_s = 5"
+    pipeline = make_pipeline(configuration(database.dsn, worker_lines=slow))
+    pipeline.source.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
+    pipeline.source.execute("INSERT INTO articles SELECT i, 'title ' || i FROM generate_series(1, 200) i")
+    pipeline.start()
+    pipeline.event("backfill_started")
+    pipeline.answer("replay", "articles", "--cancel")
+    paused = "SELECT FROM cdcsync.indexes WHERE state = 'paused'"
+    until(lambda: pipeline.target.execute(paused).fetchall(), pipeline.tail)
+
+    told = refused(pipeline, "replay", "articles")
+    assert "the index is paused: its load was cancelled" in told
+    assert "start the worker again to load it" in told
+    assert "by itself" not in told
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.configure(configuration(database.dsn))
+    pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+
+
 FOLLOWING = """
 SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'cdcsync replay'
 AND query LIKE 'SELECT%backfills%WHERE id = %'

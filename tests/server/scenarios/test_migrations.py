@@ -159,9 +159,9 @@ async def test_a_vector_that_the_caller_brings_is_never_compared_with_those_of_a
         named = SearchRequest(text, mode="vector", vector=embedded.vectors[0], generation=embedded.generation, k=1)
         answer = await service.search(Caller(), "articles", named)
         assert (answer.generation, answer.hits[0].content) == (1, text)
-        with pytest.raises(Problem, match="model since") as refusal:
+        with pytest.raises(Problem, match="the index has no generation 3 of vectors") as refusal:
             await service.search(Caller(), "articles", msgspec.structs.replace(named, generation=3))
-        assert refusal.value.status == 409
+        assert refusal.value.status == 422
         new = NEW.vectors([text])[0]
         for vectors in (
             await one.embed([text]),

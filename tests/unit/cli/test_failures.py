@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cdcsync.cli import main
@@ -21,8 +22,9 @@ from tests.support.configs import NO_SERVER
         (["articles", "forget"], 2, "forget"),
         (["articles"], 2, "discard"),
         (["articles", "list"], 1, "target"),
+        (["articles", "discard", "--discarded"], 2, "belongs to list and retry"),
     ],
-    ids=["unknown index", "unknown action", "no action", "no server"],
+    ids=["unknown index", "unknown action", "no action", "no server", "discarding what was discarded"],
 )
 def test_what_cannot_be_done_is_said(
     arguments: list[str], status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -72,3 +74,12 @@ def test_rows_that_are_not_listed_are_said_to_be_there(capsys: pytest.CaptureFix
 
 def test_nothing_that_failed_is_said_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown([], Listed(), capsys) == "nothing has failed"
+
+
+def test_texts_that_were_discarded_are_counted_or_listed_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    _print("articles", [], Listed(), 100, discarded=2)
+    assert " ".join(capsys.readouterr().out.split()) == (
+        "nothing has failed 2 texts were discarded; --discarded lists them, too"
+    )
+    discarded = msgspec.structs.replace(REFUSED, discarded=True)
+    assert "id=7 chunk 2 attempts 8 discarded 400: too long" in shown([discarded], Listed(), capsys)

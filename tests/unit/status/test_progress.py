@@ -34,8 +34,8 @@ def load(done: int, total: int | None, kind: Any = "initial") -> BackfillStatus:
             [("rows", 5, 20), ("vectors", 4, 36)],
         ),
         (
-            index("building", documents=20, chunks=30, backlog=17, failed=1),
-            [("rows", 20, 20), ("vectors", 12, 30)],
+            index("building", documents=20, chunks=32, backlog=17, failed=1, discarded=2),
+            [("rows", 20, 20), ("vectors", 12, 32)],
         ),
         (index("live", documents=20, chunks=30, backlog=12), [("vectors", 18, 30)]),
         (

@@ -218,6 +218,7 @@ def test_generations_are_shown_side_by_side_with_what_is_left() -> None:
         chunks=100,
         vectors=25,
         failed=1,
+        discarded=2,
         bytes=1024,
         recall=None,
         rate=5.0,
@@ -225,7 +226,19 @@ def test_generations_are_shown_side_by_side_with_what_is_left() -> None:
     )
     shown = printed(with_index(generations=[old, new]), width=140)
     assert "articles: generation 1 live: minilm, vector(384), cosine, recall 0.990, 2.0 kB" in shown
-    assert "generation 2 filling: e5, vector(768), cosine, 25% of 100 chunks, 15 s left, 1 failed, 1.0 kB" in shown
+    assert (
+        "generation 2 filling: e5, vector(768), cosine, 25% of 100 chunks, 15 s left, 1 failed, 2 discarded, 1.0 kB"
+        in shown
+    )
+
+
+@pytest.mark.parametrize(("chunks", "have"), [(1, "1 chunk has"), (2_000, "2,000 chunks have")])
+def test_chunks_whose_texts_were_discarded_are_shown_and_are_no_problem(chunks: int, have: str) -> None:
+    said = printed(with_index(discarded=chunks), width=200)
+    assert (
+        f"› articles: {have} no vector, as the text was discarded: cdcsync failures articles list --discarded" in said
+    )
+    assert "discarded" not in printed(with_index(discarded=0), width=200)
 
 
 def test_the_tables_and_the_condition_of_an_index_are_shown() -> None:

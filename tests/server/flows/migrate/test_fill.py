@@ -7,6 +7,7 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
+from tests import ROOT
 from tests.support.configs import Section, configuration
 from tests.support.migrations import (
     NEW,
@@ -19,6 +20,8 @@ from tests.support.migrations import (
     of_model,
     of_the_old_model,
     ready,
+    refused,
+    turned,
 )
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
@@ -66,6 +69,32 @@ def test_precision_distance_and_graph_change_without_a_text_embedded_again(
     assert "vector_l2_ops" in definition("farther")
     assert "m='24', ef_construction='100'" in definition("denser")
     assert "(((binary_quantize(embedding))::bit(8)) bit_hamming_ops)" in definition("signs")
+
+
+def test_texts_that_are_discarded_during_a_fill_do_not_begin_it_again(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    refusing: Section = {"type": "python", "class": "tests.support.turned:Refusing", "options": {"way": "b"}}
+    models = {"old": turned(OLD), "refusing": refusing}
+    pipeline = make_pipeline(configuration(database.dsn, embedders={"old": turned(OLD)}))
+    loaded(pipeline, "articles", rows=20)
+    asks_for(pipeline, configuration(database.dsn, embedders=models, indexes={"articles": {"embedder": "refusing"}}))
+    migrate(pipeline, "start", "--max-rows-per-s", "2")
+
+    def discard() -> int:
+        return int(pipeline.answer("failures", "articles", "discard", PYTHONPATH=str(ROOT))["discard"])
+
+    first = until(discard, lambda: f"a text that is refused; {pipeline.tail()}")
+    assert first < 20
+    migrate(pipeline, "start", "--max-rows-per-s", "1000")
+    ready(pipeline, 2)
+    assert "migration_incomplete" not in pipeline.log.read_text()
+    rest = discard()
+    assert first + rest == 20
+    told = refused(pipeline, "activate")
+    assert "generation 2 lacks the vectors of 20 of 20 chunks (0 failed, 0 wait, 20 discarded)" in told
+    assert "cdcsync failures articles retry --discarded" in told
+    assert migrate(pipeline, "activate", "--yes")["live"] == 2
 
 
 HOLDS = {

@@ -16,6 +16,7 @@ from tests.support.migrations import (
     filled,
     loaded,
     migrate,
+    noted,
     ready,
     refused,
     state,
@@ -44,6 +45,8 @@ def test_a_generation_that_lacks_more_vectors_becomes_live_with_a_yes_only(
     told = refused(pipeline, "activate")
     assert "generation 2 lacks the vectors of 20 of 20 chunks (20 failed, 0 wait), and the live one of 0" in told
     assert "cdcsync failures articles list" in told
+    assert refused(pipeline, "activate", "--dry-run") == refused(pipeline, "activate", "--dry-run", "--json") == told
+    assert migrate(pipeline, "activate", "--dry-run", "--yes")["switched"] is False
     failed = pipeline.answer("failures", "articles", "list", PYTHONPATH=str(ROOT))
     assert [one["generation"] for one in failed] == [2] * 20
     assert pipeline.answer("failures", "articles", "retry", PYTHONPATH=str(ROOT)) == {"retry": 20}
@@ -66,9 +69,9 @@ def test_a_generation_whose_embedder_has_no_section_does_not_become_live(
     old, new = ({one: BOTH[one]} for one in BOTH)
     without = configuration(database.dsn, embedders=old, indexes={"articles": {"embedder": "old"}})
     pipeline.path.write_text(without)
-    assert "no [embedders] section makes the vectors of generation 2, by python:turned:b" in refused(
-        pipeline, "activate"
-    )
+    told = refused(pipeline, "activate")
+    assert "no [embedders] section makes the vectors of generation 2, by python:turned:b" in told
+    assert refused(pipeline, "activate", "--dry-run") == told
     pipeline.path.write_text(wanted(database))
     migrate(pipeline, "activate")
     asks_for(pipeline, configuration(database.dsn, embedders=new, indexes={"articles": {"embedder": "new"}}))
@@ -78,6 +81,7 @@ def test_a_generation_whose_embedder_has_no_section_does_not_become_live(
     pipeline.in_step("articles")
     assert pipeline.answer("status")["indexes"]["articles"]["generation"] == 2
     asks_for(pipeline, wanted(database))
+    noted(pipeline, True, True)
     assert migrate(pipeline, "rollback")["live"] == 1
 
 
