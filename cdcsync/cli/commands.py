@@ -207,10 +207,12 @@ def check(
     """
     import msgspec
 
+    from cdcsync import logs
     from cdcsync.cli import printing, queries
     from cdcsync.cli.plans import print_summary
 
     configuration = _load(context, config)
+    logs.configure("error", configuration.worker.log_format)
     with printing.waiting("checking models, servers and tables"):
         findings, plan = _wait_for(lambda: queries.examine_all(configuration, deep=deep))
     wrong = any(finding.level == "error" for finding in findings)

@@ -120,7 +120,10 @@ def evaluate(
     """
     import anyio
 
+    from cdcsync import logs
+
     configuration = context.ensure_object(Invocation).load(config)
+    logs.configure("error", configuration.worker.log_format)
     if judged is not None and from_audit is not None:
         raise UsageError(
             "--judged and --from-audit cannot be combined", where="--from-audit", hint="leave one of them out"

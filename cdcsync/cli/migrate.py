@@ -128,6 +128,9 @@ def migrate(
         case Action.status:
             generations = anyio.run(interruptible, present.status, configuration, index)
             printing.print_json(generations) if as_json else _print_generations(index, generations)
+        case Action.activate if (already := anyio.run(interruptible, _live_already, configuration, index)) is not None:
+            text = f"generation {already} is live already; back to the other one: cdcsync migrate {index} rollback"
+            _say(as_json, {"index": index, "live": already, "before": None, "switched": False, "gates": []}, text)
         case Action.activate:
             outcome = anyio.run(
                 interruptible,
@@ -220,6 +223,14 @@ class _Outcome(NamedTuple):
             "judged": None if self.runs is None else {"live": self.runs[0], "other": self.runs[1]},
             "gates": [verdict._asdict() for verdict in self.verdicts],
         }
+
+
+async def _live_already(config: Config, index: str) -> int | None:
+    """Return the live generation if it is the newer one of two: a command that is repeated switches nothing back."""
+    from cdcsync.flows.migrate import switch
+
+    live, other = await switch.candidates(config, index)
+    return live.generation if other.generation < live.generation else None
 
 
 async def _activate(

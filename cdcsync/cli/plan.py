@@ -54,9 +54,11 @@ def plan(
     """
     import anyio
 
+    from cdcsync import logs
     from cdcsync.cli import plans, printing
 
     configuration = context.ensure_object(Invocation).load(config)
+    logs.configure("error", configuration.worker.log_format)
     for index in approve or ():
         configuration.index_named(index)
     findings, found, approved = anyio.run(interruptible, lambda: _plan(configuration, approve or []))

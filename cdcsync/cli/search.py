@@ -279,9 +279,11 @@ async def embed_query(
     vector = await embedded_by_worker(config, spec.config.embedder, spec.model, text)
     if vector is not None:
         return vector
+    from cdcsync import logs
     from cdcsync.embedders import embedder_of
     from cdcsync.embedders.queries import QueryEmbedder
 
+    logs.configure("error", config.worker.log_format)
     await before_loading()
     model = QueryEmbedder(embedder_of(config.embedders, spec.model, spec.config.embedder), timeout_s=math.inf)
     try:

@@ -20,6 +20,7 @@ from cdcsync.preflight.target import (
     relation_faults,
 )
 from cdcsync.target.ddl.languages import CJK
+from cdcsync.target.ddl.views import schemas_read
 
 
 async def examine_layout(
@@ -56,6 +57,12 @@ async def _view_faults(connection: Connection, config: Config, name: str, target
     existing = await read_relations(connection, view.schema, [view.name])
     if any(relation.kind != "v" or not relation.of(f"{OURS} index {name}: ") for relation in existing):
         return [Finding.error(where, f"{view} exists and is not the view of this index", another)]
+    schemas = await schemas_read(connection, view)
+    if existing and config.target.schema not in schemas:
+        of = ", ".join(map(quote, schemas))
+        return [
+            Finding.error(where, f"{view} is the view of an index in the schema {of}, of another pipeline", another)
+        ]
     return list(relation_faults(where, existing, target.server))
 
 

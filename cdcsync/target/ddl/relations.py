@@ -39,7 +39,7 @@ from cdcsync.target.ddl.policies import release_policy
 from cdcsync.target.ddl.searching import create_words, put_search
 from cdcsync.target.ddl.standing import create_index, describe_table
 from cdcsync.target.ddl.tiers import create_vectors as create_vectors
-from cdcsync.target.ddl.views import Column, follow_name, put_view, release_columns
+from cdcsync.target.ddl.views import Column, follow_name, put_view, release_columns, schemas_read
 
 RESERVED = frozenset(
     (
@@ -79,7 +79,7 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
         return
     chunks, view = Names(schema, spec.relations).chunks, spec.config.view_name
     await follow_name(connection, chunks, _view_marker(spec), view)
-    await _refuse_another(connection, spec)
+    await _refuse_another(connection, schema, spec)
     await follow_name(connection, chunks, chunks_marker(spec), chunks_view_name(view))
     # Settings are kept by name: a view that is made again has its new one already.
     async with settings_kept(connection, schema, spec.name):
@@ -300,12 +300,12 @@ async def create_view(connection: Connection, schema: str, spec: IndexSpec) -> N
     :raises SetupError: a relation that is not ours has the view's name.
     """
     async with settings_kept(connection, schema, spec.name):
-        await _refuse_another(connection, spec)
+        await _refuse_another(connection, schema, spec)
         await _put_view(connection, schema, spec)
 
 
-async def _refuse_another(connection: Connection, spec: IndexSpec) -> None:
-    """Refuse to continue if a relation that is not ours has the view's name.
+async def _refuse_another(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """Refuse to continue if anything but this index's own view has the view's name.
 
     :raises SetupError: one has.
     """
@@ -316,7 +316,7 @@ async def _refuse_another(connection: Connection, spec: IndexSpec) -> None:
         " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = %s",
         [_view_marker(spec), view.schema, view.name],
     )
-    if existing is not None and not existing[0]:
+    if existing is not None and not (existing[0] and schema in await schemas_read(connection, view)):
         raise SetupError(
             "a relation of this name exists and is not the view of this index",
             where=str(view),

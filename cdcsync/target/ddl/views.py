@@ -121,6 +121,22 @@ async def read_view(
     return View(dict(zip(names, types, strict=True)), frozenset(stored), reads_its_own, tuple(built_on))
 
 
+async def schemas_read(connection: Connection, view: QualifiedName) -> list[str]:
+    """Return the schemas of the tables that a view reads: whose index it is the view of, whatever its comment says."""
+    cursor = await connection.execute(
+        """
+        SELECT DISTINCT n.nspname::text
+        FROM pg_class v JOIN pg_namespace s ON s.oid = v.relnamespace JOIN pg_rewrite r ON r.ev_class = v.oid
+        JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
+            AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> v.oid
+        JOIN pg_class c ON c.oid = d.refobjid JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE s.nspname = %s AND v.relname = %s ORDER BY 1
+        """,
+        [view.schema, view.name],
+    )
+    return [schema for (schema,) in await cursor.fetchall()]
+
+
 async def put_view(
     connection: Connection,
     view: QualifiedName,

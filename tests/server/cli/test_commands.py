@@ -20,8 +20,10 @@ import pytest
 from psycopg import sql
 
 import cdcsync
+from tests.support.configs import configuration
 
 if TYPE_CHECKING:
+    from tests.support.provider import FakeProvider
     from tests.support.servers import Database
 
 pytestmark = pytest.mark.server
@@ -344,3 +346,17 @@ def test_a_worker_on_a_terminal_shows_its_first_load_and_then_where_to_look(
         assert screen.process.wait(PATIENCE_S) == 0
     finally:
         screen.close()
+
+
+def test_results_are_all_of_standard_output_whatever_fails_meanwhile(
+    database: Database, provider: FakeProvider, tmp_path: Path
+) -> None:
+    database.execute("CREATE TABLE articles (id int PRIMARY KEY, body text)")
+    provider.fails = lambda texts: True
+    far = {"type": "openai", "model": "m", "dimensions": 8, "base_url": provider.url}
+    path = tmp_path / "cdcsync.toml"
+    path.write_text(configuration(database.dsn, embedders={"far": far}, indexes={"articles": {"text": "{body}"}}))
+    command = [sys.executable, "-m", "cdcsync", "check", "--deep", "--json", "-c", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert any("far" in one["where"] for one in json.loads(done.stdout)["findings"])

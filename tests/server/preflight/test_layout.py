@@ -26,6 +26,12 @@ async def test_the_schema_of_a_view_must_exist_unless_it_is_ours(database: Datab
         ("CREATE TABLE articles_index ()", "articles_index"),
         ("CREATE VIEW articles_index AS SELECT 1", "articles_index"),
         ("CREATE VIEW v AS SELECT 1; COMMENT ON VIEW v IS 'cdcsync index other: x'", "v"),
+        (
+            "CREATE SCHEMA other; CREATE TABLE other.articles_chunks ();"
+            " CREATE VIEW v AS SELECT FROM other.articles_chunks;"
+            " COMMENT ON VIEW v IS 'cdcsync index articles: of another pipeline'",
+            "v",
+        ),
         ("SELECT 1", "cdcsync.articles_chunks"),
         ("SELECT 1", "cdcsync.pipelines"),
     ],

@@ -84,6 +84,24 @@ async def test_the_view_of_another_index_is_refused(connection: Connection) -> N
     assert await rows(connection, "SELECT to_regclass('cdcsync.notes_chunks')") == [(None,)]
 
 
+async def test_the_view_of_an_index_of_the_same_name_in_another_schema_is_refused(connection: Connection) -> None:
+    await create(connection, make_spec())
+    await connection.execute("CREATE SCHEMA other")
+    for statement in (
+        "CREATE TABLE other.articles_chunks AS SELECT * FROM cdcsync.articles_chunks",
+        "DROP VIEW public.articles_index",
+        "CREATE VIEW public.articles_index AS SELECT chunk_id FROM other.articles_chunks",
+        "COMMENT ON VIEW public.articles_index IS 'cdcsync index articles: of another pipeline'",
+    ):
+        await connection.execute(statement.encode())
+    try:
+        with pytest.raises(SetupError, match="not the view of this index"):
+            await create(connection, make_spec())
+        assert await rows(connection, "SELECT chunk_id FROM public.articles_index") == []
+    finally:
+        await connection.execute("DROP SCHEMA other CASCADE")
+
+
 async def test_a_carried_column_that_is_added_extends_table_and_view_and_keeps_the_rows(index: LiveIndex) -> None:
     await index.apply(changes(document("1", "a"), inline=["a"]))
     wider = make_spec(carried={"author": "text", "tenant": "integer"}, search=None)
