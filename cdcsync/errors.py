@@ -17,6 +17,7 @@
     │   │   ├── DecodingFailed the source fails at a change; a gap if it does so again  automatic
     │   │   └── SpoolUnusable  no room for open transactions; read without streaming    automatic
     │   ├── TargetUnavailable
+    │   │   └── NotReached     an index does not hold a position yet                    automatic
     │   └── SlotInUse          another connection is reading the slot                   automatic
     ├── TargetRewound          the target went back to an earlier state                automatic
     ├── TablesChanged          a table, or how it is sent, is not what it was           automatic
