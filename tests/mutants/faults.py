@@ -201,8 +201,7 @@ MUTANTS = (
         "                async with slot:\n",
         "                if slot is not None:\n",
         "tests",
-        "tests/unit/flows/follow/test_stream.py::"
-        "test_a_source_that_shuts_down_is_let_go_however_long_a_write_takes",
+        "tests/unit/flows/follow/test_stream.py::test_a_source_that_shuts_down_is_let_go_however_long_a_write_takes",
         r"assert \(False, \[\]\) == \(True, \[\]\)",
     ),
     Mutant(
