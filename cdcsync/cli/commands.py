@@ -203,7 +203,7 @@ def check(
     Looks at both servers (settings, privileges, slot, publication, tables, pgvector), asks remote models to embed a
     word, and reads the files of local ones, which --deep loads as well. Each finding comes with its fix. A summary of
     what `run` would do ends it, which `plan` tells in full. The exit status is 2 if a finding would keep `run` from
-    starting.
+    starting, or if a model does not work: `run` starts without its provider, and asks it until it answers.
     """
     import msgspec
 

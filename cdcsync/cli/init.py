@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Collection
 from enum import StrEnum
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +28,7 @@ EPILOG = """In a terminal, with questions: `cdcsync init postgresql://postgres@l
 
     In a script: `cdcsync init postgresql://postgres@localhost/shop --table articles --text '{title}' > prepare.sql`"""
 
-PUBLICATION, SCHEMA, VIEW_SCHEMA, WORKER_ROLE = "cdcsync", "cdcsync", "public", "cdcsync"
+SLOT, PUBLICATION, SCHEMA, VIEW_SCHEMA, WORKER_ROLE = "cdcsync", "cdcsync", "cdcsync", "public", "cdcsync"
 """The configuration's defaults, which the written file keeps."""
 
 
@@ -108,9 +110,9 @@ def init(
             "the file exists already", where=str(output), hint="name another one with --output, or move it away"
         )
     index = name or _index_name(table)
-    seen, prepared = anyio.run(interruptible, _look, dsn, table, role)
+    seen, prepared, slot = anyio.run(interruptible, _look, dsn, table, role)
     chosen = _choose(seen, text, _split(columns), _split(indexed), ask=sys.stdin.isatty() and not yes)
-    content = _render(dsn, role, index, seen, chosen, embedder)
+    content = _render(dsn, role, slot, index, seen, chosen, embedder)
     _check(content, seen, index)
     _write(output, content)
     print(harmless(f"wrote {output}: index {index} of {seen.table.name}"), file=sys.stderr)
@@ -121,12 +123,13 @@ def init(
     )
 
 
-async def _look(dsn: str, table: str, role: str) -> tuple[Look, Prepared]:
+async def _look(dsn: str, table: str, role: str) -> tuple[Look, Prepared, str]:
     from cdcsync.config import QualifiedName
     from cdcsync.errors import ConfigError
     from cdcsync.postgres.sessions import connect
     from cdcsync.preflight.administration import read_prepared
     from cdcsync.preflight.proposal import look
+    from cdcsync.source.catalog import slot_names
 
     try:
         name = QualifiedName.parse(table)
@@ -137,7 +140,15 @@ async def _look(dsn: str, table: str, role: str) -> tuple[Look, Prepared]:
         prepared = await read_prepared(
             connection, seen.table, role, publication=PUBLICATION, schema=SCHEMA, view_schema=VIEW_SCHEMA
         )
-    return seen, prepared
+        slot = _free_slot(await slot_names(connection), connection.info.dbname)
+    return seen, prepared, slot
+
+
+def _free_slot(taken: Collection[str], database: str) -> str:
+    """Return a slot's name that nothing on the server has yet: each pipeline needs one of its own."""
+    stem = f"{SLOT}_{re.sub(r'[^a-z0-9_]', '_', database.lower())}"[:56]
+    names = chain([SLOT, stem], (f"{stem}_{number}" for number in count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def _choose(
@@ -188,18 +199,19 @@ def _index_name(table: str) -> str:
     return plain if plain[:1].isalpha() or plain[:1] == "_" else f"_{plain}"[:40]
 
 
-def _render(dsn: str, role: str, index: str, seen: Look, chosen: Proposal, embedder: Model) -> str:
+def _render(dsn: str, role: str, slot: str, index: str, seen: Look, chosen: Proposal, embedder: Model) -> str:
     """Return the file's text."""
     from cdcsync.config.rendering import toml_text
 
     address = _address(dsn, role)
+    named = "" if slot == SLOT else f"# The server has a slot {SLOT} already.\nslot = {toml_text(slot)}\n"
     listed = [f"[{', '.join(map(toml_text, names))}]" for names in (chosen.columns, chosen.indexed)]
     return f"""# Written by `cdcsync init`. `cdcsync config example` explains every key; omitted keys have defaults.
 
 [source]
 # The password: PGPASSWORD, ~/.pgpass, or ${{NAME}} of the environment in here.
 dsn = {toml_text(address)}
-
+{named}
 # The index is kept in the same database, schema {SCHEMA}. For another one, which needs pgvector:
 # [target]
 # dsn = "postgresql://{role}@host/database"

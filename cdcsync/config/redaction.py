@@ -71,6 +71,14 @@ def dsn_fault(dsn: str) -> str | None:
     )
 
 
+def dsn_parameters(dsn: str) -> list[str]:
+    """Return the names of a connection string's parameters, in their order; of a URI those of its query."""
+    if scheme := _SCHEME.match(dsn):
+        query = dsn[scheme.end() :].partition("?")[2]
+        return [unquote(one.partition("=")[0]) for one in query.split("&") if one]
+    return [pair["key"] for pair in _PAIR.finditer(dsn)]
+
+
 def is_secret_key(key: str) -> bool:
     """Tell whether a text under this key is taken to be a secret, going by the key's name; the path of one is none."""
     return _SECRET_KEY.search(key) is not None and not key.endswith("_file")

@@ -11,7 +11,7 @@ Source: PostgreSQL, "Replication Management Functions", "DROP PUBLICATION", "Dep
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import msgspec
@@ -23,7 +23,7 @@ from cdcsync.config.names import beside_name, quote
 from cdcsync.errors import SetupError, SlotInUse
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection, Session
-from cdcsync.source.catalog import Slot, read_server, read_slot
+from cdcsync.source.catalog import Slot, other_readers, read_server, read_slot
 from cdcsync.source.families import single_names
 from cdcsync.source.publications import Publication, published_names, read_publication
 from cdcsync.target.approvals import Approvals
@@ -244,27 +244,31 @@ async def _drop_publication(
     ours = {str(table) for index in config.indexes.values() for table in index.followed} | set(belongings.source_tables)
     if sharing:
         return Step(what, "kept", f"the pipeline {', '.join(sharing)} uses it too")
-    others: set[str] = set()
-    if not publication.all_tables:
+    others, readers = set[str](), list[str]()
+    if publication.made:
         with speaking_of("source", where=what):
             ours = await single_names(source, ours)
             others = {str(table) for table in await published_names(source, name)} - set(ours)
-    if (why := _not_ours(publication, others)) is not None:
+            readers = await other_readers(source, config.source.slot)
+    if (why := _not_ours(publication, others, readers)) is not None:
         return Step(what, "kept", f"it {why}; {by_hand}")
     with speaking_of("source", where=what):
         await source.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(name)))
     return Step(what, "dropped")
 
 
-def _not_ours(publication: Publication, others: Collection[str]) -> str | None:
+def _not_ours(publication: Publication, others: Collection[str], readers: Sequence[str]) -> str | None:
     """Say in a predicate why a publication is not changed; None if it may be.
 
     :param others: the tables in it that nothing of this pipeline is about.
+    :param readers: the other slots that may read it: their streams would fail for good without it.
     """
-    if publication.all_tables:
-        return "sends all tables, so cdcsync did not make it"
+    if not publication.made:
+        return "was not made by a worker"
     if others:
         return f"also sends {', '.join(sorted(others)[:3])}, which is not indexed"
+    if readers:
+        return f"may be read through {', '.join(readers[:3])}, too"
     return None if publication.owned else "belongs to another role"
 
 
@@ -275,6 +279,7 @@ async def _unpublish(source: Connection, config: Config, table: str, others: set
     with speaking_of("source", where=what):
         publication = await read_publication(source, name)
         listed = {} if publication is None else {str(one): one for one in await published_names(source, name)}
+        readers = await other_readers(source, config.source.slot)
         if publication is None or table not in listed:
             return Step(what, "absent")
         if table in others:
@@ -282,7 +287,7 @@ async def _unpublish(source: Connection, config: Config, table: str, others: set
         statement = sql.SQL("ALTER PUBLICATION {} DROP TABLE {}").format(
             sql.Identifier(name), sql.Identifier(listed[table].schema, listed[table].name)
         )
-        foreign = _not_ours(publication, listed.keys() - others - {table})
+        foreign = _not_ours(publication, listed.keys() - others - {table}, readers)
         if foreign is not None or len(listed) == 1:
             why = "it is the last one there" if foreign is None else f"the publication {foreign}"
             return Step(what, "kept", f"{why}; if nothing needs it, as its owner: {statement.as_string(source)}")

@@ -48,6 +48,9 @@ _EARLIER_TABLES = (
 )
 """The fix if a column is missing: a command may read columns that a worker which still runs did not add."""
 
+_DROPPED = "start `cdcsync run` again: it puts back what is missing of our tables, and loads what they lack"
+"""The fix if a table of the target, or its schema, is missing: somebody dropped what is ours, or no worker ran yet."""
+
 _PASSING = ("55P03", "25006", "57014", "25P03", "25P04")
 
 
@@ -96,6 +99,8 @@ def translate(error: psycopg.Error, side: Side, *, where: str | None = None) -> 
         hint = error.diag.message_hint  # it is no privilege that is lacking, but a policy that hides rows
     if error.sqlstate == "42703" and side == "target":
         hint = _EARLIER_TABLES
+    if error.sqlstate in ("42P01", "3F000") and side == "target":
+        hint = _DROPPED
     if passing(error):
         return unavailable(side, message, where=where, hint=hint, sqlstate=error.sqlstate)
     return SetupError(message, where=where or side, hint=hint or error.diag.message_hint, sqlstate=error.sqlstate)

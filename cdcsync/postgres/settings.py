@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any, Literal, LiteralString
 
 import psycopg
-from psycopg import conninfo
+from psycopg import conninfo, pq
 
 from cdcsync.config import redact_dsn
-from cdcsync.config.redaction import dsn_fault
+from cdcsync.config.redaction import dsn_fault, dsn_parameters
 from cdcsync.errors import SetupError
 from cdcsync.postgres.liveness import TCP_USER_TIMEOUT_MS
 
@@ -110,10 +110,14 @@ def conninfo_for(dsn: str, **settings: str | int) -> str:
         own = conninfo.conninfo_to_dict(dsn)
     except psycopg.ProgrammingError:
         # libpq's own words would repeat the part that it stumbled over, which may be the password.
+        known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+        unknown = [name for name in dsn_parameters(dsn) if name not in known]
         raise SetupError(
-            "not a connection string",
+            f"libpq knows no parameter {', '.join(unknown)}" if unknown else "not a connection string",
             where=describe(dsn),
-            hint="write postgresql://user@host/database, or key=value pairs",
+            hint="remove it: another library's DSN has some that libpq has not"
+            if unknown
+            else "write postgresql://user@host/database, or key=value pairs",
         ) from None
     defaults = {"connect_timeout": CONNECT_TIMEOUT_S, **_DEAD_PEER}
     merged: dict[str, Any] = {**defaults, **own, "client_encoding": "UTF8", **settings}

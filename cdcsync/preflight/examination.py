@@ -67,7 +67,8 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
         if source is not None:
             known = [oid for one in stored.values() for oid in one.oids.values()]
             begun = target_facts is not None and target_facts.begun
-            source_facts = await examine_source(source, config, findings, known=known, begun=begun)
+            elsewhere = target_facts.elsewhere if target_facts is not None else {}
+            source_facts = await examine_source(source, config, findings, known=known, begun=begun, elsewhere=elsewhere)
             if source_facts is not None:
                 await _examine_tables(source, plans, source_facts, stored)
         findings += on_target

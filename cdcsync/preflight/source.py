@@ -7,7 +7,8 @@ Source: PostgreSQL, "Logical Replication" (Configuration Settings, Security), "L
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
@@ -44,11 +45,14 @@ async def examine_source(
     *,
     known: Collection[int] = (),
     begun: bool = False,
+    elsewhere: Mapping[str, str | None] = MappingProxyType({}),
 ) -> SourceFacts | None:
     """Check everything on the source but its tables; returns None when the server could not be read.
 
     :param known: the OIDs of tables that are followed already.
     :param begun: whether the pipeline has a checkpoint.
+    :param elsewhere: the other schemas of the target whose pipeline has a slot of this name, each with the system
+        identifier of its source.
     """
     with noting(findings, "source", "source"):
         server = await read_server(connection)
@@ -63,11 +67,15 @@ async def examine_source(
             f"PostgreSQL {server.version_text}, {server.used_slots} of {server.max_slots} slots"
             f" and {server.used_senders} of {server.max_senders} WAL senders in use",
         )
-        findings += await _try_sender(config.source.dsn, server, slot)
+        identity = await _try_sender(config.source.dsn, server, slot, findings)
         if slot is not None:
             confirmed = f"exists, and is confirmed up to {slot.confirmed_flush}"
             resync = config.source.on_gap == "resync" or not begun
-            findings += or_ok(slot_faults(slot, server, resync=resync, begun=begun), f"slot {slot.name}", confirmed)
+            faults = list(slot_faults(slot, server, resync=resync, begun=begun))
+            readers = [schema for schema, of in elsewhere.items() if identity is not None and of == identity]
+            if readers or not (begun or faults):
+                faults.append(adoption_fault(slot, readers))
+            findings += or_ok(faults, f"slot {slot.name}", confirmed)
         if publication is not None:
             where = f"publication {publication.name}"
             if not list(publication_faults(publication)):
@@ -127,14 +135,17 @@ def server_faults(server: Server, slot: Slot | None) -> Iterator[Finding]:
         )
 
 
-async def _try_sender(dsn: str, server: Server, slot: Slot | None) -> list[Finding]:
-    """Open a replication connection and close it again: role, pg_hba.conf and a free WAL sender in one."""
+async def _try_sender(dsn: str, server: Server, slot: Slot | None, findings: list[Finding]) -> str | None:
+    """Open a replication connection and close it again: role, pg_hba.conf and a free WAL sender in one.
+
+    :returns: the cluster's system identifier, where that worked.
+    """
     try:
         async with await SlotConnection.connect(dsn) as sender:
-            await sender.identify()
+            return (await sender.identify()).system_identifier
     except CdcsyncError as error:
-        return list(sender_faults(error, server, slot))
-    return []
+        findings += sender_faults(error, server, slot)
+        return None
 
 
 def sender_faults(error: CdcsyncError, server: Server, slot: Slot | None) -> Iterator[Finding]:
@@ -212,6 +223,25 @@ def slot_faults(slot: Slot, server: Server, *, resync: bool, begun: bool = True)
             f"a worker is reading it (server process {slot.active_pid}): another one waits as its standby",
             "if this is another pipeline, give it a slot of its own with source.slot",
         )
+
+
+def adoption_fault(slot: Slot, readers: Sequence[str]) -> Finding:
+    """Say that a pipeline that has not begun finds its slot there: whatever else reads it loses what this one confirms.
+
+    :param readers: the schemas of pipelines that go on from this slot.
+    """
+    where = f"slot {slot.name}"
+    if readers:
+        return Finding.error(
+            where,
+            f"belongs to the pipeline in the schema {named(readers)}, which would miss what this one confirms",
+            "name another slot with source.slot; run creates it",
+        )
+    return Finding.warning(
+        where,
+        "is there already, and this pipeline has not begun: it begins where that is",
+        "if anything else reads the slot, that would miss what this pipeline confirms: name another with source.slot",
+    )
 
 
 def orphan_faults(slot: Slot, publication: str, *, followed: bool) -> Iterator[Finding]:

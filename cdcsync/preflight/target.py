@@ -21,7 +21,7 @@ from cdcsync.source.catalog import Server, read_server
 from cdcsync.source.slot import MIN_VERSION
 from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation, Generations
-from cdcsync.target.pipelines import Pipelines
+from cdcsync.target.pipelines import Pipelines, others_begun
 from cdcsync.target.registry import Registry
 from cdcsync.target.version import read_version, refusal
 
@@ -99,6 +99,8 @@ class TargetFacts(msgspec.Struct, frozen=True):
     """The sets of vectors of each index, by its name."""
     begun: bool = False
     """Whether the pipeline has a checkpoint."""
+    elsewhere: dict[str, str | None] = {}
+    """The other schemas whose pipeline has a slot of the same name, each with its source's system identifier."""
 
 
 async def examine_target(connection: Connection, config: Config, findings: list[Finding]) -> TargetFacts | None:
@@ -129,7 +131,8 @@ async def examine_target(connection: Connection, config: Config, findings: list[
             entries = await Registry(schema).all(connection)
             generations = await Generations(schema).all(connection)
             begun = present and await Pipelines(schema, config.source.slot).begun(connection)
-            facts = TargetFacts(server, entries, generations, begun=begun)
+            elsewhere = {} if begun else await others_begun(connection, schema, config.source.slot)
+            facts = TargetFacts(server, entries, generations, begun=begun, elsewhere=elsewhere)
     return facts
 
 

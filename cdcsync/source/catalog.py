@@ -309,6 +309,22 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
     )
 
 
+async def slot_names(connection: Connection) -> set[str]:
+    """Return the names of all slots of the server: no two of them have one name, whichever databases they are of."""
+    cursor = await connection.execute("SELECT slot_name::text FROM pg_replication_slots")
+    return {name for (name,) in await cursor.fetchall()}
+
+
+async def other_readers(connection: Connection, slot: str) -> list[str]:
+    """Return the other slots of the database that read publications; of which ones, no catalog tells."""
+    cursor = await connection.execute(
+        "SELECT slot_name::text FROM pg_replication_slots WHERE plugin = 'pgoutput' AND database = current_database()"
+        " AND NOT temporary AND slot_name <> %s ORDER BY 1",
+        [slot],
+    )
+    return [name for (name,) in await cursor.fetchall()]
+
+
 async def current_lsn(connection: Connection) -> Lsn:
     """Return the end of the WAL that is written."""
     statement: LiteralString = (

@@ -26,6 +26,9 @@ GENERATED_COLUMNS_VERSION = 180000
 FILTERS_VERSION = 150000
 """PostgreSQL 15: row filters, column lists, and publications of all tables in a schema."""
 
+MADE = "made by cdcsync, which drops it with its pipeline"
+"""The comment of a publication that a worker made. Without it the publication is somebody else's, and is kept."""
+
 
 class Published(msgspec.Struct, frozen=True):
     """How a publication sends one table: which columns, and all rows if `row_filter` is None.
@@ -48,6 +51,7 @@ class Publication(msgspec.Struct, frozen=True):
 
     :ivar generated: whether it sends stored generated columns of tables without a column list.
     :ivar oid: its OID, and `edited` the transaction that edited it last.
+    :ivar made: whether a worker made it.
     :ivar brought_by: what brings each table in, in the form that its last edit gave it: rows of pg_publication_rel
         and pg_publication_namespace of the table and its ancestors and, where the publication is of all tables or of a
         schema, their rows in pg_class, which say whether they belong to that.
@@ -62,6 +66,7 @@ class Publication(msgspec.Struct, frozen=True):
     generated: bool = False
     oid: int = 0
     edited: str = ""
+    made: bool = False
     brought_by: dict[QualifiedName, tuple[str, ...]] = {}
 
 
@@ -93,15 +98,16 @@ async def read_publication(
         sql.SQL(
             """
             SELECT puballtables, pg_has_role(pubowner, 'USAGE'), pubinsert, pubupdate, pubdelete, pubtruncate,
-                   pubviaroot, oid::int8, xmin::text, {}
+                   pubviaroot, oid::int8, xmin::text,
+                   coalesce(obj_description(oid, 'pg_publication') = %s, false), {}
             FROM pg_publication WHERE pubname = %s
             """
         ).format(sql.SQL("pubgencols = 's'" if generated_columns else "false")),
-        [name],
+        [MADE, name],
     )
     if row is None:
         return None
-    all_tables, owned, *operations, via_root, oid, edited, generated = row
+    all_tables, owned, *operations, via_root, oid, edited, made, generated = row
     relations = await _relations(connection, oid, generated, {*tables, *(one for of in tables.values() for one in of)})
     sent, brought_by = {}, {}
     for table, ancestors in tables.items():
@@ -121,6 +127,7 @@ async def read_publication(
         generated=generated,
         oid=oid,
         edited=edited,
+        made=made,
         brought_by=brought_by,
     )
 
@@ -251,6 +258,11 @@ def create_publication_statement(name: str, tables: Sequence[QualifiedName], *, 
     return sql.SQL("CREATE PUBLICATION {}{} WITH (publish_via_partition_root = true" + generated + ")").format(
         sql.Identifier(name), of
     )
+
+
+def mark_statement(name: str) -> sql.Composed:
+    """Return the statement that marks a publication as one that a worker made."""
+    return sql.SQL("COMMENT ON PUBLICATION {} IS {}").format(sql.Identifier(name), sql.Literal(MADE))
 
 
 def publish_statement(name: str, tables: Sequence[QualifiedName]) -> sql.Composed:

@@ -40,12 +40,19 @@ _GAP_REMEDY = 'docs/operations.md, "After a gap", says how to continue'
 async def read_source(
     config: Config, source: Connection | CdcsyncError | None, problems: list[str]
 ) -> tuple[Lsn | None, Slot | None]:
-    """Return the end of the source's WAL, None if it cannot be read, and the slot."""
+    """Return the end of the source's WAL, None if it cannot be read, and the slot, if it is of this database."""
     error = source
     if isinstance(source, psycopg.AsyncConnection):
         try:
             with speaking_of("source"):
-                return await current_lsn(source), await read_slot(source, config.source.slot)
+                end, slot = await current_lsn(source), await read_slot(source, config.source.slot)
+                if slot is not None and slot.database != source.info.dbname:
+                    of = f"of the database {slot.database}" if slot.database else "for physical replication"
+                    problems.append(
+                        f"slot {slot.name} of the source is {of}: name another with source.slot, or correct source.dsn"
+                    )
+                    slot = None
+                return end, slot
         except CdcsyncError as why:
             error = why
     if isinstance(error, CdcsyncError) and not isinstance(error, SourceUnavailable):

@@ -88,6 +88,28 @@ def waiters_lock(schema: str) -> str:
     return f"cdcsync waits {schema} "
 
 
+async def others_begun(connection: Connection, schema: str, slot: str) -> dict[str, str | None]:
+    """Return the other schemas of the target whose pipeline follows a slot of this name, as far as the role may look.
+
+    :returns: for each the source cluster's system identifier.
+    """
+    schemas = await fetch_rows(
+        connection,
+        "SELECT n.nspname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE c.relname = 'pipelines' AND c.relkind = 'r' AND n.nspname <> %s"
+        " AND obj_description(c.oid, 'pg_class') LIKE 'cdcsync%%'"
+        " AND has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT') ORDER BY 1",
+        [schema],
+    )
+    found: dict[str, str | None] = {}
+    for (other,) in schemas:
+        statement = sql.SQL("SELECT system_identifier FROM {} WHERE slot = %s AND checkpoint IS NOT NULL")
+        row = await fetch_row(connection, statement.format(sql.Identifier(other, "pipelines")), [slot])
+        if row is not None:
+            found[other] = row[0]
+    return found
+
+
 class Pipelines:
     """The pipelines table, for one slot."""
 

@@ -263,12 +263,16 @@ async def _examine_again(config: Config, state: WorkerState, embedders: dict[str
         if not report.errors or state.stopping.is_set():
             return report
         state.waiting_for = _said(report)
-        log.warning("examination_waits", problems=[finding.message for finding in report.errors])
+        log.warning("examination_waits", problems=_problems(report))
         await backoff.wait()
 
 
 def _said(report: Report) -> str:
-    return "; ".join(f"{finding.where}: {finding.message}" for finding in report.errors)
+    return "; ".join(_problems(report))
+
+
+def _problems(report: Report) -> list[str]:
+    return [f"{finding.where}: {finding.with_fix}" for finding in report.errors]
 
 
 async def _stop_on_signal(

@@ -55,6 +55,7 @@ HELD = {
     "its key is": (PAUSES, "its key is"),
     "the vectors of index": (f"{SCENARIOS}test_changed_models.py", "test_a_changed_embedder_without_the_one_before"),
     "the table was dropped": (PAUSES, "the table was dropped"),
+    "the table exists and has no column of vectors": (PAUSES, "the table exists and has no column of vectors"),
     "other tables inherit from the table now": (PAUSES, "other tables inherit from the table now"),
     "the publication does not send": (PAUSES, "the publication does not send"),
     "the role may not read": (PAUSES, "the role may not read"),

@@ -33,7 +33,7 @@ from cdcsync.source.catalog import (
     running_transactions,
 )
 from cdcsync.source.definitions import definitions_changed_since
-from cdcsync.source.publications import create_publication_statement, publish_statement
+from cdcsync.source.publications import create_publication_statement, mark_statement, publish_statement
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines
@@ -135,7 +135,11 @@ async def set_up_publication(
 
         async def publish() -> None:
             if publication is None:
-                await source.execute(create_publication_statement(name, missing, version=source.info.server_version))
+                async with source.transaction():
+                    await source.execute(
+                        create_publication_statement(name, missing, version=source.info.server_version)
+                    )
+                    await source.execute(mark_statement(name))
                 crash_point("publication created")
                 log.info("publication_created", publication=name, tables=[str(table) for table in missing])
             else:

@@ -74,6 +74,13 @@ async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -
         )
     )
     present = await stored_type(connection, vectors)
+    if present is None:
+        raise SetupError(
+            "the table exists and has no column of vectors, as after DROP EXTENSION vector;"
+            " if it is dropped, the worker makes it again, and its vectors",
+            where=vectors.as_string(connection),
+            hint=f"DROP TABLE {vectors.as_string(connection)} CASCADE",
+        )
     if present != spec.vector_type:
         raise SetupError(
             f"the table exists and its vectors are of type {present}, not {spec.vector_type}",

@@ -237,6 +237,18 @@ def test_a_virtual_column_is_not_proposed(database: Database, tmp_path: Path) ->
     assert (index["text"], index["columns"]) == ("{body}", [])
 
 
+def test_each_pipeline_gets_a_slot_that_nothing_on_the_server_has(lone_database: Database, tmp_path: Path) -> None:
+    lone_database.execute(TABLE)
+    slots = []
+    for number in range(3):
+        done = cdcsync(tmp_path, "init", lone_database.dsn, "--table", "tickets", "-o", f"{number}.toml")
+        assert done.returncode == 0, done.stderr
+        slots.append(tomllib.loads((tmp_path / f"{number}.toml").read_text())["source"].get("slot", "cdcsync"))
+        if number < 2:
+            lone_database.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [slots[-1]])
+    assert slots == ["cdcsync", f"cdcsync_{lone_database.name}", f"cdcsync_{lone_database.name}_2"]
+
+
 def test_a_file_that_is_there_is_kept(database: Database, tmp_path: Path) -> None:
     (tmp_path / "cdcsync.toml").write_text("mine")
     assert cdcsync(tmp_path, "init", database.dsn, "--table", "x").returncode == 2

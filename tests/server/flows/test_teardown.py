@@ -13,6 +13,7 @@ import pytest
 from cdcsync.errors import SetupError
 from cdcsync.flows.teardown import _unpublish, drop_index
 from cdcsync.postgres.sessions import connect
+from cdcsync.source.publications import MADE
 from cdcsync.target.belongings import relations_of
 from cdcsync.target.pipelines import Pipelines
 from tests.support.configs import configuration
@@ -207,21 +208,28 @@ def test_the_other_pipeline_of_the_schema_goes_on(
     assert other.stop(worker) == 0
 
 
+OF_WORKER = f"COMMENT ON PUBLICATION cdcsync IS '{MADE}'"
+ANOTHER_SLOT = "SELECT pg_create_logical_replication_slot('another_' || current_database(), 'pgoutput')"
+
+
 @pytest.mark.parametrize(
-    ("statement", "reason"),
+    ("statements", "reason"),
     [
-        ("CREATE PUBLICATION cdcsync FOR ALL TABLES WITH (publish_via_partition_root)", "sends all tables"),
-        ("CREATE PUBLICATION cdcsync FOR TABLE articles, elsewhere", "also sends public.elsewhere"),
+        (["CREATE PUBLICATION cdcsync FOR ALL TABLES WITH (publish_via_partition_root)"], "not made by a worker"),
+        (["CREATE PUBLICATION cdcsync FOR TABLE articles"], "not made by a worker"),
+        (["CREATE PUBLICATION cdcsync FOR TABLE articles, elsewhere", OF_WORKER], "also sends public.elsewhere"),
+        (["CREATE PUBLICATION cdcsync FOR TABLE articles", OF_WORKER, ANOTHER_SLOT], "may be read through another_"),
     ],
-    ids=["all tables", "another table"],
+    ids=["all tables", "made by hand", "another table", "another slot"],
 )
 def test_a_publication_that_serves_others_too_is_kept(
-    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], statement: str, reason: str
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], statements: list[str], reason: str
 ) -> None:
     database = make_database()
     fill(database)
     database.execute("CREATE TABLE elsewhere (id int PRIMARY KEY)")
-    database.execute(statement)
+    for statement in statements:
+        database.execute(statement)
     pipeline = make(make_pipeline, database, database)
 
     done = teardown(pipeline)
@@ -310,18 +318,23 @@ def test_an_index_that_left_the_configuration_is_unfollowed_says_so_and_can_be_d
 @pytest.mark.parametrize(
     ("statement", "reason"),
     [
-        ("CREATE PUBLICATION cdcsync FOR ALL TABLES", "the publication sends all tables"),
+        ("CREATE PUBLICATION cdcsync FOR ALL TABLES", "the publication was not made by a worker"),
+        ("CREATE PUBLICATION cdcsync FOR TABLE public.articles, public.notes", "was not made by a worker"),
         (
-            "CREATE PUBLICATION cdcsync FOR TABLE public.articles, public.notes, public.elsewhere",
+            f"CREATE PUBLICATION cdcsync FOR TABLE public.articles, public.notes, public.elsewhere; {OF_WORKER}",
             "also sends public.elsewhere",
         ),
-        ("CREATE PUBLICATION cdcsync FOR TABLE public.notes", "it is the last one there"),
+        (f"CREATE PUBLICATION cdcsync FOR TABLE public.notes; {OF_WORKER}", "it is the last one there"),
         (
-            "CREATE PUBLICATION cdcsync FOR TABLE public.articles, public.notes; SET ROLE pg_monitor",
+            f"CREATE PUBLICATION cdcsync FOR TABLE public.articles, public.notes; {OF_WORKER}; SET ROLE pg_monitor",
             "belongs to another role",
         ),
+        (
+            f"CREATE PUBLICATION cdcsync FOR TABLE public.articles, public.notes; {OF_WORKER}; {ANOTHER_SLOT}",
+            "may be read through another_",
+        ),
     ],
-    ids=["all tables", "another table", "the last table", "another role"],
+    ids=["all tables", "made by hand", "another table", "the last table", "another role", "another slot"],
 )
 async def test_a_table_stays_in_the_publication_for_the_reason_that_is_told(
     database: Database, make_pipeline: Callable[[str], Pipeline], statement: str, reason: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from psycopg import conninfo, sql
 
+from cdcsync.errors import SetupError
 from cdcsync.postgres.queries import fetch_texts
 from cdcsync.postgres.sessions import connect
 from cdcsync.postgres.settings import Side
@@ -12,6 +13,21 @@ from cdcsync.source.slot import SlotConnection
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+
+@pytest.mark.parametrize(
+    ("dsn", "said"),
+    [
+        ("postgresql://h/app?schema=public&sslmode=require", "libpq knows no parameter schema"),
+        ("host=h pool_size=5", "libpq knows no parameter pool_size"),
+    ],
+)
+async def test_a_dsn_that_libpq_cannot_read_is_told_with_the_parameter_that_it_does_not_know(
+    dsn: str, said: str
+) -> None:
+    with pytest.raises(SetupError) as caught:
+        await connect(dsn, "source")
+    assert caught.value.message == said
 
 
 @pytest.mark.parametrize("autocommit", [True, False])

@@ -146,6 +146,36 @@ async def test_a_slot_of_another_kind_is_refused(lone_database: Database, create
     assert sign in error.message
 
 
+@pytest.mark.parametrize(
+    ("system", "level", "sign"),
+    [
+        (None, "warning", "this pipeline has not begun"),
+        ("another", "warning", "this pipeline has not begun"),
+        ("this", "error", "belongs to the pipeline in the schema elsewhere"),
+    ],
+    ids=["nobody's", "of a pipeline of another source", "of a pipeline of this source"],
+)
+async def test_a_slot_that_a_pipeline_finds_at_its_beginning_may_be_another_ones(
+    database: Database, system: str | None, level: str, sign: str
+) -> None:
+    database.execute(f"{ARTICLES}; CREATE PUBLICATION cdcsync FOR TABLE articles")
+    database.execute(SLOT, [database.name])
+    if system is not None:
+        async with await connect(database.dsn, "target") as target, target.transaction():
+            await create_shared(target, "elsewhere")
+            await target.execute(
+                "INSERT INTO elsewhere.pipelines (slot, publication, checkpoint, system_identifier) SELECT %s,"
+                " 'cdcsync', '0/1', CASE %s WHEN 'this' THEN system_identifier::text ELSE '1' END"
+                " FROM pg_control_system()",
+                [database.name, system],
+            )
+    report = await examined(configured(database.dsn, slot=database.name))
+    told = [finding for finding in report.findings if finding.where == f"slot {database.name}"][-1]
+    assert told.level == level
+    assert sign in told.message
+    assert "source.slot" in str(told.hint)
+
+
 async def test_a_slot_of_another_database_is_refused(make_database: Callable[[], Database]) -> None:
     database, other = make_database(), make_database()
     database.execute(f"{ARTICLES}; CREATE PUBLICATION cdcsync FOR TABLE articles")

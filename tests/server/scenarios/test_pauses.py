@@ -90,6 +90,13 @@ CASES = {
         there="ALTER TABLE cdcsync.{t}_chunks SET UNLOGGED; ALTER TABLE cdcsync.{t}_vectors_1_fresh SET UNLOGGED",
         remedy_there=TYPED,
     ),
+    "the table exists and has no column of vectors": Case(
+        "SELECT",
+        ("has no column of vectors",),
+        "SELECT",
+        there="ALTER TABLE cdcsync.{t}_vectors_1 DROP COLUMN embedding CASCADE",
+        remedy_there=TYPED,
+    ),
     "the target says, or the source says": Case(
         "UPDATE {t} SET title = 'refused' WHERE id = 5",
         ("the target says: not here",),

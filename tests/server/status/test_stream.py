@@ -14,6 +14,7 @@ from cdcsync.postgres.sessions import connect
 from cdcsync.status import stream
 from cdcsync.status.stream import FRESH
 from cdcsync.target.pipelines import Pipelines
+from tests.support.servers import Database
 from tests.support.statuses import ARTICLES, Pipeline, problem
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -33,6 +34,17 @@ async def test_a_slot_that_is_gone_is_a_gap(stopped: Pipeline) -> None:
     status = await stopped.status()
     assert status.slot is None
     assert problem(status, f"is gone, and with it the changes since {status.checkpoint}")
+
+
+async def test_a_slot_of_another_database_is_told_and_is_not_shown_as_ours(
+    stopped: Pipeline, make_database: Callable[[], Database]
+) -> None:
+    await stopped.source.execute("SELECT pg_drop_replication_slot(%s)", [stopped.config.source.slot])
+    other = make_database()
+    other.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [stopped.config.source.slot])
+    status = await stopped.status()
+    assert status.slot is None
+    assert problem(status, f"is of the database {other.name}: name another with source.slot")
 
 
 async def test_a_slot_that_others_moved_is_a_gap(stopped: Pipeline) -> None:
