@@ -403,6 +403,9 @@ def _print_generations(index: str, generations: Sequence[GenerationStatus]) -> N
     for one in generations:
         if one.reason is not None:
             out.print(plain(hindrance(one.generation, one.reason)), markup=False, highlight=False)
+        if one.has_embedder is False:
+            text = f"the worker has no embedder for generation {one.generation}, by {one.embedder or one.model}"
+            out.print(plain(f"{text}: live, it would be paused"), markup=False, highlight=False)
         if one.refusal is not None:
             said = f"generation {one.generation} was not dropped or made live when that was last asked"
             text = f"{said}: {plain(one.refusal)}"

@@ -221,6 +221,9 @@ class Metrics:
         self.failed = self._gauge(
             "failed_chunks", "chunks", "Chunks that could not be embedded and wait for an operator.", index
         )
+        self.discarded = self._gauge(
+            "discarded_chunks", "chunks", "Chunks whose text failed and was discarded: none tries it again.", index
+        )
         self.embed_texts = self._counter(
             "embed_texts_total", "texts", "Texts embedded. Equal texts of a batch count once.", embedder
         )

@@ -28,7 +28,8 @@ class GenerationStatus(msgspec.Struct, frozen=True):
     `waiting` wait for one, `failed` cannot have one, and of `discarded` nobody tries to make one any more. `rate` is in
     chunks a second over the whole fill, `eta_s` in seconds; both are None unless it is being filled. `bytes` is the
     disk space of its tables and indexes. `reason` says why it cannot be filled or built now, `refusal` why it was not
-    dropped or made live when that was last asked.
+    dropped or made live when that was last asked. `has_embedder` says whether the worker's configuration has an
+    embedder for it, None if no worker has looked.
     `own_chunks` says in which keys a generation that has chunks of its own is unlike the live one; it is empty for one
     that shares the live one's chunks. `read` is the share of the table's rows that it was made of so far, while it is
     filled. `failed_documents` is how many rows at least no document could be made of, in a generation that has chunks
@@ -59,6 +60,7 @@ class GenerationStatus(msgspec.Struct, frozen=True):
     read: float | None = None
     failed_documents: int = 0
     discarded: int = 0
+    has_embedder: bool | None = None
 
 
 async def read_generations(
@@ -161,4 +163,5 @@ async def _read(
         rate=None if rate is None else round(rate, 1),
         eta_s=None if rate is None else round(max(0, chunks - vectors - failed - discarded) / rate, 1),
         discarded=discarded,
+        has_embedder=one.has_embedder,
     )

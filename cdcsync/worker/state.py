@@ -411,6 +411,7 @@ class WorkerState:
             metrics.backlog.labels(name, "live").set(index.backlog_live + unknown)
             metrics.backlog.labels(name, "backfill").set(index.backlog - index.backlog_live + unknown)
             metrics.failed.labels(name).set(index.failed + unknown)
+            metrics.discarded.labels(name).set(index.discarded + unknown)
             listed = index.failed_documents
             metrics.failed_documents.labels(name).set(math.nan if listed is None else listed)
             for state in STATES:

@@ -37,8 +37,12 @@ def pipeline(database: Database, make_pipeline: Callable[[str], Pipeline], provi
 
 
 def failed(pipeline: Pipeline) -> float:
+    return chunks(pipeline, "failed")
+
+
+def chunks(pipeline: Pipeline, kind: str) -> float:
     _, body = pipeline.get("/metrics")
-    lines = [line for line in body.decode().splitlines() if line.startswith("cdcsync_failed_chunks{")]
+    lines = [line for line in body.decode().splitlines() if line.startswith(f"cdcsync_{kind}_chunks{{")]
     return float(lines[0].split()[-1]) if lines else -1.0
 
 
@@ -71,10 +75,11 @@ def test_a_refused_text_waits_with_its_error_and_all_others_go_on(pipeline: Pipe
     until(lambda: failed(pipeline) == 1, "one failure")
     assert pipeline.answer("failures", "articles", "discard") == {"discard": 1}
     assert pipeline.answer("failures", "articles", "list") == []
-    until(lambda: failed(pipeline) == 0, "no failure")
+    until(lambda: (failed(pipeline), chunks(pipeline, "discarded")) == (0, 1), "no failure")
 
     pipeline.source.execute("UPDATE articles SET body = 'something else' WHERE id = 130")
     pipeline.in_step()
+    until(lambda: chunks(pipeline, "discarded") == 0, "nothing discarded")
     log = pipeline.log.read_text()
     assert "article number" not in log
     assert "very-secret" not in log

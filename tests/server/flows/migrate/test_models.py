@@ -34,6 +34,9 @@ def test_a_generation_that_the_workers_file_has_no_embedder_for_becomes_live_wit
     asks_for(pipeline, only("new", database))
     noted(pipeline, False, True)
 
+    assert [one["has_embedder"] for one in migrate(pipeline, "status")] == [False, True]
+    shown = pipeline.command("migrate", "articles", "status").stdout
+    assert "the worker has no embedder for generation 1, by old: live, it would be paused" in " ".join(shown.split())
     pipeline.configure(wanted(database))
     told = refused(pipeline, "rollback")
     assert "no [embedders] section of the configuration that the worker was last started with makes" in told
