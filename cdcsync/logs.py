@@ -22,6 +22,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from cdcsync.process.terminals import harmless
@@ -115,7 +116,11 @@ def _with_priority(renderer: Processor) -> Processor:
 
 
 def get_logger() -> Any:
-    """Return a logger that imports structlog with its first event: that takes as long as a short command."""
+    """Return a logger that imports structlog with its first event: that takes as long as a short command.
+
+    In an application that uses the package, and not structlog, events go to the logger `cdcsync` of the standard
+    library's logging: structlog's own default is standard output, which may be the application's answer.
+    """
     return _Logger()
 
 
@@ -123,7 +128,12 @@ class _Logger:
     def __getattr__(self, name: str) -> Any:
         import structlog
 
-        return getattr(structlog.get_logger(), name)
+        return getattr(structlog.get_logger(), name) if structlog.is_configured() else partial(_tell, name)
+
+
+def _tell(level: str, event: str, **facts: object) -> None:
+    text = " ".join([event, *(f"{name}={fact!r}" for name, fact in facts.items())])
+    getattr(logging.getLogger("cdcsync"), level)("%s", harmless(text))
 
 
 class Told:

@@ -112,6 +112,21 @@ def test_loggers_made_before_the_configuration_follow_it() -> None:
     assert [line["event"] for line in lines(first) + lines(second)] == ["one", "two"]
 
 
+def test_in_an_application_without_structlog_events_go_to_the_standard_librarys_logging(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    structlog.reset_defaults()
+    log = logs.get_logger()
+    with caplog.at_level("INFO", logger="cdcsync"):
+        log.info("lock_waits", table="a\nb")
+        log.warning("table_locked", index="articles")
+    assert [(one.name, one.levelname, one.getMessage()) for one in caplog.records] == [
+        ("cdcsync", "INFO", r"lock_waits table='a\nb'"),
+        ("cdcsync", "WARNING", "table_locked index='articles'"),
+    ]
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("format_", "stream", "is_json"),
     [
