@@ -321,7 +321,7 @@ def test_a_purge_keeps_what_the_roles_could_not_make_again(
         done = pipeline.command("teardown", "--purge", "--yes")
 
         assert done.returncode == 0, done.stderr
-        assert "publication cdcsync kept: it belongs to another role" in done.stdout
+        assert "publication cdcsync kept: it was not made by a worker" in done.stdout
         assert database.execute("SELECT 1 FROM pg_class WHERE relnamespace = 'cdcsync'::regnamespace") == []
 
 
