@@ -161,7 +161,7 @@ def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
 
 
 class Gate:
-    """Refuses the calls of a storm, and MCP's messages of strangers, by their headers alone.
+    """Refuses the calls of strangers, and those of a storm, by their headers alone.
 
     They are not routed, read or decoded.
     """
@@ -173,7 +173,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         called = _called(scope["path"]) if scope["type"] == "http" else None
-        if called is not None and (called[0] == "mcp" or self._service.limits.crowded()):
+        if called is not None:
             problem = await self._service.shed(caller_of(Headers(scope=scope)), *called)
             if problem is not None:
                 await _problem(problem)(scope, receive, send)

@@ -199,10 +199,11 @@ class Service:
         return problem
 
     async def shed(self, caller: Caller, tool: Tool, index: str | None) -> Problem | None:
-        """Refuse a call by its headers alone if many calls of its caller are refused just now; None lets it pass.
+        """Refuse a call by its headers alone; None lets it pass.
 
-        Nothing else is spent on it, so that a storm of calls costs the callers of other tenants little. Of MCP's
-        messages all are looked at, because not only those that call a tool cost something.
+        Strangers are refused so, and callers many of whose calls are refused just now. Nothing else is spent on them,
+        so that a storm of calls costs the callers of other tenants little. MCP's messages are counted as well, because
+        not only those that call a tool cost something.
         """
         began, at = time.perf_counter(), datetime.now(UTC)
         who: Principal | None = None
@@ -216,8 +217,6 @@ class Service:
             problem = problem or self.limits.message(account)
         if self.limits.crowded(account):
             problem = problem or self.limits.refusal(account)
-        elif tool != "mcp":
-            return None
         if problem is not None:
             await self._hold(problem, account)
             self._note(began, at, who, tool, caller, _Noted(index), problem.outcome)

@@ -387,6 +387,44 @@ async def test_calls_without_a_known_token_are_held_back_and_others_are_answered
     assert min(held) > 0
 
 
+@pytest.mark.parametrize("path", [SEARCH, "/v1/embed", "/mcp"])
+@pytest.mark.parametrize("sent", [0, 1_000, 60_000])
+async def test_a_stranger_is_refused_before_its_request_is_read_and_the_connection_goes_on(
+    tickets: Office, tokens: Path, path: str, sent: int
+) -> None:
+    known = new_token(tokens, "ana", {"tenant": "t1"}, None)
+    size = 60_000
+    async with served(with_tokens(tickets, tokens)) as client, await anyio.connect_tcp(*_address(client)) as stream:
+
+        async def send(method: str, token: str, length: int) -> None:
+            head = f"{method} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\nContent-Length: {length}"
+            await stream.send(f"{head}\r\nContent-Type: application/json\r\n\r\n".encode())
+
+        async def status() -> int:
+            answer = b""
+            with anyio.fail_after(10):
+                while b"\r\n\r\n" not in answer:
+                    answer += await stream.receive()
+                head, _, body = answer.partition(b"\r\n\r\n")
+                length = int(next(line.split(b":")[1] for line in head.split(b"\r\n") if b"content-length" in line))
+                while len(body) < length:
+                    body += await stream.receive()
+            assert len(body) == length
+            return int(head.split()[1])
+
+        await send(f"POST {path}", "unknown", size)
+        await stream.send(b"x" * sent)
+        assert await status() == 401
+        await stream.send(b"x" * (size - sent))
+        await send("GET /v1/indexes", known, 0)
+        assert await status() == 200
+
+
+def _address(client: httpx2.AsyncClient) -> tuple[str, int]:
+    assert client.base_url.port is not None
+    return client.base_url.host, client.base_url.port
+
+
 async def test_a_days_budget_of_text_ends(tickets: Office, tokens: Path) -> None:
     token = new_token(tokens, "ana", {"tenant": "t1"}, None)
     async with served(with_tokens(tickets, tokens, tokens_per_day=20)) as client:
