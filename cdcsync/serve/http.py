@@ -26,6 +26,7 @@ import msgspec
 import structlog
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -68,6 +69,15 @@ server has neither sessions nor streams, so no answer names one.
 Source: Model Context Protocol, "Transports" (Streamable HTTP)."""
 
 STOPPING = Problem(503, "Stopping", "the server is stopping", "call again", retry_after_s=1)
+
+
+class _Key(PathConvertor):
+    """The rest of a path: Starlette's own ends at a line break, which a key may hold."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("key", _Key())
 
 
 def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
@@ -131,7 +141,7 @@ def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
     routes: list[BaseRoute] = [
         Route("/v1/indexes", _guarded(indexes, service), methods=["GET"]),
         Route("/v1/indexes/{index}/search", _guarded(search, service), methods=["POST"]),
-        Route("/v1/indexes/{index}/documents/{key:path}", _guarded(document, service), methods=["GET"]),
+        Route("/v1/indexes/{index}/documents/{key:key}", _guarded(document, service), methods=["GET"]),
         Route("/v1/embed", _guarded(embed, service), methods=["POST"]),
         Route("/openapi.json", openapi, methods=["GET"]),
         Route("/livez", livez, methods=["GET"]),

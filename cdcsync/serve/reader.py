@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from math import inf
@@ -46,7 +45,7 @@ from cdcsync.target.ddl.filters import Column, read_columns, read_value
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.freshness import Freshness, read_freshness
 from cdcsync.target.registry import Registry
-from cdcsync.target.search import Hit, load_values
+from cdcsync.target.search import Hit, load_values, value_in_path, written_value
 from cdcsync.tracing import Tracing
 
 log = structlog.get_logger()
@@ -200,13 +199,11 @@ class Offered(Index):
             mine = self.visible.condition(who, spec, known.columns)
             names = self.visible.shown(spec.shape.key)
             if isinstance(key, Mapping):
-                values_of = {name: _written(known.columns[name], key[name]) for name in names if name in key}
-                fix = "give a value for each, none of them null"
+                given, fix = key, "give a value for each, none of them null"
             else:
-                values_of, fix = (
-                    dict(zip(names, key, strict=False)),
-                    "give a value for each, in this order, separated by commas",
-                )
+                given = {one: value_in_path(known.columns[one], text) for one, text in zip(names, key, strict=False)}
+                fix = "give a value for each, in this order, separated by commas"
+            values_of = {name: written_value(known.columns[name], given[name]) for name in names if name in given}
             texts = {name: text for name, text in values_of.items() if text is not None}
             if len(key) != len(names) or set(texts) != set(names):
                 raise Problem(422, "The key is incomplete", f"the key has the columns {', '.join(names)}", fix)
@@ -446,29 +443,6 @@ class Offered(Index):
                 if value not in seen[name] and len(seen[name]) < EXAMPLES:
                     seen[name].append(value)
         return {name: [shortened(value, EXAMPLE_CHARACTERS) for value in values] for name, values in seen.items()}
-
-
-def _written(column: Column, value: Any) -> str | None:
-    """Return the text of a key's value that an answer has as JSON; None for null, which no key holds."""
-    if column.type == "pg_catalog.jsonb" and value is not None:
-        return json.dumps(value)
-    if column.array and isinstance(value, list):
-        return _array(value)
-    return value if value is None or isinstance(value, str) else json.dumps(value)
-
-
-def _array(values: Sequence[Any]) -> str:
-    """Return the text of an array as PostgreSQL reads it."""
-    parts = []
-    for value in values:
-        if isinstance(value, list):
-            parts.append(_array(value))
-        elif value is None:
-            parts.append("NULL")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            parts.append('"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"')
-    return "{" + ",".join(parts) + "}"
 
 
 def _not_yet() -> Problem:

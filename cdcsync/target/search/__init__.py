@@ -2,7 +2,7 @@
 
     arguments     what no search can use
     conditions    conditions in SQL that a caller writes
-    values        the loaders for the values of an index's columns
+    values        values of an index's columns, as answers have them
     words         how often words occur, which the keyword leg weights them by
     nearest       the search by vector alone, to measure recall with
     stored        an index as the target has it
@@ -30,7 +30,7 @@ from cdcsync.target.search.query import (
     search,
 )
 from cdcsync.target.search.stored import served_now, stored_spec
-from cdcsync.target.search.values import load_values
+from cdcsync.target.search.values import load_values, value_in_path, written_value
 from cdcsync.target.search.words import count_words
 
 __all__ = [
@@ -57,4 +57,6 @@ __all__ = [
     "stored_spec",
     "tune",
     "usual_effort",
+    "value_in_path",
+    "written_value",
 ]

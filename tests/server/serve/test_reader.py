@@ -23,7 +23,6 @@ from cdcsync.serve.reader import UNHELD, Reader
 from cdcsync.serve.service import Service
 from cdcsync.tracing import Tracing
 from tests.support.configs import Section
-from tests.support.indexes import changes, document
 from tests.support.searched import indexed
 from tests.support.servers import Database, Server, fresh_database
 from tests.support.serving import Office, ask, bearer, office, served, with_tokens
@@ -301,52 +300,6 @@ async def test_what_is_no_value_of_a_type_is_a_callers_mistake_whatever_its_inpu
                 assert (answer.status_code, answer.json()["fix"]) == (422, f"The column is of the type {type_}.")
             fetched = await client.get(f"/v1/indexes/articles/documents/{quote(wrong, safe='')}")
             assert fetched.status_code == 404
-
-
-@pytest.mark.parametrize(
-    ("type_", "value"),
-    [
-        ("jsonb", '{"a": [1, null, "x"]}'),
-        ("jsonb", '"a string"'),
-        ("jsonb", "true"),
-        ("jsonb", "[1, 2]"),
-        ("integer[]", "{1,NULL,3}"),
-        ("text[]", '{{"a b","c\\"d"},{"e,f","\\\\"}}'),
-        ("boolean", "true"),
-        ("bytea", "\\x00ff"),
-        ("numeric", "1.50"),
-        ("float8", "1e-300"),
-        ("float8", "NaN"),
-        ("bigint", "9223372036854775807"),
-        ("date", "infinity"),
-        ("timestamptz", "2026-01-02 03:04:05.678+00"),
-        ("interval", "1 mon 2 days"),
-        ("int4range", "[1,5)"),
-        ("uuid", "5f0c2a1e-8f4b-4c55-9f0e-0a6b1c2d3e4f"),
-        ("text", 'None, or "null"/%2F\\'),
-    ],
-)
-async def test_the_key_of_a_hit_fetches_its_document(database: Database, type_: str, value: str) -> None:
-    async with indexed(database, key={"id": type_, "n": "integer"}, filled=False) as (index, config):
-        await index.apply(changes(document((value, "7"), "a cat dreams")))
-        config = msgspec.structs.replace(config, serve=Serve(listen="127.0.0.1:0", anonymous=True, audit_days=0))
-        async with served(config) as client:
-            body = {"query": "cat", "mode": "text"}
-            (hit,) = (await client.post("/v1/indexes/articles/search", json=body)).json()["hits"]
-            fetched = await by_mcp(client, "fetch", index="articles", key=hit["key"])
-            assert fetched["structuredContent"]["key"] == hit["key"]
-            other = await by_mcp(client, "fetch", index="articles", key={**hit["key"], "n": 8})
-            assert "no document of this key" in other["content"][0]["text"]
-            for nothing in ({**hit["key"], "id": None}, {**hit["key"], "n": None}):
-                refused = await by_mcp(client, "fetch", index="articles", key=nothing)
-                assert "none of them null" in refused["content"][0]["text"]
-
-
-async def by_mcp(client: httpx2.AsyncClient, tool: str, **arguments: Any) -> Any:
-    """Call a tool of MCP."""
-    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": tool, "arguments": arguments}}
-    answer = await client.post("/mcp", json=call, headers={"Accept": "application/json, text/event-stream"})
-    return answer.json()["result"]
 
 
 async def test_a_tenant_finds_its_own_rows_and_never_sees_the_column(tickets: Office, tokens: Path) -> None:
