@@ -9,13 +9,14 @@
 --   psql -d search -v target_role=cdcsync_target -f config/roles.sql
 --
 -- Both at once, for one database: give all three variables. The two roles may be one. Running it again is harmless: it
--- adds what is missing, and takes nothing away, but for what serve_role is not to read. It sets no passwords: \password cdcsync_source, in psql, does that
--- without one ever being in a file or a log.
+-- adds what is missing, and takes nothing away but what serve_role is not to read. It sets no passwords:
+-- \password cdcsync_source, in psql, does that without one ever being in a file or a log.
 --
 -- Variables, with their defaults:
 --
 --   source_role     the role of source.dsn
---   tables          the indexed tables, separated by commas and written as in SQL, with their schemas
+--   tables          the indexed tables, separated by commas and written as in SQL: with their schemas, and in quotation
+--                   marks where SQL needs them ('shop.articles, shop."a, b"')
 --   publication     cdcsync: source.publication of the configuration
 --   target_role     the role of target.dsn
 --   schema          cdcsync: target.schema of the configuration
@@ -52,7 +53,10 @@ SELECT NOT EXISTS (SELECT FROM pg_roles WHERE rolname = :'source_role') AS missi
        EXISTS (SELECT FROM pg_roles WHERE rolname = 'rds_replication') AS managed,
        EXISTS (SELECT FROM pg_publication WHERE pubname = :'publication') AS published,
        current_setting('server_version_num')::int >= 180000 AS generated,
-       trim(:'tables') <> '' AS listed
+       trim(:'tables') <> '' AS listed,
+       -- A comma between quotation marks separates nothing.
+       (SELECT coalesce(array_agg(btrim(m[1], E' \t\r\n')), '{}')
+        FROM regexp_matches(:'tables', '((?:"(?:[^"]|"")*"|[^",])+)', 'g') AS m) AS all_tables
 \gset
 \if :missing
     CREATE ROLE :"source_role" LOGIN;
@@ -78,18 +82,18 @@ SELECT format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), :'source
 -- A table with row-level security also needs ALTER ROLE … BYPASSRLS: replication sends all of its rows anyway, and
 -- `cdcsync check` says so.
 SELECT DISTINCT format('GRANT USAGE ON SCHEMA %I TO %I', n.nspname, :'source_role')
-FROM regexp_split_to_table(nullif(trim(:'tables'), ''), '\s*,\s*') AS one
+FROM unnest(:'all_tables'::text[]) AS one
 JOIN pg_class AS c ON c.oid = one::regclass
 JOIN pg_namespace AS n ON n.oid = c.relnamespace \gexec
 SELECT format('GRANT SELECT ON TABLE %s TO %I', one::regclass, :'source_role')
-FROM regexp_split_to_table(nullif(trim(:'tables'), ''), '\s*,\s*') AS one \gexec
+FROM unnest(:'all_tables'::text[]) AS one \gexec
 
 -- The publication is made here, and stays its maker's. The other way is to let the worker make it: it then has to own the
 -- tables (GRANT their_owner TO cdcsync_source) and to have CREATE on the database, and could alter or drop the tables.
 -- The price of this way: a new index on another table wants this script once more, before the worker starts with it.
 \if :published
     SELECT format('ALTER PUBLICATION %I ADD TABLE %s', p.pubname, one::regclass)
-    FROM pg_publication AS p, regexp_split_to_table(nullif(trim(:'tables'), ''), '\s*,\s*') AS one
+    FROM pg_publication AS p, unnest(:'all_tables'::text[]) AS one
     WHERE p.pubname = :'publication' AND NOT p.puballtables
         AND NOT EXISTS (SELECT FROM pg_publication_rel AS r WHERE r.prpubid = p.oid AND r.prrelid = one::regclass) \gexec
 \elif :listed
@@ -164,20 +168,25 @@ GRANT USAGE, CREATE ON SCHEMA :"view_schema" TO :"target_role";
 \if :{?serve_role}
     -- The tool server calls the search functions, which read chunks, vectors and words with its privileges, under the policy
     -- that holds its callers to their tenants. It gets no view: a view reads with its owner's privileges, past the policy.
-    GRANT USAGE ON SCHEMA :"schema" TO :"serve_role";
-    GRANT SELECT ON ALL TABLES IN SCHEMA :"schema" TO :"serve_role";
-    ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" GRANT SELECT ON TABLES TO :"serve_role";
-    GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA :"schema" TO :"serve_role";
-    ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" GRANT EXECUTE ON FUNCTIONS TO :"serve_role";
     -- Of the tables of all indexes it needs three. In the others are calls of all tenants, keys of their rows and questions
-    -- by which search is judged. It writes the record of calls, and deletes what is old by its time. Before the worker's
-    -- first start there are no such tables: run this script again after it.
-    SELECT format('REVOKE SELECT ON %s FROM %I', c.oid::regclass, :'serve_role')
+    -- by which search is judged. It writes the record of calls, and deletes what is old by its time.
+    --
+    -- A worker whose configuration has the role as serve.role grants the same on the tables of each index that it creates,
+    -- and a table that succeeds another has the grants of that. Otherwise run this script again once a worker has created
+    -- an index.
+    GRANT USAGE ON SCHEMA :"schema" TO :"serve_role";
+    ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" REVOKE SELECT ON TABLES FROM :"serve_role";
+    ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" REVOKE EXECUTE ON FUNCTIONS FROM :"serve_role";
+    REVOKE SELECT ON ALL TABLES IN SCHEMA :"schema" FROM :"serve_role";
+    SELECT format('GRANT SELECT ON %I.%I TO %I', :'schema', c.relname, :'serve_role')
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
-    WHERE n.nspname = :'schema' AND (c.relkind = 'v' OR c.relname IN ('approvals', 'audits', 'backfill_keys', 'backfills',
-        'calls', 'differences', 'embedders', 'evaluations', 'failed_documents', 'judged_runs', 'tiers')) \gexec
+    WHERE n.nspname = :'schema' AND c.relkind IN ('r', 'p') AND c.relname
+        ~ '^(indexes|pipelines|generations|.+_(chunks|words|vectors_[0-9]+(_fresh|_settled)?))$' \gexec
     SELECT format('GRANT INSERT, DELETE, SELECT (at) ON %I.calls TO %I', :'schema', :'serve_role')
     WHERE to_regclass(format('%I.calls', :'schema')) IS NOT NULL \gexec
+    SELECT format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::regprocedure, :'serve_role')
+    FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
+    WHERE n.nspname = :'schema' AND p.proname ~ '^(wait_for|standing|.+_search)$' \gexec
 \endif
 \endif
 

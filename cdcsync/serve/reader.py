@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from math import inf
-from typing import Any, LiteralString, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import anyio
@@ -37,6 +37,7 @@ from cdcsync.postgres.sessions import IDLE_S, Connection, Session
 from cdcsync.postgres.settings import CONNECT_TIMEOUT_S
 from cdcsync.postgres.texts import is_text
 from cdcsync.serve.budget import shortened
+from cdcsync.serve.exposure import UNHELD, exposure
 from cdcsync.serve.identity import Principal
 from cdcsync.serve.messages import Answer, ColumnInfo, Document, Found, IndexInfo, SearchRequest
 from cdcsync.serve.problems import Problem
@@ -44,7 +45,6 @@ from cdcsync.serve.visibility import Visibility
 from cdcsync.target.ddl.filters import Column, read_columns, read_value
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.freshness import Freshness, read_freshness
-from cdcsync.target.registry import Registry
 from cdcsync.target.search import Hit, load_values, value_in_path, written_value
 from cdcsync.tracing import Tracing
 
@@ -72,23 +72,6 @@ ALTERED = (UNDEFINED_TABLE, "42703")
 
 TOO_LATE = ("55P03", "57014")
 """The SQLSTATEs of a lock that was waited for too long, and of a statement that took too long."""
-
-HELD: LiteralString = """
-    SELECT current_user = %(role)s AND row_security_active(to_regclass(%(chunks)s)) AND NOT EXISTS (
-        SELECT FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class v ON v.oid = r.ev_class
-        WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(%(chunks)s)
-            AND v.relkind IN ('v', 'm') AND has_table_privilege(v.oid, 'SELECT') AND NOT EXISTS (
-                SELECT FROM pg_options_to_table(v.reloptions) AS o
-                WHERE o.option_name = 'security_invoker' AND o.option_value::bool))
-"""
-"""Says whether the policy on an index's chunks concerns a session, and no view leads it past the policy."""
-
-UNHELD = (
-    "set serve.role, have serve.dsn log in as that role, not as the owner of the tables, start the worker with this"
-    " [serve] too, and let the role read no view of the index: config/roles.sql with -v serve_role=… grants what it"
-    " needs, and REVOKE SELECT takes a view from it"
-)
-"""The fix if row-level security does not apply to this server's sessions."""
 
 
 class _Known(msgspec.Struct, frozen=True):
@@ -381,27 +364,22 @@ class Offered(Index):
         """
         await self._resources.models.embedder(await self._live()).open()
 
-    async def is_held(self) -> bool:
-        """Say whether the database holds this server to its callers' tenants, if a column is bound at all.
+    async def exposure(self) -> list[str]:
+        """Return what leads this server past its callers' tenants; see `exposure`. Nothing if no column is bound.
 
-        :raises TargetUnavailable, SetupError: it does not answer.
+        :raises TargetUnavailable, SetupError: the target does not answer, or lacks the index.
         """
-        role = self.serve.role
         if self.serve.tenant.column is None:
-            return True
-        if role is None:
-            return False
+            return []
+        if self.serve.role is None:
+            return ["serve.role is not set"]
+        known = await self._facts()
+        column = self.visible.bound(known.columns)
+        if column is None:
+            return [f"the index has no column {self.serve.tenant.column}"]
         async with self._resources.pool.connection() as connection:
             with speaking_of("target", where=f"index {self.name}"):
-                entry = await Registry(self.schema).find(connection, self.name)
-                stem = self.name if entry is None else entry.relations
-                return bool(
-                    await fetch_value(
-                        connection,
-                        HELD,
-                        {"role": role, "chunks": Names(self.schema, stem).chunks.as_string(connection)},
-                    )
-                )
+                return await exposure(connection, self.schema, known.spec, self.serve, column)
 
     async def _examples(self, who: Principal) -> dict[str, list[Any]]:
         """Return a few values of each column, out of the first rows: those that a filter takes as they are.
@@ -544,8 +522,8 @@ class Reader:
         """
         for index in self.indexes.values():
             try:
-                if not await index.is_held():
-                    log.warning("tenants_not_held", index=index.name, fix=UNHELD)
+                if past := await index.exposure():
+                    log.warning("tenants_not_held", index=index.name, past=past, fix=UNHELD)
                 await index.load()
             except (EmbedError, EmbedderSetupError) as error:
                 log.warning("model_not_loaded", index=index.name, error=str(error), fix=error.hint)

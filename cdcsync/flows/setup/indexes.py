@@ -43,6 +43,7 @@ from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.missing import Missing, missing_relations
 from cdcsync.target.ddl.policies import put_policy
 from cdcsync.target.ddl.relations import create_index_relations
+from cdcsync.target.ddl.serving import grant_serving
 from cdcsync.target.ddl.upgrading import upgrade_vectors
 from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generations
@@ -161,6 +162,8 @@ async def _set_up(target: Connection, config: Config, spec: IndexSpec, catalog: 
         await create_index_relations(target, config.target.schema, spec)
         created = await create_generations(target, config.target.schema, spec)
         await put_policy(target, config.target.schema, spec, config.serve)
+        if not spec.hidden:
+            await grant_serving(target, config.target.schema, spec, config.serve.role, new=before is None)
         if spec.hidden and spec.beside is not None:
             searched = msgspec.structs.replace(spec.beside, beside=spec)
             await open_beside(target, config.target.schema, searched, created=bool(missing.tables))

@@ -7,6 +7,7 @@
     filters           the operators that a filter allows for each column
     nearness          the nearest vectors, as SQL
     policies          row-level security for the tool server's role
+    serving           the privileges of that role
     grants            grants and options, which outlive the relation
     views             how views are made and follow their index
     marked            all that is one index's, found by comments

@@ -44,7 +44,8 @@ async def create_generations(connection: Connection, schema: str, spec: IndexSpe
         await create_vectors(connection, schema, one)
         if not all(present):
             created.append(one.generation)
-        await _copy_grants(connection, names.vectors(spec.generation), table, others_too=present[0])
+        for old, new in _of_vectors(names, spec.generation, names, one.generation):
+            await _copy_grants(connection, old, new, others_too=present[0])
     return created
 
 
@@ -56,7 +57,8 @@ async def switch_relations(connection: Connection, schema: str, spec: IndexSpec,
     """
     names = Names(schema, spec.relations)
     await connection.execute(BRIEFLY)
-    await _copy_grants(connection, names.vectors(before), names.vectors(spec.generation))
+    for old, new in _of_vectors(names, before, names, spec.generation):
+        await _copy_grants(connection, old, new)
     async with settings_kept(connection, schema, spec.name):
         await _switch(connection, schema, spec)
 
@@ -180,7 +182,7 @@ async def _copy_all(connection: Connection, schema: str, one: IndexSpec, other: 
     pairs = [
         (mine.chunks, its.chunks),
         (mine.backlog, its.backlog),
-        (mine.vectors(one.generation), its.vectors(other.generation)),
+        *_of_vectors(mine, one.generation, its, other.generation),
         (words_name(schema, one.relations), words_name(schema, other.relations)),
     ]
     for old, new in pairs:
@@ -189,6 +191,14 @@ async def _copy_all(connection: Connection, schema: str, one: IndexSpec, other: 
                 await _copy_grants(connection, old, new, others_too=others_too)
             elif not others_too:
                 await succeed(connection, new, [])
+
+
+def _of_vectors(mine: Names, generation: int, its: Names, other: int) -> list[tuple[sql.Identifier, sql.Identifier]]:
+    """Return the vectors tables of two generations side by side, with their tiers, which searches read as well."""
+    return [
+        (mine.vectors(generation), its.vectors(other)),
+        *zip(mine.tiers(generation).values(), its.tiers(other).values(), strict=True),
+    ]
 
 
 async def _exists(connection: Connection, relation: sql.Identifier) -> bool:

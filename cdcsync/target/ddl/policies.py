@@ -17,7 +17,7 @@ from cdcsync.config.serving import Serve
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.ddl.filters import read_columns
+from cdcsync.target.ddl.filters import Column, read_columns
 from cdcsync.target.ddl.names import Names
 
 SETTING = "cdcsync.tenant"
@@ -47,10 +47,9 @@ async def put_policy(connection: Connection, schema: str, spec: IndexSpec, serve
         await release_policy(connection, schema, spec)
         return
     column = (await read_columns(connection, spec))[bound]
-    wanted = f"cdcsync: {serve.role} sees the rows whose {bound} is the setting {SETTING}, as {column.type}"
-    enabled, guarded, present = await _read_policy(connection, schema, spec)
-    if enabled and present == (wanted, not guarded):
+    if await has_policy(connection, schema, spec, serve, column):
         return
+    _, guarded, _ = await _read_policy(connection, schema, spec)
     await connection.execute(sql.SQL("DROP POLICY IF EXISTS {} ON {}").format(sql.Identifier(POLICY), chunks))
     await connection.execute(
         sql.SQL(
@@ -64,9 +63,25 @@ async def put_policy(connection: Connection, schema: str, spec: IndexSpec, serve
         )
     )
     await connection.execute(
-        sql.SQL("COMMENT ON POLICY {} ON {} IS {}").format(sql.Identifier(POLICY), chunks, sql.Literal(wanted))
+        sql.SQL("COMMENT ON POLICY {} ON {} IS {}").format(
+            sql.Identifier(POLICY), chunks, sql.Literal(_wanted(serve, column))
+        )
     )
     await connection.execute(sql.SQL("ALTER TABLE {} ENABLE ROW LEVEL SECURITY").format(chunks))
+
+
+async def has_policy(connection: Connection, schema: str, spec: IndexSpec, serve: Serve, column: Column) -> bool:
+    """Say whether the policy is there, as the configuration and an operator's own policies want it.
+
+    :param column: the bound one.
+    """
+    enabled, guarded, present = await _read_policy(connection, schema, spec)
+    return enabled and present == (_wanted(serve, column), not guarded)
+
+
+def _wanted(serve: Serve, column: Column) -> str:
+    """Return the comment on the policy, which tells what it is made for."""
+    return f"cdcsync: {serve.role} sees the rows whose {serve.tenant.column} is the setting {SETTING}, as {column.type}"
 
 
 def _setting(type_: str) -> sql.Composed:
@@ -89,11 +104,16 @@ async def release_policy(connection: Connection, schema: str, spec: IndexSpec) -
 async def _read_policy(
     connection: Connection, schema: str, spec: IndexSpec
 ) -> tuple[bool, bool, tuple[str | None, bool] | None]:
-    """Return whether row-level security is enabled, if an operator has any, and our policy: comment, permissive."""
+    """Return whether all roles are under row-level security, if an operator has any, and our policy.
+
+    Of the policy its comment, and whether it is permissive.
+    """
     row = await fetch_row(
         connection,
         sql.SQL(
-            "SELECT c.relrowsecurity, " + GUARDED + ", o.oid IS NOT NULL, obj_description(o.oid, 'pg_policy'),"
+            "SELECT c.relrowsecurity AND coalesce(o.polroles = '{{0}}', true), "
+            + GUARDED
+            + ", o.oid IS NOT NULL, obj_description(o.oid, 'pg_policy'),"
             " o.polpermissive FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
             " LEFT JOIN pg_policy o ON o.polrelid = c.oid AND o.polname = {policy}"
             " WHERE n.nspname = {schema} AND c.relname = {table}"

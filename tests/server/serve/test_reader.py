@@ -18,8 +18,9 @@ import structlog.testing
 from psycopg import conninfo
 
 from cdcsync.config.serving import Serve, Tenant
+from cdcsync.serve.exposure import UNHELD
 from cdcsync.serve.identity import new_token
-from cdcsync.serve.reader import UNHELD, Reader
+from cdcsync.serve.reader import Reader
 from cdcsync.serve.service import Service
 from cdcsync.tracing import Tracing
 from tests.support.configs import Section
@@ -333,8 +334,11 @@ async def test_a_server_that_row_level_security_does_not_concern_says_so(
     with structlog.testing.capture_logs() as logs:
         await reader.load()
     await reader.aclose()
-    told = [(line["index"], line["fix"]) for line in logs if line["event"] == "tenants_not_held"]
-    assert told == ([] if logs_in_as == "the role" else [("tickets", UNHELD)])
+    told = [(line["index"], line["past"], line["fix"]) for line in logs if line["event"] == "tenants_not_held"]
+    why = 'row-level security on "cdcsync"."tickets_chunks" does not apply to the role that serve.dsn logs in as'
+    if logs_in_as == "the role, which is not set":
+        why = "serve.role is not set"
+    assert told == ([] if logs_in_as == "the role" else [("tickets", [why], UNHELD)])
 
 
 async def test_nothing_is_shown_while_the_index_does_not_have_the_bound_column_yet(
@@ -357,7 +361,7 @@ async def test_nothing_is_shown_while_the_index_does_not_have_the_bound_column_y
 async def test_a_server_whose_callers_are_of_no_tenant_has_none_to_hold(tickets: Office, tenant: Tenant) -> None:
     serve = msgspec.structs.replace(tickets.serving(anonymous=True).serve, tenant=tenant)
     reader = Reader(msgspec.structs.replace(tickets.config, serve=serve), Tracing())
-    assert await reader.index("tickets").is_held() == (tenant.column is None)
+    assert (await reader.index("tickets").exposure() == []) == (tenant.column is None)
     await reader.aclose()
 
 

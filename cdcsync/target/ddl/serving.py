@@ -1,0 +1,83 @@
+"""The privileges of the tool server's role: it reads what searches and fetches need, and writes the record of calls.
+
+`config/roles.sql` grants the same on what is there. A worker that knows the role grants it on what is created later,
+and a table that succeeds another has the grants of that (`grants`, `generations`).
+
+Source: PostgreSQL, "Privileges".
+"""
+
+from __future__ import annotations
+
+from typing import LiteralString
+
+from psycopg import sql
+
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_row
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target import calls, entries, generations
+from cdcsync.target.ddl.names import Names, function_name, words_name
+
+SHARED = (entries.TABLE, "pipelines", generations.TABLE)
+"""The tables of all indexes that the server reads."""
+
+READ = f"^({'|'.join(SHARED)}|.+_(chunks|words|vectors_[0-9]+(_fresh|_settled)?))$"
+"""The names of all tables that it reads, as a regular expression of PostgreSQL."""
+
+FUNCTIONS = ("wait_for", "standing")
+"""The functions of all indexes that it calls."""
+
+_Privilege = tuple[LiteralString, LiteralString]
+"""How to ask whether a role has a privilege, and how to grant it."""
+
+_SCHEMA: _Privilege = ("has_schema_privilege({}, to_regnamespace({}), 'USAGE')", "USAGE ON SCHEMA")
+_TABLE: _Privilege = ("has_table_privilege({}, to_regclass({}), 'SELECT')", "SELECT ON")
+_CALLS: _Privilege = (
+    "has_table_privilege({0}, to_regclass({1}), 'INSERT') AND has_table_privilege({0}, to_regclass({1}), 'DELETE')"
+    " AND has_column_privilege({0}, to_regclass({1}), 'at', 'SELECT')",
+    "INSERT, DELETE, SELECT (at) ON",
+)
+_FUNCTION: _Privilege = (
+    "has_function_privilege({}, to_regproc({}), 'EXECUTE')",
+    "EXECUTE ON FUNCTION",
+)
+
+
+async def grant_serving(connection: Connection, schema: str, spec: IndexSpec, role: str | None, *, new: bool) -> None:
+    """Grant the server's role what it lacks of an index, if there is such a role and it may read the chunks.
+
+    The caller's transaction commits.
+
+    :param new: the index is, so nobody has granted its chunks or taken them away.
+    """
+    chunks = Names(schema, spec.relations).chunks
+    may = sql.SQL("SELECT has_table_privilege(oid, to_regclass({}), 'SELECT') FROM pg_roles WHERE rolname = {}")
+    reads = await fetch_row(connection, may.format(sql.Literal(chunks.as_string(connection)), sql.Literal(role)))
+    if reads is None or not (new or reads[0]):
+        return
+    needs = _needs(schema, spec)
+    asked = [
+        sql.SQL(check).format(sql.Literal(role), sql.Literal(on.as_string(connection))) for (check, _), on in needs
+    ]
+    held = await fetch_row(connection, sql.SQL("SELECT {}").format(sql.SQL(", ").join(asked)))
+    lacking = [(grant, on) for ((_, grant), on), has in zip(needs, held or (), strict=True) if has is False]
+    if lacking:  # two sessions that grant on one table at the same time are in each other's way
+        await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdcsync grants ' || %s, 0))", [schema])
+    for grant, on in lacking:
+        await connection.execute(sql.SQL("GRANT " + grant + " {} TO {}").format(on, sql.Identifier(str(role))))
+
+
+def _needs(schema: str, spec: IndexSpec) -> list[tuple[_Privilege, sql.Identifier]]:
+    names = Names(schema, spec.relations)
+    tables = [*(sql.Identifier(schema, one) for one in SHARED), names.chunks]
+    for one in spec.generations:
+        tables += [names.vectors(one.generation), *names.tiers(one.generation).values()]
+    if spec.config.search is not None:
+        tables.append(words_name(schema, spec.relations))
+    functions = [*(sql.Identifier(schema, one) for one in FUNCTIONS), function_name(schema, spec.name)]
+    return [
+        (_SCHEMA, sql.Identifier(schema)),
+        *((_TABLE, one) for one in tables),
+        (_CALLS, sql.Identifier(schema, calls.TABLE)),
+        *((_FUNCTION, one) for one in functions),
+    ]
