@@ -4,7 +4,8 @@ Our own modules log events with names: by `structlog.get_logger()` or, where com
 `get_logger` below. What others write to the standard library's logging or to `warnings` comes out in the same form, but
 only from warning on: what libraries say below that can hold the values of cells. For the same reason tracebacks come
 without local variables, and of an exception's message only the first line is shown: PostgreSQL puts the rows concerned
-into the lines below it. What it quotes in the first line of a data exception is a value too, and is left out.
+into the lines below it. What it quotes in the first line of a data exception is a value too, and is left out. So is
+the whole message of Python's own exceptions about a value, which libraries raise with what a client has sent.
 
 A line for systemd's journal begins with its priority, which the journal takes off: `journalctl -p warning` finds it.
 
@@ -45,6 +46,9 @@ _PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
 _QUOTED = re.compile(r'["“„«»].*["”“»«]')
 """From the first quotation mark to the last: a value may hold some itself. Servers speak other languages as well."""
+
+ABOUT_A_VALUE = (ValueError, LookupError)
+"""Exceptions whose message is about a value, which it may hold: no word of it is shown."""
 
 _FIRST = ("event", "level", "timestamp", "logger")
 """The keys that every line begins with: what happened, then how bad it is and when."""
@@ -184,8 +188,9 @@ def _exception_lines(error: BaseException) -> Iterator[str]:
         yield "the direct cause of:"
     for frame in traceback.extract_tb(error.__traceback__):
         yield f'  File "{frame.filename}", line {frame.lineno}, in {frame.name}'
+    kind = f"{type(error).__module__}.{type(error).__qualname__}"
     message = without_quoted(str(error).partition("\n")[0], getattr(error, "sqlstate", None))
-    yield f"{type(error).__module__}.{type(error).__qualname__}: {message}"
+    yield kind if isinstance(error, ABOUT_A_VALUE) else f"{kind}: {message}"
     if isinstance(error, BaseExceptionGroup):
         for one in error.exceptions:
             yield from _exception_lines(one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import signal
@@ -83,6 +84,19 @@ def anyio_backend() -> str:
 def logging_as_before() -> Iterator[None]:
     """A command that ran in this process has its log go where that test's output went, which is closed by now."""
     yield
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def logging_restored() -> Iterator[None]:
+    """Leave logging as it was, for tests that configure it: pytest has its own handlers."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.handlers.clear()  # or they would be closed
+    yield
+    logging.captureWarnings(capture=False)
+    root.handlers[:] = handlers
+    root.setLevel(level)
     structlog.reset_defaults()
 
 

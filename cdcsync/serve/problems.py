@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+import psycopg
+
 from cdcsync.errors import (
     CdcsyncError,
     EmbedderUnavailable,
@@ -19,6 +21,10 @@ from cdcsync.errors import (
 
 SEE_LOG = "the server's log says why, and what to do"
 """For what only the operator can change."""
+
+
+_ABOUT_VALUES = ("22", "23", "P0")
+"""Classes of SQLSTATEs whose messages are about values: data exceptions, constraints, and exceptions raised in SQL."""
 
 
 class Problem(Exception):
@@ -78,6 +84,17 @@ class Problem(Exception):
     @staticmethod
     def _wait_s(seconds: float) -> int:
         return max(1, math.ceil(seconds))
+
+
+def without_rows(error: CdcsyncError) -> CdcsyncError:
+    """Return an error as it may be logged: a server's words about a value hold the value of a row or of a call.
+
+    So do those of an exception that somebody raises in SQL, as in a function that a policy calls.
+    """
+    cause = error.__cause__
+    if isinstance(cause, psycopg.Error) and (cause.sqlstate or "")[:2] in _ABOUT_VALUES:
+        return type(error)(f"{type(cause).__name__} ({cause.sqlstate})", where=error.where)
+    return error
 
 
 def problem_of(error: CdcsyncError, *, candid: bool = False) -> Problem:

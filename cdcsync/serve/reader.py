@@ -40,7 +40,7 @@ from cdcsync.serve.budget import shortened
 from cdcsync.serve.exposure import UNHELD, exposure
 from cdcsync.serve.identity import Principal
 from cdcsync.serve.messages import Answer, ColumnInfo, Document, Found, IndexInfo, SearchRequest
-from cdcsync.serve.problems import Problem
+from cdcsync.serve.problems import Problem, without_rows
 from cdcsync.serve.visibility import Visibility
 from cdcsync.target.ddl.filters import Column, read_columns, read_value
 from cdcsync.target.ddl.names import Names
@@ -235,7 +235,8 @@ class Offered(Index):
             info = await self._info(who, examples=examples)
         except SetupError as error:
             if str(error) != self._fault:
-                log.warning("index_not_searchable", index=self.name, error=str(error), fix=error.hint)
+                shown = without_rows(error)
+                log.warning("index_not_searchable", index=self.name, error=str(shown), fix=shown.hint)
             self._fault, self._stored = str(error), None
             state = "gone" if error.sqlstate in (None, UNDEFINED_TABLE) else "unreadable"
             keywords = self._config.search is not None
@@ -528,5 +529,6 @@ class Reader:
             except (EmbedError, EmbedderSetupError) as error:
                 log.warning("model_not_loaded", index=index.name, error=str(error), fix=error.hint)
             except CdcsyncError as error:
-                log.warning("index_not_searchable", index=index.name, error=str(error), fix=error.hint)
+                shown = without_rows(error)
+                log.warning("index_not_searchable", index=index.name, error=str(shown), fix=shown.hint)
         self.loaded = True

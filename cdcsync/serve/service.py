@@ -26,7 +26,7 @@ from cdcsync.serve.calls import Recorder, query_hash
 from cdcsync.serve.identity import Authenticator, Principal
 from cdcsync.serve.limits import STRANGERS, Limits, Refused
 from cdcsync.serve.messages import Answer, Document, IndexInfo, SearchRequest, Vectors
-from cdcsync.serve.problems import Problem, problem_of
+from cdcsync.serve.problems import Problem, problem_of, without_rows
 from cdcsync.serve.reader import Reader
 from cdcsync.target.calls import Call
 
@@ -267,7 +267,8 @@ class Service:
             told = problem_of(error, candid=self._candid)
             outcome = told.outcome
             if told.status >= 500:
-                log.warning("call_failed", tool=tool, error=str(error), fix=error.hint)
+                shown = without_rows(error)
+                log.warning("call_failed", tool=tool, error=str(shown), fix=shown.hint)
             raise told from error
         finally:
             self._note(began, at, who, tool, caller, noted, outcome)

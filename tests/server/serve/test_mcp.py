@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import socket
@@ -18,6 +19,7 @@ from mcp import Client, StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
 from psycopg import conninfo
 
+from cdcsync import logs
 from cdcsync.config import Config
 from cdcsync.config.serving import Serve
 from cdcsync.serve.identity import new_token
@@ -338,3 +340,44 @@ async def test_the_transcript_on_the_page_is_what_a_client_sees(tickets: Office)
     (block,) = TRANSCRIPT.findall(page)
     async with agent(tickets.serving(anonymous=True)) as client:
         assert await transcript(client, CALL.findall(block)) == block
+
+
+SENT = "swordfish"
+
+MESSAGES: tuple[Any, ...] = (
+    SENT,
+    [SENT],
+    {"jsonrpc": SENT, "id": 1, "method": "tools/list"},
+    {"jsonrpc": "2.0", "id": {"a": SENT}, "method": "tools/list"},
+    {"jsonrpc": "2.0", "id": 1, "method": SENT},
+    {"jsonrpc": "2.0", "id": 1, "method": {"a": SENT}},
+    {"jsonrpc": "2.0", "id": SENT, "error": {"code": SENT, "message": SENT}},
+    {"jsonrpc": "2.0", "method": f"notifications/{SENT}", "params": {SENT: SENT}},
+    {"jsonrpc": "2.0", "id": 1, "method": "prompts/get", "params": {"name": SENT}},
+    {"jsonrpc": "2.0", "id": 1, "method": "resources/read", "params": {"uri": SENT}},
+    {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": {"protocolVersion": SENT, "clientInfo": SENT}},
+    {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": SENT, "arguments": {}}},
+    {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "search", "arguments": SENT}},
+    *(
+        {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": name, "arguments": arguments}}
+        for name, arguments in (
+            ("search", {"index": "tickets", "query": [SENT]}),
+            ("search", {"index": SENT, "query": SENT, "mode": SENT}),
+            ("search", {"index": "tickets", "query": f"{SENT}\0", "filter": {"opened": SENT}}),
+            ("search", {"index": "tickets", "query": SENT, "filter": {SENT: {SENT: SENT}}}),
+            ("fetch", {"index": "tickets", "key": {"id": SENT}}),
+            ("fetch", {"index": "tickets", "key": {"id": {SENT: SENT}}}),
+        )
+    ),
+)
+
+
+@pytest.mark.usefixtures("logging_restored")
+async def test_no_log_repeats_what_a_caller_sent(tickets: Office) -> None:
+    written = io.StringIO()
+    async with served(tickets.serving(anonymous=True)) as client:
+        logs.configure("debug", "json", written)
+        for message in MESSAGES:
+            await client.post("/mcp", json=message, headers={"Accept": "application/json, text/event-stream"})
+    assert written.getvalue()
+    assert SENT not in written.getvalue()

@@ -387,3 +387,29 @@ async def test_sessions_of_the_pool_do_not_carry_a_tenant_over(tickets: Office, 
         for token, rest in [(mine, 1), (theirs, 2)] * 3:
             found = (await ask(client, "room", token, k=50)).json()["hits"]
             assert {hit["key"]["id"] % 3 for hit in found} == {rest}
+
+
+async def test_what_somebody_raises_in_sql_is_logged_by_its_kind_alone(tickets: Office, tokens: Path) -> None:
+    """A policy's function tells the row that it is about."""
+    raises = "BEGIN RAISE EXCEPTION 'nobody reads %', title USING HINT = 'ask for ' || title; END"
+    tickets.database.execute(
+        f"CREATE FUNCTION refuse(title text) RETURNS boolean LANGUAGE plpgsql AS $${raises}$$;"
+        " CREATE POLICY refuse ON cdcsync.tickets_chunks AS RESTRICTIVE USING (refuse(content))"
+    )
+    token = new_token(tokens, "ana", {"tenant": "t1"}, None)
+    try:
+        async with served(with_tokens(tickets, tokens, role=tickets.reader)) as client:
+            with structlog.testing.capture_logs() as lines:
+                answers = [
+                    await ask(client, "printer", token),
+                    await client.get("/v1/indexes/tickets/documents/4", headers=bearer(token)),
+                    await client.get("/v1/indexes", headers=bearer(token)),
+                ]
+    finally:
+        tickets.database.execute("DROP FUNCTION refuse CASCADE")
+    assert [one.status_code for one in answers[:2]] == [503, 503]
+    assert {line["error"] for line in lines if line["event"] == "call_failed"} == {
+        "index tickets: RaiseException (P0001)"
+    }
+    assert "nobody reads" not in str(lines)
+    assert "ask for" not in str(lines)
