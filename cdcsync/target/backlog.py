@@ -11,7 +11,7 @@ text the vector was made from. Rows that apply is changing at that moment are sk
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import cast
 
@@ -104,13 +104,22 @@ class Backlog:
         )
 
     async def window(
-        self, limit: int, *, lane: int | None = None, most_bytes: int = WINDOW_BYTES, free: bool = False
+        self,
+        limit: int,
+        *,
+        lane: int | None = None,
+        most_bytes: int = WINDOW_BYTES,
+        free: bool = False,
+        without: Collection[bytes] = (),
+        failed: bool = True,
     ) -> list[Waiting]:
         """Return up to `limit` distinct texts that are due, the live lane first.
 
         They are no more than `most_bytes` together, but for the last of them: at least one is returned.
 
         :param free: only those whose rows no other session holds just now. To tell them apart is a small write.
+        :param without: texts to leave out.
+        :param failed: whether texts that have failed before are wanted too.
         """
         statement = self._sql(
             "SELECT content_hash, content, lane, attempts, (commit_lsn - '0/0')::int8, applied_at FROM ("
@@ -119,7 +128,8 @@ class Backlog:
             "SELECT b.content_hash, c.content, b.lane, b.attempts, b.chunk_id, c.commit_lsn, c.applied_at"
             " FROM {backlog} AS b JOIN {chunks} AS c USING (chunk_id)"
             " WHERE b.generation = {generation} AND b.attempts < {attempts} AND b.next_attempt_at <= now()"
-            " AND (%s::int IS NULL OR b.lane = %s) ORDER BY b.lane, b.chunk_id LIMIT %s {locking}) AS w"
+            " AND (%s::int IS NULL OR b.lane = %s) AND b.content_hash <> ALL (%s::bytea[]) AND (b.attempts = 0 OR %s)"
+            " ORDER BY b.lane, b.chunk_id LIMIT %s {locking}) AS w"
             ") AS w WHERE before IS NULL OR before < %s ORDER BY lane, chunk_id",
             locking=sql.SQL("FOR UPDATE OF b SKIP LOCKED" if free else ""),
         )
@@ -127,7 +137,7 @@ class Backlog:
             if free:
                 # Nobody has to wait until the disk has that these rows were free.
                 await self._connection.execute("SET LOCAL synchronous_commit = off")
-            cursor = await self._connection.execute(statement, [lane, lane, limit, most_bytes])
+            cursor = await self._connection.execute(statement, [lane, lane, list(without), failed, limit, most_bytes])
             found = await cursor.fetchall()
         distinct: dict[bytes, Waiting] = {}
         for row in found:

@@ -7,9 +7,13 @@ connections. The embed loops of all indexes that use it take turns, and apply ma
 free. A text that is under way is not asked for again, whoever wants it. What an inline call does not finish within its
 budget is not lost: the dispatcher keeps the result, and the loop stores it when it finds the text in the backlog.
 
+The texts of a call that failed are *suspects*. They are asked for apart from all others, one call at a time, until it
+is known which of them is at fault.
+
 While the stream is far behind, embedding waits for a moment: what a text is now, it will not stay.
 
     health      whether an embedder works as a whole, and until when it is left alone
+    suspects    the texts of calls that failed, and how to ask for them
     calls       one embedder's calls, and whose fault it is when one fails
     pace        how quick an embedder is, and how large its calls should be
     dispatcher  one embedder and its queue

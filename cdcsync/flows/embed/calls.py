@@ -1,10 +1,10 @@
 """Calls of one embedder, and whose fault it is when one fails.
 
-    a call fails ─► the harmless word fails too   ─► the embedder's: nobody calls until the word works (`Health`)
-                 └► the word works ─► once more, while no other call runs
-                                         it works      ─► too many calls at a time: fewer run from now on
-                                         several texts ─► the call is halved, and the size that failed is remembered
-                                         one text      ─► the text's
+    a call fails ─► the harmless word fails too ─► the embedder's: nobody calls until the word works (`Health`)
+                 └► the word works ─► its texts are suspects (`Suspects`), and asked for apart
+                       it failed quickly ─► once more while no other call runs; if that works: too many at a time
+                       several texts     ─► in parts, and the size that failed is remembered
+                       one text          ─► the text's
 
 The unit is the call, whatever happened within it. What the embedder says of itself (a status, an exception) is shown to
 operators; it decides nothing but the time of the next attempt, and whether a text is worth another one later.
@@ -12,7 +12,8 @@ operators; it decides nothing but the time of the next attempt, and whether a te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
 from itertools import islice
 
 import anyio
@@ -21,12 +22,18 @@ import msgspec
 from cdcsync.embedders.pacing import WAITED, Waited
 from cdcsync.embedders.protocol import UNUSABLE_HINT, Embedder, Vectors, check_shape
 from cdcsync.embedders.sizes import CallSizes
-from cdcsync.errors import CdcsyncError, EmbedderUnavailable, EmbedError, TextRejected
+from cdcsync.errors import CdcsyncError, EmbedderUnavailable, EmbedError, TextRejected, leading
 from cdcsync.flows.embed.health import Health, known
+from cdcsync.flows.embed.suspects import PARTS, Suspects, Suspicion
 from cdcsync.metrics import Metrics
 from cdcsync.model.embedding import Learnt
 from cdcsync.model.vectors import FloatVector, unusable_rows
 from cdcsync.tracing import Tracing
+
+QUICK_S = 2.0
+"""A call that fails within this time may have been turned away because others were running, and is made again while no
+other begins. Others are held back for no longer: calls are kept shorter than this (`pace`), so one that takes longer to
+fail was not turned away, and every text would have to wait for its time limit."""
 
 CALL_S = 900.0
 """The end of a call that nothing else ends. Providers have a time limit of their own, far below it."""
@@ -47,12 +54,14 @@ class Failed(msgspec.Struct, frozen=True):
 
     :ivar texts: those without a vector: all of them, unless only some vectors cannot be used.
     :ivar at: when it ended, by the clock.
+    :ivar quick: whether it failed so soon that it may have been turned away because others were running.
     :ivar beside: how many calls were running, this one included.
     """
 
     error: EmbedError
     texts: Texts
     at: float
+    quick: bool
     beside: int
 
 
@@ -81,7 +90,11 @@ class Calls:
         self._clock = clock
         self._succeeded = succeeded
         self._failed = failed
-        self._alone = anyio.Lock()
+        self.suspects = Suspects()
+        self._apart = anyio.Lock()
+        """Held by the call that runs for suspects."""
+        self._held = False
+        """Whether other calls are held back for one that has to be alone."""
         self._failures = 0
         """How many calls have failed."""
 
@@ -95,21 +108,19 @@ class Calls:
         self.sizes = CallSizes(self._embedder.concurrency, learnt)
         self._adjust()
 
-    async def make(self, texts: Texts, made: Callable[[Made], None], *, halved: bool = False) -> bool:
-        """Embed texts in as few calls as is known to work, and in smaller ones if those fail.
-
-        Returns whether a text is at fault.
+    async def make(self, texts: Texts, made: Callable[[Made], None]) -> None:
+        """Embed texts in as few calls as is known to work. Those of a call that fails become suspects.
 
         :param made: is given the results of each call as soon as it ends.
-        :param halved: whether the texts are a part of a call that failed while no other ran.
         :raises EmbedderUnavailable: the embedder fails as a whole; `made` has what was made before that.
         """
-        at_fault = False
         while texts:
-            count = self.fitting(texts.values())
-            at_fault |= await self._make(dict(islice(texts.items(), count)), made, halved=halved)
-            texts = dict(islice(texts.items(), count, None))
-        return at_fault
+            call = dict(islice(texts.items(), self.fitting(texts.values())))
+            before = self.sizes.learnt
+            if (failed := await self._confirmed(call, made)) is not None:
+                crowd = failed.quick and (failed.beside > 1 or len(call) == 1)
+                self._suspect(failed, call, before, alone=crowd)
+            texts = dict(islice(texts.items(), len(call), None))
 
     def fitting(self, texts: Iterable[str]) -> int:
         """Return how many of these texts, from the first on, one call can have, as far as is known; at least one."""
@@ -154,73 +165,93 @@ class Calls:
             raise known(error, texts, name) from None
         return vectors
 
-    async def _make(self, texts: Texts, made: Callable[[Made], None], *, halved: bool) -> bool:
-        before = self.sizes.learnt
-        failed = await self._call(texts, made)
-        if failed is None:
-            return False
-        try:
-            await self.health.confirm(failed.error, failed.at)
-        except EmbedderUnavailable:
-            # The word may have failed because others were running, too.
-            self.sizes.crowded(failed.beside)
-            self._adjust()
-            raise
-        if len(failed.texts) < len(texts):
-            # The others have their vectors: no size is in the way.
-            at_fault = await self._judge_each(failed.texts, made)
-        elif len(texts) == 1 or (failed.beside > 1 and not halved):
-            at_fault = await self._judge(texts, made, beside=failed.beside)
-        else:
-            at_fault = await self._halve(texts, made)
-        if at_fault:
-            self.sizes.restore(before)
-            self._adjust()
-        return at_fault
+    async def ask_apart(self, texts: Texts, made: Callable[[Made], None]) -> None:
+        """Make the next call for suspects, while no other runs for any.
 
-    async def _judge(self, texts: Texts, made: Callable[[Made], None], *, beside: int) -> bool:
-        """Call once more for texts that failed, while no other call runs; returns whether one of them is at fault.
+        Those that it does not clear are suspected more closely, until one that fails alone is at fault.
 
-        An embedder that is too busy fails at what it takes otherwise, and says so in no way that others could not mean.
-
-        :param beside: how many calls ran when it failed, this one included.
+        :param texts: of one suspicion, as many as it says.
         :raises EmbedderUnavailable: the embedder fails as a whole.
         """
-        async with self._alone:
-            if self.fitting(texts.values()) < len(texts):
-                rest = texts  # another call has shown meanwhile that so many are too many
+        suspicion = self.suspects.of(next(iter(texts)))
+        async with self._apart:
+            texts = dict(islice(texts.items(), self.fitting(texts.values())))
+            if suspicion.alone and len(texts) == suspicion.texts:
+                async with self._alone():
+                    failed = await self._confirmed(texts, made)
+                if failed is None:
+                    self.sizes.crowded(suspicion.beside)
+                    self._adjust()
             else:
+                failed = await self._confirmed(texts, made)
+        if failed is None:
+            return
+        crowd = failed.quick and not suspicion.alone
+        if len(texts) > 1 or crowd:
+            self._suspect(failed, texts, suspicion.before, alone=crowd and len(texts) == 1)
+            return
+        self.suspects.acquit(texts)
+        if suspicion.before is not None:  # no size was in the way
+            self.sizes.restore(suspicion.before)
+            self._adjust()
+        made(Made({}, dict.fromkeys(texts, failed.error)))
+
+    def _suspect(self, failed: Failed, texts: Texts, before: Learnt | None, *, alone: bool) -> None:
+        """Suspect the texts that have no vector after a call.
+
+        :param texts: those of the call.
+        :param before: the sizes that were known before the first call with them failed.
+        :param alone: whether too many calls at a time may have been the cause, so that the same is tried again alone.
+        """
+        count = len(failed.texts)
+        if count < len(texts):
+            count, alone = 1, True  # the others have their vectors: no size is in the way
+        elif not alone and count > 1:
+            self.sizes.fails(count, _bytes(texts))
+            self._adjust()
+            count = max(1, count // PARTS)
+        self.suspects.note(failed.texts, Suspicion(count, alone, failed.beside, before))
+
+    async def _confirmed(self, texts: Texts, made: Callable[[Made], None]) -> Failed | None:
+        """Call the embedder; returns how that failed, if not by the embedder's fault.
+
+        :raises EmbedderUnavailable: the embedder fails as a whole.
+        """
+        failed = await self._call(texts, made)
+        if failed is not None:
+            try:
+                await self.health.confirm(failed.error, failed.at)
+            except EmbedderUnavailable:
+                # The word may have failed because others were running, too.
+                self.sizes.crowded(failed.beside)
                 self._adjust()
+                raise
+        return failed
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Let no other call begin at first.
+
+        An embedder that is too busy fails at what it takes otherwise, and says so in no way that others could not mean.
+        """
+        try:
+            async with anyio.create_task_group() as tasks:
+                self._held = True
+                self._adjust()
+                tasks.start_soon(self._release)
                 try:
-                    failed = await self._call(texts, made)
-                    if failed is None:
-                        self.sizes.crowded(beside)
-                        return False
-                    await self.health.confirm(failed.error, failed.at)
+                    yield
                 finally:
-                    self._adjust(alone=False)
-                if len(texts) == 1:
-                    made(Made({}, dict.fromkeys(texts, failed.error)))
-                    return True
-                rest = failed.texts
-        return await self._halve(rest, made) if len(rest) == len(texts) else await self._judge_each(rest, made)
+                    tasks.cancel_scope.cancel()
+                    self._held = False
+                    self._adjust()
+        except BaseExceptionGroup as group:
+            raise leading(group) from None
 
-    async def _judge_each(self, texts: Texts, made: Callable[[Made], None]) -> bool:
-        """Call once more for each of some texts that have no vector while others of their call do."""
-        at_fault = False
-        for one, text in texts.items():
-            at_fault |= await self._judge({one: text}, made, beside=1)
-        return at_fault
-
-    async def _halve(self, texts: Texts, made: Callable[[Made], None]) -> bool:
-        """Embed texts in two calls that failed in one; returns whether a text is at fault."""
-        self.sizes.fails(len(texts), _bytes(texts))
-        items = list(texts.items())
-        middle = len(items) // 2
-        at_fault = False
-        for part in (items[:middle], items[middle:]):
-            at_fault |= await self.make(dict(part), made, halved=True)
-        return at_fault
+    async def _release(self) -> None:
+        await anyio.sleep(QUICK_S)
+        self._held = False
+        self._adjust()
 
     async def _call(self, texts: Texts, made: Callable[[Made], None]) -> Failed | None:
         """Call the embedder once there is a place; gives the vectors that can be used to `made`.
@@ -252,6 +283,7 @@ class Calls:
             # A call that succeeds because others failed does not show that so many can run at a time.
             self.sizes.works(len(texts), _bytes(texts), beside if failures == self._failures else 1)
             self._adjust()
+            self.suspects.acquit(usable)
             self._succeeded({one: texts[one] for one in usable}, usable, self._clock() - started - waited.seconds)
             made(Made(usable, {}))
         if not faults:
@@ -271,12 +303,11 @@ class Calls:
             # The key, the address or the model: the word tells whether that is so for every text.
             assert isinstance(error, CdcsyncError)
             error = EmbedError(error.message, where=error.where, hint=error.hint)
-        return Failed(error, texts, now, beside)
+        return Failed(error, texts, now, now - started <= QUICK_S, beside)
 
-    def _adjust(self, *, alone: bool | None = None) -> None:
+    def _adjust(self) -> None:
         """Set how many calls may run at a time: one while a call has to be alone, else as many as have worked."""
-        alone = self._alone.locked() if alone is None else alone
-        self._free.total_tokens = 1 if alone else self.sizes.calls
+        self._free.total_tokens = 1 if self._held else self.sizes.calls
 
 
 def _bytes(texts: Mapping[bytes, str]) -> int:

@@ -20,6 +20,7 @@ from cdcsync.errors import CdcsyncError
 from cdcsync.flows.embed.calls import Calls, Made, Texts
 from cdcsync.flows.embed.health import Health, known
 from cdcsync.flows.embed.pace import LIVE_WAIT_S, MOST_WINDOWS, SMALL_CALL_TEXTS, WINDOW_TEXTS, Pace
+from cdcsync.flows.embed.suspects import Suspects
 from cdcsync.metrics import Metrics
 from cdcsync.model.embedding import DailyTokens, EmbedderState, Problem
 from cdcsync.model.lag import Lag
@@ -190,24 +191,40 @@ class Dispatcher:
         """Return the vectors that were made recently for these texts."""
         return {one: self._made[one] for one in hashes if one in self._made}
 
-    async def embed(self, texts: Mapping[bytes, str]) -> Made:
+    @property
+    def suspects(self) -> Suspects:
+        """Texts whose call failed, to be asked for apart."""
+        return self._calls.suspects
+
+    async def embed(self, texts: Mapping[bytes, str], *, apart: bool = True) -> Made:
         """Return what becomes of each text by its hash, calling the model for those not made recently or under way.
 
+        :param apart: whether to wait for suspects, until they are embedded or at fault; else they are left out.
         :raises EmbedderUnavailable: the model or provider fails as a whole; what was made before that is remembered.
         """
         made = Made({}, {})
-        async with contextlib.aclosing(self.parts(texts)) as parts:
+        await self._add(self.parts(texts), made)
+        while apart and (rest := _without(texts, made)):
+            # Those that were asked for last come last: small parts of all calls that failed come first.
+            call = self.suspects.together(rest)
+            await self._add(self.parts(call, apart=True), made)
+            texts = {**{one: text for one, text in rest.items() if one not in call}, **call}
+        return made
+
+    async def _add(self, parts: AsyncGenerator[Made], made: Made) -> None:
+        async with contextlib.aclosing(parts):
             async for part in parts:
                 made.vectors.update(part.vectors)
                 made.failed.update(part.failed)
-        return made
 
-    async def parts(self, texts: Mapping[bytes, str]) -> AsyncGenerator[Made]:
-        """Yield what becomes of texts as soon as it is known, call by call.
+    async def parts(self, texts: Mapping[bytes, str], *, apart: bool = False) -> AsyncGenerator[Made]:
+        """Yield what becomes of texts as soon as it is known, call by call. Suspects are left out.
 
         Calls go on while the caller deals with a part, so that it can store what has been paid for before the next one
         is lost or waits for an embedder that fails.
 
+        :param apart: whether these are suspects, `together`: they have one call, and those that it does not clear are
+            left out.
         :raises EmbedderUnavailable: the model or provider fails as a whole.
         """
         await self.ready.wait()
@@ -220,15 +237,19 @@ class Dispatcher:
                 missing = {one: text for one, text in missing.items() if one not in recent}
                 yield Made(recent, {})
                 continue  # what others were calling for may have been made while the caller dealt with these
+            if not apart:
+                missing = {one: text for one, text in missing.items() if one not in self.suspects}
             others = {one: self._under_way[one] for one in missing if one in self._under_way}
             waited.update(others)
             ours = {one: text for one, text in missing.items() if one not in others}
             if ours:
-                async with contextlib.aclosing(self._claim(ours)) as parts:
+                async with contextlib.aclosing(self._claim(ours, apart=apart)) as parts:
                     async for part in parts:
                         for one in (*part.vectors, *part.failed):
                             del missing[one]
                         yield part
+                if apart:
+                    return
             elif others:
                 # Whoever called for these has no call of ours to wait for: a caller's own calls come first.
                 await next(iter(others.values())).wait()
@@ -253,7 +274,7 @@ class Dispatcher:
 
         async def call() -> None:
             try:
-                made.update((await self.embed(missing)).vectors)
+                made.update((await self.embed(missing, apart=False)).vectors)
             except CdcsyncError as error:
                 # The texts stay in the backlog, where the loop meets the same error and deals with it.
                 log.debug("inline_embedding_failed", embedder=self.embedder.name, error=str(error))
@@ -281,7 +302,7 @@ class Dispatcher:
         if texts > 0:
             self._metrics.embed_avoided.labels(self.embedder.name, reason).inc(texts)
 
-    async def _claim(self, texts: Texts) -> AsyncGenerator[Made]:
+    async def _claim(self, texts: Texts, *, apart: bool) -> AsyncGenerator[Made]:
         """Embed texts that nobody else is calling for, and yield what each call makes.
 
         If the caller is cancelled, because a table has changed, the calls are finished all the same, and what they make
@@ -298,7 +319,7 @@ class Dispatcher:
 
         async def call() -> None:
             try:
-                await self._calls.make(texts, made)
+                await (self._calls.ask_apart if apart else self._calls.make)(texts, made)
             except Exception as error:
                 failures.append(error)
             finally:
@@ -328,3 +349,7 @@ class Dispatcher:
         most = max(REMEMBERED_VECTORS, REMEMBERED_BYTES // size)
         while len(self._made) > most:
             self._made.popitem(last=False)
+
+
+def _without(texts: Mapping[bytes, str], made: Made) -> Texts:
+    return {one: text for one, text in texts.items() if one not in made.vectors and one not in made.failed}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from functools import partial
-from itertools import takewhile
 from typing import TypeVar
 
 import anyio
+import anyio.abc
 import psycopg
 import structlog
 
@@ -82,6 +82,14 @@ class EmbedLoop:
         self._live = False
         self._live_at = -math.inf
         self._broken = False
+        self._apart: dict[bytes, Waiting] = {}
+        """Suspects that windows found; no other window has them."""
+        self._suspected = anyio.Event()
+        """Set when there are more of them."""
+        self._under_way: set[bytes] = set()
+        """Texts whose batch has begun and not ended. A batch may hang: the next window does without them."""
+        # One batch more than can be embedded at a time is under way, which is stored meanwhile.
+        self._slots = anyio.Semaphore(dispatcher.places + 1)
         self._target_outage = Backoff(self._target_away)
         self._held = False
         self._locked_out = False
@@ -128,6 +136,15 @@ class EmbedLoop:
         self._metrics.reconnects.labels("target").inc()
 
     async def _drain_for_ever(self) -> None:
+        self._apart, self._under_way = {}, set()
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._windows_for_ever, tasks)
+                tasks.start_soon(self._suspects_for_ever)
+        except BaseExceptionGroup as group:
+            raise leading(group) from None
+
+    async def _windows_for_ever(self, tasks: anyio.abc.TaskGroup) -> None:
         while True:
             self._wake = anyio.Event()
             self._live = False
@@ -143,7 +160,7 @@ class EmbedLoop:
             # Loads stop first when the tokens of a day run out.
             lane = None if self._dispatcher.waits_until(load=True) is None else LIVE
             started = anyio.current_time()
-            found = await self._window(lane=lane)
+            found = await self._window(tasks, lane=lane)
             if self._rows_held and anyio.current_time() >= self._look_at:
                 await self._look_at_rows()
             if found:
@@ -151,7 +168,7 @@ class EmbedLoop:
             if self._rows_held and await self._of_backlog(partial(Backlog.due, lane=lane)):
                 # To look for a free row again takes as long as there are rows that are not.
                 await anyio.sleep(max(HOLD_POLL_S, anyio.current_time() - started))
-            else:
+            elif not (self._apart or self._under_way):
                 self._note_unlocked()
                 self._note_rows()
                 self.drained()
@@ -167,60 +184,99 @@ class EmbedLoop:
                     break
         self._held = self._dispatcher.far_behind
 
-    async def _window(self, *, lane: int | None) -> int:
-        """Embed one window of due texts and return how many there were."""
-        most, free = self._dispatcher.pace.window_texts, self._rows_held
-        window = await self._of_backlog(lambda it: it.window(most, lane=lane, free=free))
-        self._target_outage.succeeded()
+    async def _window(self, tasks: anyio.abc.TaskGroup, *, lane: int | None) -> int:
+        """Begin to embed one window of due texts, but for suspects, and return how many there were."""
+        found = await self._due(lane)
+        window = self._without_suspects(found)
         # Texts of about the same length together: a batch is padded to its longest.
-        tokens = await self._dispatcher.measure({waiting.hash: waiting.text for waiting in window})
-        # One that failed before is a call of its own, so that the others need not be halved to find it again.
-        window.sort(key=lambda waiting: (waiting.lane, waiting.attempts > 0, tokens[waiting.hash]))
-        found = len(window)
-        # One batch more than can be embedded at a time is under way, which is stored meanwhile.
-        slots = anyio.Semaphore(self._dispatcher.places + 1)
-        try:
-            async with anyio.create_task_group() as tasks:
-                while window and self._goes_on(load=window[0].lane > LIVE):
-                    if self._live and lane is None and window[0].lane > LIVE:
-                        self._live = False
-                        while await self._window(lane=LIVE) and self._goes_on(load=False):
-                            pass
-                        if not self._goes_on(load=True):
-                            break
-                    fresh = takewhile(lambda one: not one.attempts, window)
-                    size = self._dispatcher.batch({one.hash: one.text for one in fresh} or {window[0].hash: ""})
-                    batch, window = window[:size], window[size:]
-                    await slots.acquire()
-                    tasks.start_soon(self._one_batch, batch, slots)
-        except BaseExceptionGroup as group:
-            raise leading(group) from None
-        return found
+        tokens = await self._dispatcher.measure(_texts(window))
+        window.sort(key=lambda waiting: (waiting.lane, tokens[waiting.hash]))
+        while window and self._goes_on(load=window[0].lane > LIVE):
+            if self._live and lane is None and window[0].lane > LIVE:
+                self._live = False
+                while await self._window(tasks, lane=LIVE) and self._goes_on(load=False):
+                    pass
+                if not self._goes_on(load=True):
+                    break
+            size = self._dispatcher.batch(_texts(window))
+            batch, window = window[:size], window[size:]
+            await self._slots.acquire()
+            self._under_way.update(one.hash for one in batch)
+            tasks.start_soon(self._one_batch, batch)
+        return len(found)
+
+    async def _due(self, lane: int | None) -> list[Waiting]:
+        """Read a window of due texts, without those that are under way or set apart."""
+        most, free = self._dispatcher.pace.window_texts, self._rows_held
+        room = len(self._apart) < most
+        without = [*self._under_way, *self._apart, *(() if room else self._dispatcher.suspects)]
+        window = await self._of_backlog(lambda it: it.window(most, lane=lane, free=free, without=without, failed=room))
+        self._target_outage.succeeded()
+        return window
+
+    def _without_suspects(self, window: Sequence[Waiting]) -> list[Waiting]:
+        """Set the suspects of a window apart, those that failed before a restart included; return the others."""
+        suspects = {one.hash: one for one in window if one.attempts or one.hash in self._dispatcher.suspects}
+        self._set_apart(suspects)
+        return [one for one in window if one.hash not in suspects]
+
+    def _set_apart(self, suspects: Mapping[bytes, Waiting]) -> None:
+        self._apart |= suspects
+        if suspects:
+            self._suspected.set()
+
+    async def _suspects_for_ever(self) -> None:
+        """Embed suspects call by call, beside the windows."""
+        while True:
+            self._suspected = anyio.Event()
+            while waiting := [one for one in self._apart.values() if self._goes_on(load=one.lane > LIVE)]:
+                # Those that have not failed alone are probably innocent.
+                waiting.sort(key=lambda one: (one.attempts > 0, one.lane))
+                call = self._dispatcher.suspects.together(_texts(waiting))
+                left = await self._embed([self._apart[one] for one in call], apart=True)
+                for one in call:
+                    del self._apart[one]
+                self._apart |= left  # at the end
+                if self._rows_held:
+                    break
+            # A window finds again what has to wait for the embedder, and of rows that somebody holds the free ones.
+            self._apart = {}
+            self._wake.set()
+            await self._suspected.wait()
 
     def _goes_on(self, *, load: bool) -> bool:
         """Say whether the embedder takes more texts of a load, or of live changes, in the windows that are open."""
         return not self._broken and self._dispatcher.waits_until(load=load) is None
 
-    async def _one_batch(self, batch: Sequence[Waiting], slots: anyio.Semaphore) -> None:
+    async def _one_batch(self, batch: Sequence[Waiting]) -> None:
+        try:
+            self._set_apart(await self._embed(batch))
+        finally:
+            self._under_way.difference_update(one.hash for one in batch)
+            self._slots.release()
+            if self._broken or not self._under_way:
+                self._wake.set()
+
+    async def _embed(self, batch: Sequence[Waiting], *, apart: bool = False) -> dict[bytes, Waiting]:
+        """Embed and store texts, each as soon as the call that it was in has ended; returns the suspects among them."""
         try:
             # Texts that changed again while they waited in the window are not worth a call, nor are those that another
             # generation has by now.
-            waiting = await self._of_backlog(partial(_left, [one.hash for one in batch]))
-            self._dispatcher.avoided("superseded", len(batch) - len(waiting))
-            if (batch := [one for one in batch if one.hash in waiting]) and not self._broken:
-                await self._batch(batch)
+            left = await self._of_backlog(partial(_left, [one.hash for one in batch]))
+            self._dispatcher.avoided("superseded", len(batch) - len(left))
+            waiting = {one.hash: one for one in batch if one.hash in left}
+            if self._broken:
+                return {}
+            async with aclosing(self._dispatcher.parts(_texts(waiting.values()), apart=apart)) as parts:
+                async for made in parts:
+                    await self._keep(waiting, made)
+                    for one in (*made.vectors, *made.failed):
+                        del waiting[one]
         except EmbedderUnavailable:
             # The embedder fails as a whole: no text's attempt. Whatever waits is read again once it works.
             self._broken = True
-        finally:
-            slots.release()
-
-    async def _batch(self, batch: Sequence[Waiting]) -> None:
-        """Embed and store texts, each as soon as the call that it was in has ended."""
-        waiting = {one.hash: one for one in batch}
-        async with aclosing(self._dispatcher.parts({one.hash: one.text for one in batch})) as parts:
-            async for made in parts:
-                await self._keep(waiting, made)
+            return {}
+        return waiting
 
     async def _keep(self, waiting: Mapping[bytes, Waiting], made: Made) -> None:
         """Store vectors; notes texts that cannot be embedded."""
@@ -335,3 +391,7 @@ async def _left(hashes: list[bytes], backlog: Backlog) -> set[bytes]:
     """Take over the vectors that other generations have by now; return the texts that still need one."""
     await backlog.take_over(hashes)
     return await backlog.still_waiting(hashes)
+
+
+def _texts(waiting: Iterable[Waiting]) -> dict[bytes, str]:
+    return {one.hash: one.text for one in waiting}

@@ -275,6 +275,8 @@ async def test_a_postponed_text_is_due_after_its_delay_and_keeps_its_error(index
 
     await index.backlog.postpone([hash_text("a")], "again", delay_s=0)
     assert [(one.text, one.attempts) for one in await index.backlog.window(10)] == [("a", 2), ("b", 0)]
+    assert [one.text for one in await index.backlog.window(10, failed=False)] == ["b"]
+    assert [one.text for one in await index.backlog.window(10, without=[hash_text("b")])] == ["a"]
 
 
 async def test_a_text_fails_for_good_after_so_many_attempts_or_at_once(index: LiveIndex) -> None:

@@ -12,8 +12,10 @@ import anyio
 import psycopg
 import pytest
 
+from cdcsync.documents.templates import hash_text
 from cdcsync.embedders.protocol import WORD
 from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool
+from cdcsync.flows.embed.suspects import Suspicion
 from cdcsync.metrics import Metrics
 from cdcsync.model.changeset import BACKFILL
 from cdcsync.model.spec import IndexSpec
@@ -98,6 +100,36 @@ async def test_an_embedder_that_breaks_between_a_load_and_a_live_change_is_waite
                 for gate in embedder.gates:
                     gate.set()
                 await anyio.lowlevel.checkpoint()
+            tasks.cancel_scope.cancel()
+    await pool.aclose()
+
+
+async def test_the_target_is_not_asked_again_and_again_while_a_text_hangs_and_nothing_else_waits(
+    index: LiveIndex, target: Database
+) -> None:
+    await index.apply(changes(document("1", "hangs")))
+    embedder = Gated(concurrency=2, dimensions=DIMENSIONS)
+    dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
+    pool = Counted(target.dsn, SCHEMA, 1)
+    loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(dispatcher.run)
+            tasks.start_soon(loop.run)
+            await embedder.next_call(1)
+            await anyio.sleep(0.5)
+            assert pool.lent <= 5
+            dispatcher.suspects.note([hash_text("late")], Suspicion())
+            await index.apply(changes(document("2", "late")))
+            loop.notify(live=True)
+            await embedder.next_call(2)
+            before = pool.lent
+            await anyio.sleep(0.5)
+            assert pool.lent - before <= 5
+            assert sorted(embedder.texts) == ["hangs", "late"]
+            for gate in embedder.gates:
+                gate.set()
+            await until(partial(index.rows, "SELECT FROM {vectors} OFFSET 1"))
             tasks.cancel_scope.cancel()
     await pool.aclose()
 
