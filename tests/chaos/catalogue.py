@@ -254,10 +254,11 @@ CATALOGUE = (
     ),
     P(
         "a refused text waits alone",
-        "It keeps its error; the others go on.",
+        "It keeps its error; the others go on, also while an embedder hangs at it.",
         "target/backlog.py:Backlog.postpone",
         (
             "test_a_refused_text_waits_with_its_error_and_all_others_go_on",
+            "test_texts_that_hang_hold_up_no_other_text_of_any_index",
             "failure of a text noted",
             "provider: too few vectors",
         ),

@@ -331,6 +331,15 @@ MUTANTS = (
         r"assert \(\[\[b'a'\]\], .* == \(\[\[b'a'\], \[b",
     ),
     Mutant(
+        "suspects are asked for beside each other",
+        "flows/embed/calls.py",
+        "        async with self._apart:\n",
+        "        async with anyio.Lock():\n",
+        "tests",
+        "tests/unit/flows/embed/test_suspects.py::test_what_hangs_takes_one_place_and_no_other_text_waits_for_it",
+        r"assert \(1, False\) == \(1, True\)",
+    ),
+    Mutant(
         "rows that are gone stay after a gap",
         "flows/backfill/pages.py",
         "return Page(snapshot, [(key, None) for key in absent],",
