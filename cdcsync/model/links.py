@@ -136,6 +136,7 @@ class LinkProjection:
         self.shape = link.shape
         self.table = link.table
         self.width = len(relation.columns)
+        self.identifying = link.columns
         self._link = link
         self._values = picker([positions[name] for name in link.columns])
 

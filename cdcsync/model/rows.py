@@ -166,6 +166,29 @@ def positions_in(relation: Relation, names: Sequence[str], *, index: str, table:
     return positions
 
 
+def see_partition(root: Relation, part: Relation, names: Sequence[str], *, index: str, table: QualifiedName) -> None:
+    """See that old rows of a partition, which come under its root's name, hold the columns that identify them.
+
+    An old row is announced as whole when the root says FULL, and what the partition does not log of it is sent as NULL.
+    Of a column that the partition's description lacks nothing is known: with a column list the server counts the
+    partition's columns by the root's numbers.
+
+    :param names: columns that the index needs of an old row.
+    :raises SchemaChanged: they do not.
+    """
+    lacking = [column.name for column in part.columns if column.name in names and not column.key]
+    if lacking or (root.replica_identity == "f" and part.replica_identity != "f"):
+        name = QualifiedName(part.namespace, part.name)
+        raise SchemaChanged(
+            f"old rows of its partition {name} arrived without "
+            + (f"({', '.join(lacking)})" if lacking else f"all columns, and {table} promises all"),
+            index=index,
+            where=str(table),
+            hint=f"ALTER TABLE {name} REPLICA IDENTITY FULL, if it is not by now; {AGAIN}",
+            passing=True,
+        )
+
+
 class Projection:
     """Turns a relation's tuples into the changes of one index.
 
@@ -191,6 +214,7 @@ class Projection:
         self.shape = shape
         self.table = shape.table
         self.width = len(relation.columns)
+        self.identifying = tuple(name for name in shape.key if name in key)
         self._key_width = len(shape.key)
         made = {*shape.computed, SOURCE_TABLE} if shape.many else shape.computed
         positions |= dict.fromkeys(made, len(relation.columns))

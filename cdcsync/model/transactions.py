@@ -12,7 +12,8 @@ The rules:
    exchanged and exchanged back. If they were not, the next look at the catalog sees that.
 5. The rows of a partition come under its root's OID. That it is one is told by what precedes its first row: the
    descriptions of the root and of the partition. An index remembers it as a part of its table, as it may be gone by the
-   time that somebody looks at the catalog.
+   time that somebody looks at the catalog. It logs old rows by its own replica identity, whatever the root's
+   description promises of them: an index is lost that would take for NULL what such a partition leaves out.
 6. Marks are logical messages under our prefix, written inside a transaction of their own: each is delivered after every
    transaction that committed before it.
 
@@ -29,7 +30,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.errors import ProtocolError, SchemaChanged, SourceUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.links import Link, LinkProjection, Touch
-from cdcsync.model.rows import AGAIN, Change, Projection, Shape
+from cdcsync.model.rows import AGAIN, Change, Projection, Shape, see_partition
 from cdcsync.pgoutput.messages import (
     Begin,
     Commit,
@@ -133,7 +134,7 @@ class Assembler:
         """By OID, the name that a table was last described by."""
         self._types: dict[tuple[str, int | None], dict[str, tuple[int, int]]] = {}
         self._lost: set[str] = set()
-        self._newest: tuple[int | None, int] | None = None
+        self._newest: tuple[Relation | None, Relation] | None = None
         """The last two tables that were described, while no change followed."""
         self._xid: int | None = None
         self._lsn = 0
@@ -180,7 +181,7 @@ class Assembler:
     def _describe(self, relation: Relation) -> Sequence[Event]:
         """Find each index's columns in a table, or say why an index cannot follow it any more."""
         name = (relation.namespace, relation.name)
-        self._newest = None if self._newest is None else self._newest[1], relation.oid
+        self._newest = None if self._newest is None else self._newest[1], relation
         lost: list[Event] = []
         if relation.oid in self._projections:
             self._described()
@@ -266,8 +267,8 @@ class Assembler:
         projections = self._of(message.relation_oid)
         if self._newest is not None:
             (root, part), self._newest = self._newest, None
-            if root == message.relation_oid != part:
-                return [*self._parts(part, projections), *self._row(message)]
+            if root is not None and root.oid == message.relation_oid != part.oid:
+                return [*self._parts(root, part, projections), *self._row(message)]
         if self._skipping or not projections:
             return NOTHING
         values = message.old if isinstance(message, Delete) else message.new
@@ -295,11 +296,22 @@ class Assembler:
             hint="the worker connects again, and the source then describes the table anew",
         )
 
-    def _parts(self, oid: int, projections: Sequence[Projection | LinkProjection]) -> Iterator[Part]:
-        """Yield the indexes of whose table this one is a partition; one of many equal tables is not."""
+    def _parts(
+        self, root: Relation, part: Relation, projections: Sequence[Projection | LinkProjection]
+    ) -> Iterator[Event]:
+        """Yield the indexes of whose table this one is a partition, and those that cannot follow it.
+
+        One of many equal tables is none.
+        """
         for one in projections:
-            if one.shape.source is None:
-                yield Part(one.shape.index, one.table, oid)
+            if one.shape.source is not None:
+                continue
+            yield Part(one.shape.index, one.table, part.oid)
+            try:
+                see_partition(root, part, one.identifying, index=one.shape.index, table=one.table)
+            except SchemaChanged as error:
+                if one.shape.index not in self._lost:
+                    yield self._lost_event(one.shape, error)
 
     def _lost_by(self, error: SchemaChanged, projections: Sequence[Projection | LinkProjection]) -> list[Event]:
         return [self._lost_event(one.shape, error) for one in projections if one.shape.index == error.index]

@@ -171,7 +171,10 @@ def failing_writes(
         if not identity and mode != "f":
             # A table that is yet to be added is refused for that anyway: nothing would tell its rows apart.
             if sent is not None:
-                yield f"{one} has no replica identity", f"{default}, with a primary key"
+                # Of a partition that logs less than its root promises, NULLs would be taken for values.
+                whole = table.kind == "p" and table.identity_mode == "f"
+                fix = f"ALTER TABLE {one} REPLICA IDENTITY FULL" if whole else f"{default}, with a primary key"
+                yield f"{one} has no replica identity", fix
             continue
         if version >= GENERATED_COLUMNS_VERSION:
             columns = [table.columns[column] for column in identity if column in table.columns]

@@ -274,8 +274,8 @@ def key_faults(table: Table) -> Iterator[Finding]:
                 str(table.name),
                 f"the index that is its replica identity compares ({key}) in another way than the columns' types do, so"
                 " that rows with equal keys may be beside each other",
-                f"CREATE UNIQUE INDEX CONCURRENTLY ON {table.name} ({key}), without an operator class or a collation,"
-                f" and {alter} USING INDEX with that one",
+                f"{_unique_index(table, key)}, without an operator class or a collation, and {alter} USING INDEX with"
+                " that one",
             )
         yield from leaf_faults(table, key)
 
@@ -312,7 +312,7 @@ def named_key_faults(name: str, table: Table) -> Iterator[Finding]:
             where,
             f"({key}) is not known to identify a row of {table.name}: that takes a unique index on these columns, or on"
             " some of them, which is neither partial nor deferrable",
-            f"CREATE UNIQUE INDEX CONCURRENTLY ON {table.name} ({key})",
+            _unique_index(table, key),
         )
     if table.identity_mode == "f" or set(table.identity) == set(table.key):
         yield from leaf_faults(table, key)
@@ -326,6 +326,11 @@ def named_key_faults(name: str, table: Table) -> Iterator[Finding]:
         f" UPDATE and DELETE do not send the key ({key})",
         f"{alter} USING INDEX {quote(exact)}, or {alter} FULL" if exact else f"{alter} FULL",
     )
+
+
+def _unique_index(table: Table, key: str) -> str:
+    """Return the statement that makes a unique index; of a partitioned table the server makes none CONCURRENTLY."""
+    return f"CREATE UNIQUE INDEX{'' if table.kind == 'p' else ' CONCURRENTLY'} ON {table.name} ({key})"
 
 
 def unsent_leaves(table: Table) -> list[Partition]:
@@ -348,11 +353,13 @@ def leaf_faults(table: Table, key: str) -> Iterator[Finding]:
     unsent = unsent_leaves(table)
     yield from unsent_faults(table, unsent)
     blind = [leaf for leaf in table.leaves if leaf not in unsent and not set(table.key) <= set(leaf.identity)]
+    keyed = set(table.primary_key) == set(table.key)
     if blind:
+        logged = "DEFAULT" if keyed and table.identity_mode != "f" else "FULL"
         yield Finding.error(
             str(table.name),
             f"replica identities of partitions do not cover the key ({key}): {named(str(one.name) for one in blind)}",
-            f"ALTER TABLE {blind[0].name} REPLICA IDENTITY DEFAULT, and so on for each",
+            f"ALTER TABLE {blind[0].name} REPLICA IDENTITY {logged}, and so on for each",
         )
     # An old row is announced as whole when the root says FULL, and the NULLs of a leaf that logs only its key
     # would be taken for values.
@@ -361,6 +368,6 @@ def leaf_faults(table: Table, key: str) -> Iterator[Finding]:
         yield Finding.error(
             str(table.name),
             f"REPLICA IDENTITY is FULL and that of partitions is not: {named(str(one.name) for one in partial)}",
-            f"ALTER TABLE {table.name} REPLICA IDENTITY DEFAULT, or ALTER TABLE {partial[0].name} REPLICA IDENTITY"
-            " FULL and so on for each partition",
+            (f"ALTER TABLE {table.name} REPLICA IDENTITY DEFAULT, or " if keyed else "")
+            + f"ALTER TABLE {partial[0].name} REPLICA IDENTITY FULL, and so on for each partition",
         )

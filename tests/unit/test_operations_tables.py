@@ -46,12 +46,14 @@ HELD = {
     "a column of the template, the key or the carried columns": (CHANGES, "a template column dropped"),
     "it gets another name or schema, or is dropped": (CHANGES, "the table moved"),
     "its replica identity or primary key": (CHANGES, "the primary key widened"),
+    "a partition logs less of its old rows": (PARTITIONS, "test_what_a_partition_did_not_log_of_old_rows"),
     "other tables begin to inherit from it": (CHANGES, "a table that inherits"),
     "the publication stops sending a kind of change, or a column": (CHANGES, "test_a_publication_that_stops_sending"),
     "the worker's role may no longer read it": ("tests/server/preflight", "may not read"),
     "the table has no column": (PAUSES, "the table has no column"),
     "the table is called": (PAUSES, "the table is called"),
     "the replica identity is": (PAUSES, "the replica identity is"),
+    "old rows of its partition": ("tests/unit/model/test_transactions.py", "does_not_log_what_its_root_promises"),
     "its key is": (PAUSES, "its key is"),
     "the vectors of index": (f"{SCENARIOS}test_changed_models.py", "test_a_changed_embedder_without_the_one_before"),
     "the table was dropped": (PAUSES, "the table was dropped"),
@@ -178,6 +180,7 @@ def test_every_row_of_the_table_of_pauses_has_a_case_of_two_indexes() -> None:
     table = page[page.index("| Reason | Remedy |") :].split("\n\n")[0]
     reasons = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
     elsewhere = {
+        "old rows of its partition": PARTITIONS,
         "the vectors of index": "tests/server/scenarios/test_changed_models.py",
         "the target refuses a value …, too long": "tests/server/scenarios/test_values.py",
         "… has policies that hide rows": "tests/server/test_roles.py",

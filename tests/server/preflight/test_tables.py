@@ -314,7 +314,7 @@ NAMED_KEY = 'table = "t"\ntext = "{body}"\nkey = ["a", "b"]'
             "CREATE TABLE t (a int NOT NULL, b int NOT NULL, body text, UNIQUE (a, b)) PARTITION BY LIST (a);"
             " CREATE TABLE one PARTITION OF t FOR VALUES IN (1); ALTER TABLE t REPLICA IDENTITY FULL",
             "replica identities of partitions do not cover the key (a, b): public.one",
-            "ALTER TABLE public.one REPLICA IDENTITY DEFAULT",
+            "ALTER TABLE public.one REPLICA IDENTITY FULL",
         ),
     ],
 )
@@ -328,6 +328,43 @@ async def test_a_named_key_that_the_table_does_not_prove_is_refused(
     assert len(errors) == 1, errors
     assert why in errors[0].message
     assert fix in str(errors[0].hint)
+
+
+KEYLESS_PARTS = (
+    "CREATE TABLE t (a int NOT NULL, b int NOT NULL, body text) PARTITION BY LIST (a);"
+    " CREATE TABLE one PARTITION OF t FOR VALUES IN (1)"
+)
+
+
+@pytest.mark.parametrize("alternative", [0, -1], ids=["first", "last"])
+@pytest.mark.parametrize(
+    "create",
+    [
+        f"{KEYLESS_PARTS}; ALTER TABLE t REPLICA IDENTITY FULL",
+        f"{KEYLESS_PARTS}; CREATE UNIQUE INDEX ON t (a, b); ALTER TABLE t REPLICA IDENTITY FULL",
+        f"{KEYLESS_PARTS}; CREATE UNIQUE INDEX u ON t (a, b); ALTER TABLE t REPLICA IDENTITY USING INDEX u",
+        f"{KEYLESS_PARTS}; CREATE UNIQUE INDEX u ON t (a, b); ALTER TABLE t REPLICA IDENTITY FULL;"
+        " ALTER TABLE one REPLICA IDENTITY USING INDEX one_a_b_idx",
+        f"{KEYLESS_PARTS}; ALTER TABLE t ADD PRIMARY KEY (a, b); ALTER TABLE t REPLICA IDENTITY FULL",
+        f"{KEYLESS_PARTS}; ALTER TABLE t ADD PRIMARY KEY (a, b); ALTER TABLE one REPLICA IDENTITY NOTHING",
+        f"{KEYLESS_PARTS}; ALTER TABLE t ADD PRIMARY KEY (a, b); ALTER TABLE t REPLICA IDENTITY FULL;"
+        " ALTER TABLE one REPLICA IDENTITY NOTHING",
+        f"{KEYLESS_PARTS}; CREATE UNIQUE INDEX u ON t (a, b)",
+    ],
+    ids=[
+        *("nothing proves the key", "a unique index", "an identity index", "the partition by an index"),
+        *("a primary key", "nothing of the partition", "FULL and nothing of the partition", "no identity"),
+    ],
+)
+async def test_the_remedies_for_a_partitioned_table_that_is_published_make_it_fit(
+    database: Database, create: str, alternative: int
+) -> None:
+    """Each is typed as it is printed, until nothing more is said."""
+    database.execute(f"{create}; CREATE PUBLICATION cdcsync FOR TABLE t WITH (publish_via_partition_root = true)")
+    for _ in range(4):
+        for error in (await examined(configured(database.dsn, t=NAMED_KEY))).errors:
+            database.execute(str(error.hint).split(", and so on")[0].split(", or ")[alternative])
+    assert (await examined(configured(database.dsn, t=NAMED_KEY))).errors == []
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.configs import NO_AUDIT
 from tests.support.scenes import Followed, MakeScene, Scene
 from tests.support.workers import until
 
@@ -312,3 +313,94 @@ def test_a_worker_that_is_killed_before_it_looks_finds_what_came_and_went(passin
     pipeline.start()
     passing.heals("killed")
     passing.follows("beside")
+
+
+LARGE = "(SELECT string_agg(md5(i::text || j::text), '') FROM generate_series(1, 300) i)"
+OWN = [
+    "CREATE TABLE {t} (id int PRIMARY KEY, code int NOT NULL, title text, UNIQUE (id, code)) PARTITION BY RANGE (id)",
+    "CREATE TABLE {t}_leaf PARTITION OF {t} DEFAULT",
+    "ALTER TABLE {t}_leaf ALTER title SET STORAGE EXTERNAL",
+    f"INSERT INTO {{t}} SELECT j, j, {LARGE} FROM generate_series(1, 6) j",
+]
+NOTED = [
+    "CREATE TABLE {t} (id int PRIMARY KEY, title text)",
+    "INSERT INTO {t} SELECT i, 'title ' || i FROM generate_series(1, 6) i",
+    "CREATE TABLE {t}_notes (no int PRIMARY KEY, item_id int NOT NULL, body text, UNIQUE (no, item_id))"
+    " PARTITION BY RANGE (no)",
+    "CREATE TABLE {t}_leaf PARTITION OF {t}_notes DEFAULT",
+    "INSERT INTO {t}_notes SELECT i, i, 'body ' || i FROM generate_series(1, 6) i",
+]
+NOTES = """[indexes.NAME.related.notes]
+table = "{t}_notes"
+on = {{ item_id = "id" }}
+text = "{{body}}"
+"""
+MOVED = ["UPDATE {t} SET id = id + 100 WHERE id < 4", "DELETE FROM {t} WHERE id = 5"]
+GONE = ["UPDATE {t}_notes SET no = no + 100, item_id = 1 WHERE no = 4", "DELETE FROM {t}_notes WHERE no < 3"]
+BOTH_FULL = ["ALTER TABLE {t}{root} REPLICA IDENTITY FULL", "ALTER TABLE {t}_leaf REPLICA IDENTITY FULL"]
+BOTH_INDEX = [
+    "ALTER TABLE {t}_notes REPLICA IDENTITY USING INDEX {t}_notes_no_item_id_key",
+    "ALTER TABLE {t}_leaf REPLICA IDENTITY USING INDEX {t}_leaf_no_item_id_key",
+]
+LEAF_LESS = ["ALTER TABLE {t}_leaf REPLICA IDENTITY DEFAULT"]
+
+LOGGED_LESS: dict[str, tuple[list[str], list[str]]] = {
+    "own": (
+        [*OWN, *(one.format(t="{t}", root="") for one in BOTH_FULL)],
+        [*LEAF_LESS, *MOVED, "ALTER TABLE {t}_leaf REPLICA IDENTITY FULL"],
+    ),
+    "own_root": (
+        OWN,
+        ["ALTER TABLE {t} REPLICA IDENTITY FULL", *MOVED, "ALTER TABLE {t} REPLICA IDENTITY DEFAULT"],
+    ),
+    "related": (
+        [*NOTED, *(one.format(t="{t}", root="_notes") for one in BOTH_FULL)],
+        [*LEAF_LESS, *GONE, "ALTER TABLE {t}_leaf REPLICA IDENTITY FULL"],
+    ),
+    "related_index": ([*NOTED, *BOTH_INDEX], [*LEAF_LESS, *GONE, BOTH_INDEX[1]]),
+}
+"""Tables whose partition logs less of old rows for a while than the root promises: as made, and what happens then."""
+
+
+def test_what_a_partition_did_not_log_of_old_rows_for_a_while_is_not_taken_for_null(make_scene: MakeScene) -> None:
+    cases = {f"{case}_{how}": one for case, one in LOGGED_LESS.items() for how in ("once", "apart", "down")}
+    scene = make_scene(
+        [
+            "CREATE TABLE beside (id int PRIMARY KEY, title text)",
+            *(one.format(t=name) for name, (made, _) in cases.items() for one in made),
+        ],
+        {
+            "beside": Followed("beside"),
+            **{
+                name: Followed(name, "{title}: {notes}", more=NOTES.format(t=name))
+                if "related" in name
+                else Followed(name)
+                for name in cases
+            },
+        },
+        worker_lines=NO_AUDIT,
+    )
+    for name in cases:
+        if "related" in name:
+            scene.execute(
+                f"CREATE VIEW {name}_expected AS SELECT id, title, (SELECT string_agg(body, E'\n' ORDER BY no) FROM"
+                f" {name}_notes WHERE item_id = i.id) AS notes FROM {name} AS i"
+            )
+            scene.oracle_reads(name, f"{name}_expected")
+
+    def happen(*hows: str) -> None:
+        for name, (_, statements) in cases.items():
+            if name.endswith(hows):
+                run = scene.at_once if name.endswith("once") else scene.execute
+                run(*(one.format(t=name) for one in statements))
+        scene.execute("INSERT INTO beside SELECT 1 + count(*), 'beside' FROM beside")
+
+    happen("once", "apart")
+    scene.heals()
+    scene.follows("beside")
+    scene.pipeline.stop(scene.pipeline.processes[-1])
+    happen("down")
+    scene.pipeline.start()
+    scene.heals()
+    scene.follows("beside")
+    assert not [one for one in scene.pipeline.events() if one["event"] == "index_paused" and one["index"] == "beside"]

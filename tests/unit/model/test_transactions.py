@@ -469,6 +469,46 @@ def test_a_partition_is_told_of_although_its_first_rows_are_skipped() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("root", "leaf", "key", "lost"),
+    [("d", "d", "id", False), ("d", "f", "id author title", False), ("f", "f", "id author title", False),
+     ("f", "d", "id", True), ("d", "d", "author", True), ("i", "n", "", True), ("d", "d", "unlisted", True)],
+)  # fmt: skip
+def test_a_partition_that_does_not_log_what_its_root_promises_loses_the_indexes_at_its_first_row(
+    assembler: Assembler, root: str, leaf: str, key: str, lost: bool
+) -> None:
+    described = msgspec.structs.replace(R_ARTICLES, replica_identity=root)
+    if root == "f":
+        described = identified(described, "id author title")
+    part = identified(msgspec.structs.replace(relation(8, "leaf"), replica_identity=leaf), key)
+
+    assert events_of(assembler, [R_NOTES, BEGIN, described, part]) == []
+    events = events_of(assembler, [insert(1, "1", "A", "T"), insert(1, "2", "A", "T"), insert(2, "n", "N"), COMMIT])
+
+    assert [event.index for event in events if isinstance(event, Part)] == ["articles", "titles"]
+    errors = {event.index: event.error for event in events if isinstance(event, Lost)}
+    assert sorted(errors) == (["articles", "titles"] if lost else [])
+    assert all("ALTER TABLE public.leaf REPLICA IDENTITY FULL" in str(error.hint) for error in errors.values())
+    assert all(error.passing for error in errors.values())
+    rows = [event.shape.index for event in events if isinstance(event, Upsert)]
+    assert rows == (["notes"] if lost else ["articles", "titles", "articles", "titles", "notes"])
+
+
+def test_nothing_is_said_of_columns_that_a_partition_is_not_described_with(assembler: Assembler) -> None:
+    """With a column list, the server counts a partition's columns by the root's numbers."""
+    part = relation(8, "leaf", "other author")
+
+    events = events_of(assembler, [BEGIN, R_ARTICLES, part, insert(1, "1", "A", "T"), COMMIT])
+
+    assert not [event for event in events if isinstance(event, Lost)]
+
+
+def identified(described: pg.Relation, key: str) -> pg.Relation:
+    """Return a description of a table whose replica identity has these columns."""
+    columns = [msgspec.structs.replace(one, key=one.name in key.split()) for one in described.columns]
+    return msgspec.structs.replace(described, columns=tuple(columns))
+
+
 def told(made: Assembler, *messages: pg.PgoutputMessage) -> list[str]:
     """Return the indexes that are told of the partition with the OID 8."""
     if not made.in_transaction and not isinstance(messages[0], pg.Begin):
