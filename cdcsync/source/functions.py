@@ -13,11 +13,12 @@ on. So its text is not asked for: the function that writes it (pg_get_function_s
 body reads, and any function with a name in some body may be somebody else's.
 
 A condition that searches text may go by `default_text_search_config`, which no session of ours pins: it is what the
-user's own words are to be read by. So its value counts as well, as a new session would have it. What writes and reads
-numbers and dates goes by settings that are pinned, and were not always.
+user's own words are to be read by. So its value counts as well, as a new session would have it. And it goes by
+configurations and dictionaries, which may be altered (ALTER TEXT SEARCH CONFIGURATION … ALTER MAPPING). There are few,
+so all of them count. What writes and reads numbers and dates goes by settings that are pinned, and were not always.
 
-Source: PostgreSQL, "System Catalogs" (pg_proc, pg_operator, pg_cast, pg_constraint, pg_depend, pg_db_role_setting);
-"Text Search Functions and Operators".
+Source: PostgreSQL, "System Catalogs" (pg_proc, pg_operator, pg_cast, pg_constraint, pg_depend, pg_db_role_setting,
+pg_ts_config, pg_ts_config_map, pg_ts_dict); "Text Search Functions and Operators".
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ Name = tuple[str | None, str]
 """A schema, None for any, and what is called there."""
 
 
-_SEARCHING = re.compile(r"@@@?|\b(?:\w*to_tsvector|\w*to_tsquery|ts_headline|get_current_ts_config)\b", re.IGNORECASE)
-"""Matches what may go by the session's configuration for text search."""
+_SEARCHING = re.compile(
+    r"@@@?|\b(?:\w*to_tsvector|\w*to_tsquery|ts_headline|ts_lexize|unaccent|get_current_ts_config)\b", re.IGNORECASE
+)
+"""Matches what may go by a configuration for text search, the session's or a named one, or by a dictionary."""
 
 _WRITING = re.compile(r"\bto_(?:char|number|date|timestamp)\b|=\s*null\b", re.IGNORECASE)
 """Matches what may go by `lc_time`, `lc_numeric` or `transform_null_equals`."""
@@ -49,6 +52,16 @@ _SEARCH_SETTING: LiteralString = """
         AND setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
         AND setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = session_user))
 """
+
+_SEARCH_CONFIGURATIONS: LiteralString = """
+    SELECT md5(string_agg(one, ' ' ORDER BY one)) FROM (
+        SELECT concat_ws(' ', 'config', oid, xmin) FROM pg_ts_config
+        UNION ALL SELECT concat_ws(' ', 'dictionary', oid, xmin) FROM pg_ts_dict
+        UNION ALL SELECT concat_ws(' ', mapcfg, maptokentype, mapseqno, mapdict, xmin) FROM pg_ts_config_map
+    ) AS entries (one)
+"""
+"""With the transactions that last wrote them: what was altered and altered back decided about rows in between, and a
+dictionary is written to have sessions read its files again."""
 
 
 class Called(msgspec.Struct, frozen=True):
@@ -90,6 +103,7 @@ async def functions_called(connection: Connection, conditions: Iterable[str]) ->
             left = {name for one in new for name in one.calls} - seen
         if any(map(_SEARCHING.search, bodies)):
             digests["default_text_search_config"] = str(await fetch_value(connection, _SEARCH_SETTING, []))
+            digests["text search configurations"] = str(await fetch_value(connection, _SEARCH_CONFIGURATIONS, []))
         if any(map(_WRITING.search, bodies)):
             digests["lc_time, lc_numeric, transform_null_equals"] = "pinned"
         found[text] = digests

@@ -100,6 +100,26 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         "public.parsed_search(status)",
         [],
     ),
+    "mapped": (
+        ["CREATE TEXT SEARCH CONFIGURATION public.mapped (COPY = english)"],
+        "to_tsvector('public.mapped', status) @@ to_tsquery('public.mapped', 'opened')",
+        ["ALTER TEXT SEARCH CONFIGURATION public.mapped ALTER MAPPING FOR asciiword WITH simple"],
+    ),
+    "dictionary": (
+        [
+            "CREATE TEXT SEARCH DICTIONARY public.stems (TEMPLATE = snowball, LANGUAGE = english)",
+            "CREATE TEXT SEARCH CONFIGURATION public.stemmed (COPY = simple)",
+            "ALTER TEXT SEARCH CONFIGURATION public.stemmed ALTER MAPPING FOR asciiword WITH public.stems",
+            function("public.stemming", "SELECT to_tsvector('public.stemmed', s) @@ 'done'"),
+        ],
+        "public.stemming(status)",
+        ["ALTER TEXT SEARCH DICTIONARY public.stems (LANGUAGE = german)"],
+    ),
+    "lexemes": (
+        ["CREATE TEXT SEARCH DICTIONARY public.lexemes (TEMPLATE = simple, ACCEPT = true)"],
+        "ts_lexize('public.lexemes', status) IS NOT NULL",
+        ["ALTER TEXT SEARCH DICTIONARY public.lexemes (ACCEPT = false)"],
+    ),
     "related": (
         [function("public.shown", "SELECT s <> 'spam'")],
         "",
