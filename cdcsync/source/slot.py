@@ -393,6 +393,11 @@ def _undecodable(code: str | None, message: str) -> str:
         )
     if code in ("22021", "22P05"):
         return "a row holds bytes that are not text in UTF-8: correct the row, and the database's encoding"
+    if code is not None and code.startswith("22"):
+        return (
+            "most likely the publication's condition on the rows of a table fails for a row: correct the condition"
+            " first, as it fails at the next such row again"
+        )
     return "the source's log says more"
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from tests.support.scenes import Followed, MakeScene
 from tests.support.servers import Server
+from tests.support.workers import PATIENCE_S, until
 
 pytestmark = [pytest.mark.server]
 
@@ -99,6 +100,34 @@ def test_a_row_filter_holds_for_the_load_the_stream_and_what_is_read_again(make_
     verified = scene.command("verify", "filtered")
     assert verified.returncode == 0, verified.stdout + verified.stderr
     scene.follows()
+
+
+def test_a_row_filter_that_fails_for_a_row_is_a_gap_and_after_it_costs_that_row_alone(make_scene: MakeScene) -> None:
+    scene = make_scene(
+        [
+            *(one.format(t=table) for table in ("filtered", "beside") for one in (TABLE, ROWS)),
+            "ALTER TABLE filtered REPLICA IDENTITY FULL",
+            "CREATE PUBLICATION someones FOR TABLE beat, beside, filtered WHERE (100 / n > 3)",
+        ],
+        {"filtered": Followed("filtered", columns=("n",)), "beside": Followed("beside")},
+        publication="someones",
+    )
+    scene.execute("INSERT INTO filtered VALUES (50, 'divides by nothing', 0)")
+    assert scene.pipeline.processes[0].wait(timeout=PATIENCE_S) == 1
+    said = " ".join(scene.pipeline.tail().split())
+    assert "the source fails each time that it decodes what follows the checkpoint: division by zero" in said
+    assert "the publication's condition on the rows of a table fails for a row" in said
+
+    scene.reconfigured(lambda text: text.replace("[source]", '[source]\non_gap = "resync"'))
+    scene.pipeline.start()
+    failed = "SELECT index_name, key FROM cdcsync.failed_documents"
+    until(lambda: scene.pipeline.target.execute(failed).fetchall() == [("filtered", ["50"])], scene.pipeline.tail)
+    scene.heals("beside")
+
+    scene.execute("ALTER PUBLICATION someones SET TABLE beat, beside, filtered WHERE (n <> 5)", "DELETE FROM filtered")
+    scene.heals()
+    assert scene.pipeline.target.execute(failed).fetchall() == []
+    assert len(scene.pipeline.processes) == 2
 
 
 def test_a_column_list_needs_only_what_the_index_does(make_scene: MakeScene) -> None:
