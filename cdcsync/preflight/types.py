@@ -2,9 +2,9 @@
 
 A column keeps its type where the target has it, and otherwise is text: values are copied as the source renders them, so
 text holds them all. A domain becomes what it is made of, because the source may hold values that its checks refuse: of
-before a check was added NOT VALID, or of another domain of that name. An index that exists keeps the types it has,
-unless it is paused, which the check of a domain may be the reason for; and it follows a column that changed its type in
-the source.
+before a check was added NOT VALID, or of another domain of that name. In another database, names of what the source has
+(`regclass`) are text. An index that exists keeps the types it has, unless it is paused, which the check of a domain or
+such a name may be the reason for; and it follows a column that changed its type in the source.
 
 A type can run code: its owner may define casts at any time, which PostgreSQL then uses in whatever statement of the
 worker converts a value. So a type of the target is used only if its owner is trusted there anyway.
@@ -26,6 +26,15 @@ from cdcsync.preflight.findings import Finding, named
 from cdcsync.source.columns import Column
 
 FALLBACK = "text"
+
+NAMING = frozenset(
+    (
+        *("regclass", "regcollation", "regconfig", "regdatabase", "regdictionary", "regnamespace", "regoper"),
+        *("regoperator", "regproc", "regprocedure", "regrole", "regtype", "aclitem"),
+    )
+)
+"""Types whose values are names of what the source's database, or its server, has: another one takes only names of its
+own, and would call those something else once they are renamed."""
 
 
 class _Choice(msgspec.Struct, frozen=True):
@@ -59,7 +68,7 @@ async def choose_types(
         best = await _best_type(connection, column, shared=shared)
         type_ = best.type
         kept = stored.get(column.name)
-        if paused and column.base_type is not None and kept == column.type:
+        if paused and (column.base_type is not None or _names_objects(column)) and kept == column.type:
             kept = type_
         if kept is None and best.problem is not None:
             findings.append(
@@ -100,6 +109,12 @@ async def stored_types(connection: Connection, schema: str, stem: str) -> dict[s
 
 async def _best_type(connection: Connection, column: Column, *, shared: bool) -> _Choice:
     """Return the nearest type that the target has."""
+    if _names_objects(column) and not shared:
+        return _Choice(
+            FALLBACK,
+            f"a {column.value_type} names something in the source's database",
+            "filter by the name, as the source writes it",
+        )
     if column.base_type is not None and await _exists(connection, column.base_type):
         return _Choice(column.base_type)
     create = f"create the type {column.type} in the target before the worker first starts, or leave it as text"
@@ -141,6 +156,10 @@ async def _strangers(connection: Connection, column: Column, *, shared: bool) ->
         [column.type, column.wire_type[0] if shared else 0],
     )
     return await cursor.fetchone()
+
+
+def _names_objects(column: Column) -> bool:
+    return column.value_type.removesuffix("[]") in NAMING
 
 
 async def _exists(connection: Connection, type_: str) -> bool:

@@ -66,6 +66,26 @@ async def test_another_type_of_the_same_name_is_not_taken_for_the_columns(
     assert report.specs[0].carried_types == ("text",)
 
 
+@pytest.mark.parametrize("type_", ["regclass", "regrole", "regprocedure[]", "aclitem[]", "relation"])
+@pytest.mark.parametrize("paused", [False, True], ids=["new", "paused with it"])
+async def test_names_of_what_the_source_has_are_text_in_another_database_and_an_index_gives_up_their_type(
+    make_database: Callable[[], Database], type_: str, paused: bool
+) -> None:
+    source, target = make_database(), make_database()
+    for database in (source, target):
+        database.execute("CREATE DOMAIN public.relation AS regclass; CREATE SCHEMA kept")
+        database.execute(f"SET search_path = public; CREATE TABLE kept.t_chunks (what {type_})")
+    base = "regclass" if type_ == "relation" else None
+    column = Column("what", "public.relation" if base else type_, not_null=False, generated="", base_type=base)
+    for shared in (False, True):
+        findings: list[Finding] = []
+        async with await connect(target.dsn, "target") as connection:
+            schema = "kept" if paused else "cdcsync"
+            chosen = await choose_types(connection, schema, "t", [column], findings, paused=paused, shared=shared)
+        assert chosen == {"what": (base or type_) if shared else "text"}
+        assert ["names something in the source" in one.message for one in findings] == [True] * (not (paused or shared))
+
+
 async def test_in_one_database_every_type_is_kept(database: Database) -> None:
     database.execute("CREATE TYPE mood AS ENUM ('calm'); CREATE TABLE t (id int PRIMARY KEY, mood mood, body text)")
     report = await examined(configured(database.dsn, t='table = "t"\ntext = "{body}"\ncolumns = ["mood"]'))

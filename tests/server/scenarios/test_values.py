@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from tests.support.scenes import Followed, MakeScene, Scene
+from tests.support.workers import until
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]  # dozens of indexes, on a machine that may be busy
 
@@ -139,6 +142,49 @@ def test_values_are_the_same_whatever_a_role_or_database_renders_them_by(make_sc
     scene.execute(inserted(1), inserted(2))
 
     scene.follows()
+
+
+def test_names_of_what_only_the_source_has_arrive_in_another_database(make_scene: MakeScene) -> None:
+    named = {
+        "regclass": "'named'",
+        "regtype": "'colour'",
+        "regproc": "'shade'",
+        "regprocedure": "'shade(int)'",
+        "regnamespace": "'corner'",
+        "regconfig": "'words'",
+        "regdictionary": "'lexicon'",
+        "regclass[]": "ARRAY['named'::regclass]",
+        "aclitem": "makeaclitem(current_user::regrole, 0, 'SELECT', false)",
+    }
+    columns = {f"n{at}": type_ for at, type_ in enumerate(named)}
+    defined = ", ".join(f"{name} {type_}" for name, type_ in columns.items())
+    scene = make_scene(
+        [
+            "CREATE SCHEMA corner",
+            "CREATE TYPE colour AS ENUM ('red')",
+            "CREATE FUNCTION shade(int) RETURNS int LANGUAGE sql AS 'SELECT 1'",
+            "CREATE TEXT SEARCH CONFIGURATION words (COPY = simple)",
+            "CREATE TEXT SEARCH DICTIONARY lexicon (TEMPLATE = simple)",
+            f"CREATE TABLE named (id int PRIMARY KEY, {defined})",
+            f"INSERT INTO named VALUES (1, {', '.join(named.values())})",
+            "CREATE TABLE keyed (id regclass PRIMARY KEY, title text)",
+            "INSERT INTO keyed VALUES ('named', 'a key')",
+            "CREATE TABLE beside (id int PRIMARY KEY, title text)",
+        ],
+        {
+            "named": Followed("public.named", "{id}", tuple(columns)),
+            "keyed": Followed("public.keyed"),
+            "beside": Followed("public.beside"),
+        },
+        apart=True,
+    )
+    scene.execute(f"INSERT INTO named VALUES (2, {', '.join(named.values())})", "INSERT INTO beside VALUES (1, 'x')")
+    scene.execute("UPDATE keyed SET id = 'beside'", "UPDATE named SET n0 = 'beside' WHERE id = 1")
+    scene.settle()
+    scene.execute("SET search_path = ''")  # as the index has the names
+    for name in ("named", "keyed", "beside"):
+        assert scene.state(name)[0] == "live"
+        until(partial(scene.equal, name), scene.pipeline.tail)
 
 
 def test_a_key_that_the_target_cannot_take_pauses_its_index_and_names_the_row_where_no_log_does(
