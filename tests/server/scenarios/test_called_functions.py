@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.configs import NO_AUDIT
 from tests.support.scenes import Followed, MakeScene, Scene
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]
@@ -160,6 +161,7 @@ def calling(make_scene: MakeScene) -> Scene:
             "related": Followed("related", "{title} {same}", more=RELATED),
             **indexes,
         },
+        worker_lines=NO_AUDIT,
     )
     scene.execute(
         "CREATE VIEW expected AS SELECT id, title, CASE WHEN public.shown(status) THEN status END AS same FROM related"
