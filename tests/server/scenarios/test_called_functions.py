@@ -101,6 +101,13 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         "public.parsed_search(status)",
         [],
     ),
+    "related": (
+        [function("public.shown", "SELECT s <> 'spam'")],
+        "",
+        [function("public.shown", "SELECT s <> 'open'")],
+    ),
+}
+SEARCHES: dict[str, tuple[list[str], str, list[str]]] = {
     "mapped": (
         ["CREATE TEXT SEARCH CONFIGURATION public.mapped (COPY = english)"],
         "to_tsvector('public.mapped', status) @@ to_tsquery('public.mapped', 'opened')",
@@ -121,12 +128,9 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         "ts_lexize('public.lexemes', status) IS NOT NULL",
         ["ALTER TEXT SEARCH DICTIONARY public.lexemes (ACCEPT = false)"],
     ),
-    "related": (
-        [function("public.shown", "SELECT s <> 'spam'")],
-        "",
-        [function("public.shown", "SELECT s <> 'open'")],
-    ),
 }
+"""Text search configurations and dictionaries that are altered."""
+
 RELATED = """[indexes.NAME.related.same]
 table = "related"
 on = { id = "id" }
@@ -140,17 +144,18 @@ def calling(make_scene: MakeScene) -> Scene:
     """A table for each case, and one beside them."""
     tables = [
         statement
-        for name in ("beside", "spoilt", *CASES)
+        for name in ("beside", "spoilt", *CASES, *SEARCHES)
         for statement in (
             f"CREATE TABLE {name} (id int PRIMARY KEY, title text, status text)",
             f"INSERT INTO {name} SELECT i, 'title ' || i, (ARRAY['spam', 'open', 'done'])[1 + i % 3]"
             " FROM generate_series(1, 30) i",
         )
     ]
-    functions = [one for made, _, _ in CASES.values() for one in made]
+    cases = CASES | SEARCHES
+    functions = [one for made, _, _ in cases.values() for one in made]
     indexes = {
         name: Followed(name, where=where, columns=("status",))
-        for name, (_, where, _) in CASES.items()
+        for name, (_, where, _) in cases.items()
         if name != "related"
     }
     scene = make_scene(
@@ -182,6 +187,13 @@ def test_a_function_that_is_replaced_takes_rows_in_and_out(calling: Scene) -> No
             calling.pipeline.start()
         calling.heals(*CASES, "beside")
     assert not calling.pipeline.times("index_paused")
+
+
+def test_a_text_search_configuration_that_is_altered_takes_rows_in_and_out(calling: Scene) -> None:
+    calling.heals(*SEARCHES)
+    for _, _, statements in SEARCHES.values():
+        calling.execute(*statements)
+    calling.heals(*SEARCHES, "beside")
 
 
 def test_a_function_that_may_read_tables_by_now_pauses_its_index_alone(calling: Scene) -> None:
