@@ -166,8 +166,8 @@ def positions_in(relation: Relation, names: Sequence[str], *, index: str, table:
     return positions
 
 
-def see_partition(root: Relation, part: Relation, names: Sequence[str], *, index: str, table: QualifiedName) -> None:
-    """See that old rows of a partition, which come under its root's name, hold the columns that identify them.
+def check_partition(root: Relation, part: Relation, names: Sequence[str], *, index: str, table: QualifiedName) -> None:
+    """Check that old rows of a partition, which come under its root's name, hold the columns that identify them.
 
     An old row is announced as whole when the root says FULL, and what the partition does not log of it is sent as NULL.
     Of a column that the partition's description lacks nothing is known: with a column list the server counts the

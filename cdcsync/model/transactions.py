@@ -30,7 +30,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.errors import ProtocolError, SchemaChanged, SourceUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.links import Link, LinkProjection, Touch
-from cdcsync.model.rows import AGAIN, Change, Projection, Shape, see_partition
+from cdcsync.model.rows import AGAIN, Change, Projection, Shape, check_partition
 from cdcsync.pgoutput.messages import (
     Begin,
     Commit,
@@ -308,7 +308,7 @@ class Assembler:
                 continue
             yield Part(one.shape.index, one.table, part.oid)
             try:
-                see_partition(root, part, one.identifying, index=one.shape.index, table=one.table)
+                check_partition(root, part, one.identifying, index=one.shape.index, table=one.table)
             except SchemaChanged as error:
                 if one.shape.index not in self._lost:
                     yield self._lost_event(one.shape, error)
