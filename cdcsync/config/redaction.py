@@ -74,7 +74,7 @@ def dsn_fault(dsn: str) -> str | None:
 def dsn_parameters(dsn: str) -> list[str]:
     """Return the names of a connection string's parameters, in their order; of a URI those of its query."""
     if scheme := _SCHEME.match(dsn):
-        query = dsn[scheme.end() :].partition("?")[2]
+        _, _, query = _before_query(dsn[scheme.end() :])
         return [unquote(one.partition("=")[0]) for one in query.split("&") if one]
     return [pair["key"] for pair in _PAIR.finditer(dsn)]
 
@@ -99,9 +99,7 @@ def _redacted_uri(rest: str) -> str | None:
     """
     if _BAD_ESCAPE.search(rest):
         return None
-    first_at, first_slash = rest.find("@"), rest.find("/")
-    has_credentials = first_at >= 0 and (first_slash < 0 or first_at < first_slash)
-    before_query, question, query = _cut(rest, "?", start=first_at if has_credentials else 0)
+    before_query, question, query = _before_query(rest)
     credentials, at, hosts_and_path = before_query.rpartition("@")
     # libpq ends the credentials at the first `@`: what follows would be a host, and shown in its error message.
     if "@" in credentials or not _HOSTS.fullmatch(hosts_and_path.partition("/")[0]):
@@ -122,10 +120,12 @@ def _redacted_parameter(parameter: str) -> str | None:
     return f"{encoded}={REDACTED}" if value and _SECRET_PARAMETER.search(name) else parameter
 
 
-def _cut(text: str, mark: str, *, start: int) -> tuple[str, str, str]:
-    """Partition the text at the first mark that is not before `start`."""
-    head, found, tail = text[start:].partition(mark)
-    return text[:start] + head, found, tail
+def _before_query(rest: str) -> tuple[str, str, str]:
+    """Partition what follows the scheme at the question mark of its query: a password may hold one as well."""
+    first_at, first_slash = rest.find("@"), rest.find("/")
+    start = first_at if first_at >= 0 and (first_slash < 0 or first_at < first_slash) else 0
+    head, question, query = rest[start:].partition("?")
+    return rest[:start] + head, question, query
 
 
 def _redacted_pairs(dsn: str) -> str | None:

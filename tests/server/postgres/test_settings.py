@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.server, pytest.mark.anyio]
     [
         ("postgresql://h/app?schema=public&sslmode=require", "libpq knows no parameter schema"),
         ("host=h pool_size=5", "libpq knows no parameter pool_size"),
+        ("postgresql://u:half?other&rest=x@h/app?schema=public", "libpq knows no parameter schema"),
     ],
 )
 async def test_a_dsn_that_libpq_cannot_read_is_told_with_the_parameter_that_it_does_not_know(
