@@ -176,10 +176,11 @@ class Calls:
         suspicion = self.suspects.of(next(iter(texts)))
         async with self._apart:
             texts = dict(islice(texts.items(), self.fitting(texts.values())))
-            if suspicion.alone and len(texts) == suspicion.texts:
+            same = len(texts) == suspicion.texts
+            if suspicion.alone and (same or len(texts) == 1):  # one may be all that is left of a call
                 async with self._alone():
                     failed = await self._confirmed(texts, made)
-                if failed is None:
+                if failed is None and same:
                     self.sizes.crowded(suspicion.beside)
                     self._adjust()
             else:

@@ -168,6 +168,39 @@ def test_a_call_that_is_made_alone_holds_others_back_for_a_moment_only() -> None
     in_time(embedder, scene)
 
 
+class Busy(HashEmbedder):
+    """Takes half a second for a call, and refuses texts of the load while another call runs."""
+
+    concurrency = 4
+    running = 0
+
+    def __init__(self) -> None:
+        super().__init__("busy", config.HashEmbedder(dimensions=8))
+
+    async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
+        if self.running and any("load" in text for text in texts):
+            raise EmbedError("busy")
+        self.running += 1
+        try:
+            await anyio.sleep(0.5)
+        finally:
+            self.running -= 1
+        return self.vectors(texts)
+
+
+def test_the_last_text_of_a_call_that_was_turned_away_is_asked_for_alone_too() -> None:
+    async def scene(dispatcher: Dispatcher) -> None:
+        dispatcher.suspects.note(named("load 1", "load 2"), Suspicion(2, alone=True, beside=2))
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(dispatcher.embed, named("other"))
+            await anyio.sleep(0.1)
+            parts = [part async for part in dispatcher.parts(named("load 1"), apart=True)]
+        assert [(list(part.vectors), list(part.failed)) for part in parts] == [([b"load 1"], [])]
+        assert dispatcher.state.learnt.calls is None
+
+    in_time(Busy(), scene)
+
+
 def test_a_text_that_failed_before_a_restart_is_at_fault_after_one_call_that_hangs_and_says_nothing_of_sizes() -> None:
     embedder = Hanging()
 
