@@ -207,8 +207,7 @@ class EmbedLoop:
 
     async def _due(self, lane: int | None) -> list[Waiting]:
         """Read a window of due texts, without those that are under way or set apart."""
-        most, free = self._dispatcher.pace.window_texts, self._rows_held
-        room = len(self._apart) < most
+        most, free, room = self._dispatcher.pace.window_texts, self._rows_held, self._has_room
         without = [*self._under_way, *self._apart, *(() if room else self._dispatcher.suspects)]
         window = await self._of_backlog(lambda it: it.window(most, lane=lane, free=free, without=without, failed=room))
         self._target_outage.succeeded()
@@ -219,6 +218,11 @@ class EmbedLoop:
         suspects = {one.hash: one for one in window if one.attempts or one.hash in self._dispatcher.suspects}
         self._set_apart(suspects)
         return [one for one in window if one.hash not in suspects]
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether more suspects are kept: a window's worth, as their texts are in memory."""
+        return len(self._apart) < self._dispatcher.pace.window_texts
 
     def _set_apart(self, suspects: Mapping[bytes, Waiting]) -> None:
         self._apart |= suspects
@@ -250,7 +254,9 @@ class EmbedLoop:
 
     async def _one_batch(self, batch: Sequence[Waiting]) -> None:
         try:
-            self._set_apart(await self._embed(batch))
+            suspects = await self._embed(batch)
+            if self._has_room:  # else a window finds them again once there is
+                self._set_apart(suspects)
         finally:
             self._under_way.difference_update(one.hash for one in batch)
             self._slots.release()

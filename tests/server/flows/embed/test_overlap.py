@@ -12,9 +12,13 @@ import anyio
 import psycopg
 import pytest
 
+from cdcsync import config
 from cdcsync.documents.templates import hash_text
-from cdcsync.embedders.protocol import WORD
-from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool
+from cdcsync.embedders.hashing import HashEmbedder
+from cdcsync.embedders.protocol import WORD, Kind, Vectors
+from cdcsync.errors import EmbedError
+from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool, calls
+from cdcsync.flows.embed.pace import Pace
 from cdcsync.flows.embed.suspects import Suspicion
 from cdcsync.metrics import Metrics
 from cdcsync.model.changeset import BACKFILL
@@ -130,6 +134,54 @@ async def test_the_target_is_not_asked_again_and_again_while_a_text_hangs_and_no
             for gate in embedder.gates:
                 gate.set()
             await until(partial(index.rows, "SELECT FROM {vectors} OFFSET 1"))
+            tasks.cancel_scope.cancel()
+    await pool.aclose()
+
+
+SUSPECTED = 40
+
+
+class Stuck(HashEmbedder):
+    """Fails at texts that it has not seen, and hangs at others until it is let go."""
+
+    concurrency = 2
+
+    def __init__(self) -> None:
+        super().__init__("stuck", config.HashEmbedder(dimensions=DIMENSIONS))
+        self.seen: set[str] = set()
+        self.all_seen, self.let = anyio.Event(), anyio.Event()
+
+    async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
+        await anyio.sleep(0.01)
+        new = set(texts) - self.seen - {WORD}
+        self.seen |= new
+        if len(self.seen) == SUSPECTED:
+            self.all_seen.set()
+        if new:
+            raise EmbedError("no")
+        if list(texts) != [WORD]:
+            await self.let.wait()
+        return self.vectors(texts)
+
+
+async def test_no_more_suspects_are_kept_than_a_window_has_and_the_others_are_found_again(
+    index: LiveIndex, target: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "window_texts", 4)
+    monkeypatch.setattr(calls, "QUICK_S", 0.0)
+    await index.apply(changes(*(document(str(number), f"text {number}") for number in range(SUSPECTED))))
+    embedder = Stuck()
+    dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
+    pool = Pool(target.dsn, SCHEMA, 1)
+    loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(dispatcher.run)
+            tasks.start_soon(loop.run)
+            await embedder.all_seen.wait()
+            assert len(loop._apart) <= 2 * 4
+            embedder.let.set()
+            await until(partial(index.rows, "SELECT FROM {vectors} OFFSET %s", SUSPECTED - 1))
             tasks.cancel_scope.cancel()
     await pool.aclose()
 
