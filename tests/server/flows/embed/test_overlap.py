@@ -138,6 +138,33 @@ async def test_the_target_is_not_asked_again_and_again_while_a_text_hangs_and_no
     await pool.aclose()
 
 
+async def test_a_suspect_of_a_load_has_its_turn_however_many_live_ones_come(index: LiveIndex, target: Database) -> None:
+    embedder = Gated(dimensions=DIMENSIONS)
+    dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
+    for text in ("load", "live 1", "live 2", "live 3"):
+        dispatcher.suspects.note([hash_text(text)], Suspicion())
+    await index.apply(changes(document("1", "live 1"), document("2", "load", lane=BACKFILL)))
+    pool = Pool(target.dsn, SCHEMA, 1)
+    loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(dispatcher.run)
+            tasks.start_soon(loop.run)
+            await embedder.next_call(1)
+            await index.apply(changes(document("3", "live 2"), document("4", "live 3")))
+            loop.notify(live=True)
+            await until(lambda: _true(len(loop._apart) == 4))
+            embedder.gates[0].set()
+            await embedder.next_call(2)
+            tasks.cancel_scope.cancel()
+    await pool.aclose()
+    assert embedder.calls == [["live 1"], ["load"]]
+
+
+async def _true(holds: bool) -> bool:
+    return holds
+
+
 SUSPECTED = 40
 
 
