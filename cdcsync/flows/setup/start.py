@@ -11,6 +11,7 @@ from types import MappingProxyType
 import anyio
 import msgspec
 import structlog
+from psycopg import sql
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse
@@ -135,11 +136,8 @@ async def set_up_publication(
 
         async def publish() -> None:
             if publication is None:
-                async with source.transaction():
-                    await source.execute(
-                        create_publication_statement(name, missing, version=source.info.server_version)
-                    )
-                    await source.execute(mark_statement(name))
+                create = create_publication_statement(name, missing, version=source.info.server_version)
+                await source.execute(sql.SQL("; ").join([create, mark_statement(name)]))  # one transaction
                 crash_point("publication created")
                 log.info("publication_created", publication=name, tables=[str(table) for table in missing])
             else:
