@@ -206,9 +206,8 @@ async def _lock(target: Connection, config: Config) -> None:
 def _refuse_slot(slot: Slot, database: str) -> None:
     where = f"slot {slot.name}"
     if slot.plugin != "pgoutput" or slot.database != database:
-        described = f"of the database {slot.database}" if slot.database else "for physical replication"
         raise SetupError(
-            f"the slot is not this pipeline's: it is {described}, with the plugin {slot.plugin or 'none'}",
+            f"the slot is not this pipeline's: it is {slot.of}, with the plugin {slot.plugin or 'none'}",
             where=where,
             hint="correct source.slot or source.dsn",
         )

@@ -51,6 +51,9 @@ _EARLIER_TABLES = (
 _DROPPED = "start `cdcsync run` again: it puts back what is missing of our tables, and loads what they lack"
 """The fix if a table of the target, or its schema, is missing: somebody dropped what is ours, or no worker ran yet."""
 
+_TARGET_HINTS = {"42703": _EARLIER_TABLES, "42P01": _DROPPED, "3F000": _DROPPED}
+"""The fixes if a column, a table or a schema is missing, where those are ours."""
+
 _PASSING = ("55P03", "25006", "57014", "25P03", "25P04")
 
 
@@ -97,10 +100,8 @@ def translate(error: psycopg.Error, side: Side, *, where: str | None = None) -> 
         hint = _SHARED_MEMORY
     if error.sqlstate == "42501" and error.diag.message_hint:
         hint = error.diag.message_hint  # it is no privilege that is lacking, but a policy that hides rows
-    if error.sqlstate == "42703" and side == "target":
-        hint = _EARLIER_TABLES
-    if error.sqlstate in ("42P01", "3F000") and side == "target":
-        hint = _DROPPED
+    if side == "target":
+        hint = _TARGET_HINTS.get(error.sqlstate or "", hint)
     if passing(error):
         return unavailable(side, message, where=where, hint=hint, sqlstate=error.sqlstate)
     return SetupError(message, where=where or side, hint=hint or error.diag.message_hint, sqlstate=error.sqlstate)

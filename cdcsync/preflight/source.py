@@ -8,7 +8,6 @@ Source: PostgreSQL, "Logical Replication" (Configuration Settings, Security), "L
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from types import MappingProxyType
 
 import msgspec
 
@@ -45,7 +44,7 @@ async def examine_source(
     *,
     known: Collection[int] = (),
     begun: bool = False,
-    elsewhere: Mapping[str, str | None] = MappingProxyType({}),
+    elsewhere: Mapping[str, str | None],
 ) -> SourceFacts | None:
     """Check everything on the source but its tables; returns None when the server could not be read.
 

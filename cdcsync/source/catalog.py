@@ -96,6 +96,11 @@ class Slot(msgspec.Struct, frozen=True):
     """The oldest transaction (32 bits) whose effect on the catalogs it may still need: of a slot from which nothing was
     read yet, no transaction that ran during its creation or began later is older."""
 
+    @property
+    def of(self) -> str:
+        """What it is made for, in words."""
+        return f"of the database {self.database}" if self.database else "for physical replication"
+
 
 class Catalog(msgspec.Struct, frozen=True):
     """The publication and the configured tables, as of one moment.

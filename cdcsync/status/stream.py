@@ -47,9 +47,9 @@ async def read_source(
             with speaking_of("source"):
                 end, slot = await current_lsn(source), await read_slot(source, config.source.slot)
                 if slot is not None and slot.database != source.info.dbname:
-                    of = f"of the database {slot.database}" if slot.database else "for physical replication"
                     problems.append(
-                        f"slot {slot.name} of the source is {of}: name another with source.slot, or correct source.dsn"
+                        f"slot {slot.name} of the source is {slot.of}: name another with source.slot, or correct"
+                        " source.dsn"
                     )
                     slot = None
                 return end, slot

@@ -21,6 +21,7 @@ from cdcsync.flows.embed import Dispatcher
 from cdcsync.flows.embed.calls import Made
 from cdcsync.metrics import Metrics
 from cdcsync.model.embedding import EmbedderState
+from tests.support.embedding import embedded
 from tests.support.simulated import DIMENSIONS, KINDS, Simulated, Temper, embedder_of
 from tests.support.virtual import in_virtual_time
 
@@ -50,7 +51,7 @@ async def drained(dispatcher: Dispatcher) -> Made:
             for _ in batch:
                 waiting.popleft()
             try:
-                made = await dispatcher.embed(batch)
+                made = await embedded(dispatcher, batch)
             except EmbedderUnavailable:
                 waiting.extendleft(batch.items())
                 continue

@@ -196,26 +196,19 @@ class Dispatcher:
         """Texts whose call failed, to be asked for apart."""
         return self._calls.suspects
 
-    async def embed(self, texts: Mapping[bytes, str], *, apart: bool = True) -> Made:
+    async def embed(self, texts: Mapping[bytes, str]) -> Made:
         """Return what becomes of each text by its hash, calling the model for those not made recently or under way.
 
-        :param apart: whether to wait for suspects, until they are embedded or at fault; else they are left out.
+        Suspects are left out: they stay in the backlog, and the embed loop asks for them apart.
+
         :raises EmbedderUnavailable: the model or provider fails as a whole; what was made before that is remembered.
         """
         made = Made({}, {})
-        await self._add(self.parts(texts), made)
-        while apart and (rest := _without(texts, made)):
-            # Those that were asked for last come last: small parts of all calls that failed come first.
-            call = self.suspects.together(rest)
-            await self._add(self.parts(call, apart=True), made)
-            texts = {**{one: text for one, text in rest.items() if one not in call}, **call}
-        return made
-
-    async def _add(self, parts: AsyncGenerator[Made], made: Made) -> None:
-        async with contextlib.aclosing(parts):
+        async with contextlib.aclosing(self.parts(texts)) as parts:
             async for part in parts:
                 made.vectors.update(part.vectors)
                 made.failed.update(part.failed)
+        return made
 
     async def parts(self, texts: Mapping[bytes, str], *, apart: bool = False) -> AsyncGenerator[Made]:
         """Yield what becomes of texts as soon as it is known, call by call. Suspects are left out.
@@ -274,7 +267,7 @@ class Dispatcher:
 
         async def call() -> None:
             try:
-                made.update((await self.embed(missing, apart=False)).vectors)
+                made.update((await self.embed(missing)).vectors)
             except CdcsyncError as error:
                 # The texts stay in the backlog, where the loop meets the same error and deals with it.
                 log.debug("inline_embedding_failed", embedder=self.embedder.name, error=str(error))
@@ -349,7 +342,3 @@ class Dispatcher:
         most = max(REMEMBERED_VECTORS, REMEMBERED_BYTES // size)
         while len(self._made) > most:
             self._made.popitem(last=False)
-
-
-def _without(texts: Mapping[bytes, str], made: Made) -> Texts:
-    return {one: text for one, text in texts.items() if one not in made.vectors and one not in made.failed}

@@ -231,14 +231,14 @@ class EmbedLoop:
 
     async def _suspects_for_ever(self) -> None:
         """Embed suspects call by call, beside the windows."""
-        oldest = True
+        by_rank = False
         while True:
             self._suspected = anyio.Event()
             while waiting := [one for one in self._apart.values() if self._goes_on(load=one.lane > LIVE)]:
                 # Those that have not failed alone are probably innocent. Every other call is for what has waited
                 # longest: however many suspects come, each has its turn.
-                oldest = not oldest
-                if not oldest:
+                by_rank = not by_rank
+                if by_rank:
                     waiting.sort(key=lambda one: (one.attempts > 0, one.lane))
                 call = self._dispatcher.suspects.together(_texts(waiting))
                 left = await self._embed([self._apart[one] for one in call], apart=True)

@@ -26,7 +26,7 @@ async def page_vectors(
     try:
         while texts and dispatcher.waits_until(load=True) is None:
             call = dict(islice(texts.items(), dispatcher.batch(texts)))
-            vectors |= spec.usable((await dispatcher.embed(call, apart=False)).vectors)
+            vectors |= spec.usable((await dispatcher.embed(call)).vectors)
             texts = dict(islice(texts.items(), len(call), None))
     except CdcsyncError as error:
         # The rest goes to the backlog, where the embed loop meets the same error and deals with it.

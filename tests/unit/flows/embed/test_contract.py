@@ -15,6 +15,7 @@ from cdcsync.flows.embed.calls import Made
 from cdcsync.metrics import Metrics
 from cdcsync.model.embedding import Problem
 from tests import ROOT
+from tests.support.embedding import embedded
 from tests.support.simulated import KINDS, Simulated, Temper, embedder_of
 from tests.support.virtual import in_virtual_time
 
@@ -54,7 +55,7 @@ def run(kind: str, temper: Temper) -> Seen:
                 tasks.start_soon(dispatcher.run)
                 while len(seen.made.vectors) + len(seen.made.failed) < len(texts):
                     try:
-                        seen.made = await dispatcher.embed(texts)
+                        seen.made = await embedded(dispatcher, texts)
                     except EmbedderUnavailable:
                         await dispatcher.health.works()
                 seen.at_the_end = dispatcher.problem

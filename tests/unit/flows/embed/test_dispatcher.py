@@ -22,6 +22,7 @@ from cdcsync.flows.embed.health import SLOW_S
 from cdcsync.flows.embed.pace import MOST_WINDOWS, WINDOW_TEXTS
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import Lag
+from tests.support.embedding import embedded
 from tests.support.gates import Gated
 from tests.support.virtual import in_virtual_time
 
@@ -49,8 +50,8 @@ def avoided(dispatcher: Dispatcher, reason: str) -> float:
 
 async def test_a_text_that_was_made_recently_is_not_made_again() -> None:
     async with opened(HashEmbedder("h", config.HashEmbedder(dimensions=8))) as dispatcher:
-        first = await dispatcher.embed(named("a", "b"))
-        again = await dispatcher.embed(named("b", "c"))
+        first = await embedded(dispatcher, named("a", "b"))
+        again = await embedded(dispatcher, named("b", "c"))
 
         np.testing.assert_array_equal(first.vectors[b"b"], again.vectors[b"b"])
         assert avoided(dispatcher, "remembered") == 1
@@ -66,9 +67,9 @@ async def test_the_memory_for_vectors_is_bounded_by_bytes_and_forgets_the_oldest
     embedder = HashEmbedder("h", config.HashEmbedder(dimensions=8))
     async with opened(embedder) as dispatcher:
         for text in "abcd":
-            await dispatcher.embed(named(text))
+            await embedded(dispatcher, named(text))
         assert list(dispatcher.remembered([b"a", b"b", b"c", b"d"])) == [b"b", b"c", b"d"]
-        await dispatcher.embed(named("a", "b"))
+        await embedded(dispatcher, named("a", "b"))
         assert avoided(dispatcher, "remembered") == 1
 
 
@@ -77,7 +78,7 @@ async def test_the_tokens_of_what_is_embedded_are_counted_and_those_of_nothing_e
     async with opened(embedder) as dispatcher:
         texts = named("one text", "another, which is somewhat longer")
         for _ in range(2):  # the second time they are remembered
-            await dispatcher.embed(texts)
+            await embedded(dispatcher, texts)
         counted = dispatcher._metrics.embed_tokens.labels(embedder.name)._value.get()
         assert counted == sum(map(estimate, texts.values())) > 0
 
@@ -88,7 +89,7 @@ async def test_a_text_under_way_is_not_asked_for_again_by_others() -> None:
         found = []
 
         async def ask(*texts: str) -> None:
-            found.append((await dispatcher.embed(named(*texts))).vectors)
+            found.append((await embedded(dispatcher, named(*texts))).vectors)
 
         tasks.start_soon(ask, "a", "b")
         await embedder.next_call(1)
@@ -109,11 +110,11 @@ async def test_a_text_that_another_call_makes_while_its_caller_stores_others_is_
     embedder = Gated(concurrency=2)
     parts: list[list[bytes]] = []
     async with opened(embedder) as dispatcher, anyio.create_task_group() as tasks:
-        tasks.start_soon(dispatcher.embed, named("a"))
+        tasks.start_soon(embedded, dispatcher, named("a"))
         await embedder.next_call(1)
         embedder.gates[0].set()
         await anyio.wait_all_tasks_blocked()
-        tasks.start_soon(dispatcher.embed, named("b"))
+        tasks.start_soon(embedded, dispatcher, named("b"))
         await embedder.next_call(2)
 
         async def ask() -> None:
@@ -134,11 +135,11 @@ async def test_a_call_is_finished_and_remembered_whose_caller_has_gone() -> None
     embedder = Gated()
     async with opened(embedder) as dispatcher:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(dispatcher.embed, named("a", "b"))
+            tasks.start_soon(embedded, dispatcher, named("a", "b"))
             await embedder.next_call(1)
             tasks.cancel_scope.cancel()
         embedder.gates[0].set()
-        again = await dispatcher.embed(named("b", "a"))
+        again = await embedded(dispatcher, named("b", "a"))
 
     assert set(again.vectors) == {b"a", b"b"}
     assert embedder.texts == Counter("ab")
@@ -150,7 +151,7 @@ async def test_no_more_calls_run_at_a_time_than_the_embedder_serves(places: int)
     async with opened(embedder) as dispatcher, anyio.create_task_group() as tasks:
         assert dispatcher.idle
         for text in "abcde":
-            tasks.start_soon(dispatcher.embed, named(text))
+            tasks.start_soon(embedded, dispatcher, named(text))
         await anyio.wait_all_tasks_blocked()
         assert len(embedder.calls) == places
         assert not dispatcher.idle
@@ -163,7 +164,7 @@ async def test_a_small_call_waits_for_a_short_one_and_not_for_a_long_one() -> No
     embedder = Gated()
     async with opened(embedder) as dispatcher, anyio.create_task_group() as tasks:
         dispatcher.pace.seconds_per_text = 0.01
-        tasks.start_soon(dispatcher.embed, named("a", "b"))
+        tasks.start_soon(embedded, dispatcher, named("a", "b"))
         await embedder.next_call(1)
         assert dispatcher.free_within(0.025)
         assert not dispatcher.free_within(0.015)
@@ -189,7 +190,7 @@ async def test_whoever_waited_for_a_call_of_an_embedder_that_is_broken_hears_of_
 
         async def ask() -> None:
             try:
-                await dispatcher.embed(named("a"))
+                await embedded(dispatcher, named("a"))
             except EmbedderUnavailable as error:
                 problems.append(error)
 
@@ -262,7 +263,7 @@ async def learn(dispatcher: Dispatcher, texts: dict[bytes, str], calls: int = 12
         for _ in range(calls):
             dispatcher.forget()
             before = embedder.now
-            await dispatcher.embed(dict(list(texts.items())[: dispatcher.batch(texts)]))
+            await embedded(dispatcher, dict(list(texts.items())[: dispatcher.batch(texts)]))
         tasks.cancel_scope.cancel()
     return embedder.now - before
 

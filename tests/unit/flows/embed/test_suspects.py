@@ -16,6 +16,7 @@ from cdcsync.flows.embed.calls import QUICK_S
 from cdcsync.flows.embed.suspects import UNKNOWN, Suspects, Suspicion
 from cdcsync.metrics import Metrics
 from cdcsync.model.embedding import EmbedderState, Learnt
+from tests.support.embedding import embedded
 from tests.support.virtual import in_virtual_time
 
 LIMIT_S = 30.0
@@ -97,13 +98,13 @@ def test_what_hangs_takes_one_place_and_no_other_text_waits_for_it() -> None:
     async def scene(dispatcher: Dispatcher) -> None:
         batches = [named(*(f"{batch} {at} {'poison' * (at == 5)}" for at in range(16))) for batch in range(4)]
         for batch in batches:
-            assert not (await dispatcher.embed(batch, apart=False)).failed
+            assert not (await dispatcher.embed(batch)).failed
         assert set(dispatcher.suspects) > {one for batch in batches for one in batch if b"poison" in one}
         embedder.most_at_once = 0
         failed = list[bytes]()
 
         async def ask(batch: dict[bytes, str]) -> None:
-            made = await dispatcher.embed(batch)
+            made = await embedded(dispatcher, batch)
             assert len(made.vectors) == 15
             failed.extend(made.failed)
 
@@ -112,7 +113,7 @@ def test_what_hangs_takes_one_place_and_no_other_text_waits_for_it() -> None:
                 tasks.start_soon(ask, batch)
             for number in range(100):
                 began = anyio.current_time()
-                made = await dispatcher.embed(named(f"live {number}"))
+                made = await embedded(dispatcher, named(f"live {number}"))
                 assert (len(made.vectors), anyio.current_time() - began < 1) == (1, True)
         assert embedder.most_at_once == 1
         assert len(failed) == 4
@@ -129,14 +130,14 @@ def test_an_outage_in_between_is_no_texts_fault_and_suspects_are_suspected_after
 
     async def scene(dispatcher: Dispatcher) -> None:
         batch = named("a", "b", "poison")
-        await dispatcher.embed(batch, apart=False)
+        await dispatcher.embed(batch)
         embedder.away = True
         with pytest.raises(EmbedderUnavailable):
-            await dispatcher.embed(batch)
+            await embedded(dispatcher, batch)
         assert set(dispatcher.suspects) == set(batch)
         embedder.away = False
         await dispatcher.health.works()
-        made = await dispatcher.embed(batch)
+        made = await embedded(dispatcher, batch)
         assert (set(made.vectors), set(made.failed)) == ({b"a", b"b"}, {b"poison"})
 
     in_time(embedder, scene)
@@ -155,13 +156,13 @@ def test_a_call_that_is_made_alone_holds_others_back_for_a_moment_only() -> None
     embedder = Refusing()
 
     async def scene(dispatcher: Dispatcher) -> None:
-        await dispatcher.embed(named("poison"), apart=False)
+        await dispatcher.embed(named("poison"))
         assert dispatcher.suspects.of(b"poison").alone
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(dispatcher.embed, named("poison"))
+            tasks.start_soon(embedded, dispatcher, named("poison"))
             await anyio.sleep(0.05)
             began = anyio.current_time()
-            await dispatcher.embed(named("live"))
+            await embedded(dispatcher, named("live"))
             assert QUICK_S / 2 < anyio.current_time() - began < QUICK_S + 1
             assert embedder.at_once == 1
 
@@ -192,7 +193,7 @@ def test_the_last_text_of_a_call_that_was_turned_away_is_asked_for_alone_too() -
     async def scene(dispatcher: Dispatcher) -> None:
         dispatcher.suspects.note(named("load 1", "load 2"), Suspicion(2, alone=True, beside=2))
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(dispatcher.embed, named("other"))
+            tasks.start_soon(embedded, dispatcher, named("other"))
             await anyio.sleep(0.1)
             parts = [part async for part in dispatcher.parts(named("load 1"), apart=True)]
         assert [(list(part.vectors), list(part.failed)) for part in parts] == [([b"load 1"], [])]
@@ -219,7 +220,7 @@ def test_the_word_is_no_suspect() -> None:
     embedder = Hanging()
 
     async def scene(dispatcher: Dispatcher) -> None:
-        await dispatcher.embed(named("poison", "a"), apart=False)
+        await dispatcher.embed(named("poison", "a"))
         assert WORD.encode() not in dispatcher.suspects
 
     in_time(embedder, scene)
