@@ -34,24 +34,31 @@ LONG = "word " * 200
 """A few of these fill a call."""
 
 
+@asynccontextmanager
+async def running(loop: EmbedLoop, dispatcher: Dispatcher, pool: Pool) -> AsyncIterator[None]:
+    """Embed for as long as the block lasts."""
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(dispatcher.run)
+            tasks.start_soon(loop.run)
+            yield
+            tasks.cancel_scope.cancel()
+    await pool.aclose()
+
+
 async def test_vectors_are_stored_while_other_calls_are_under_way(index: LiveIndex, target: Database) -> None:
     await index.apply(changes(*(document(str(number), f"{number} {LONG}") for number in range(40))))
     embedder = Gated(concurrency=2, dimensions=DIMENSIONS)
     dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
     pool = Pool(target.dsn, SCHEMA, 1)
     loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
-    with anyio.fail_after(60):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(dispatcher.run)
-            tasks.start_soon(loop.run)
-            for ended in range(3):
-                await embedder.next_call(ended + 2)  # two at a time
-                embedder.gates[ended].set()
-                # The calls that have begun meanwhile are held.
-                ready = sum(len(call) for call in embedder.calls[: ended + 1])
-                await until(partial(index.rows, "SELECT FROM {vectors} OFFSET %s LIMIT 1", ready - 1))
-            tasks.cancel_scope.cancel()
-    await pool.aclose()
+    async with running(loop, dispatcher, pool):
+        for ended in range(3):
+            await embedder.next_call(ended + 2)  # two at a time
+            embedder.gates[ended].set()
+            # The calls that have begun meanwhile are held.
+            ready = sum(len(call) for call in embedder.calls[: ended + 1])
+            await until(partial(index.rows, "SELECT FROM {vectors} OFFSET %s LIMIT 1", ready - 1))
     assert max(embedder.texts.values()) == 1
 
 
@@ -75,37 +82,32 @@ async def test_an_embedder_that_breaks_between_a_load_and_a_live_change_is_waite
     dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
     pool = Counted(target.dsn, SCHEMA, 1)
     loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
-    with anyio.fail_after(60):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(dispatcher.run)
-            tasks.start_soon(loop.run)
-            await embedder.next_call(1)
-            await index.apply(changes(document("99", "live")))
-            loop.notify(live=True)
-            # The live change is called for while calls of the load are under way, and then nothing works.
-            number = 0
-            while "live" not in embedder.texts:
-                embedder.gates[number].set()
-                number += 1
-                await embedder.next_call(number + 1)
-            embedder.failing = True
-            broke = None
-            while embedder.texts[WORD] < 4:
-                embedder.gates[-1].set()
-                await embedder.next_call(len(embedder.calls) + 1)
-                if dispatcher.health.problem is not None and broke is None:
-                    broke = pool.lent
-            assert broke is not None
-            assert pool.lent - broke <= 10
-            embedder.failing = False
+    async with running(loop, dispatcher, pool):
+        await embedder.next_call(1)
+        await index.apply(changes(document("99", "live")))
+        loop.notify(live=True)
+        # The live change is called for while calls of the load are under way, and then nothing works.
+        number = 0
+        while "live" not in embedder.texts:
+            embedder.gates[number].set()
+            number += 1
+            await embedder.next_call(number + 1)
+        embedder.failing = True
+        broke = None
+        while embedder.texts[WORD] < 4:
+            embedder.gates[-1].set()
+            await embedder.next_call(len(embedder.calls) + 1)
+            if dispatcher.health.problem is not None and broke is None:
+                broke = pool.lent
+        assert broke is not None
+        assert pool.lent - broke <= 10
+        embedder.failing = False
+        for gate in embedder.gates:
+            gate.set()
+        while await index.rows("SELECT FROM {backlog} LIMIT 1"):
             for gate in embedder.gates:
                 gate.set()
-            while await index.rows("SELECT FROM {backlog} LIMIT 1"):
-                for gate in embedder.gates:
-                    gate.set()
-                await anyio.lowlevel.checkpoint()
-            tasks.cancel_scope.cancel()
-    await pool.aclose()
+            await anyio.lowlevel.checkpoint()
 
 
 async def test_the_target_is_not_asked_again_and_again_while_a_text_hangs_and_nothing_else_waits(
@@ -116,26 +118,21 @@ async def test_the_target_is_not_asked_again_and_again_while_a_text_hangs_and_no
     dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
     pool = Counted(target.dsn, SCHEMA, 1)
     loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
-    with anyio.fail_after(60):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(dispatcher.run)
-            tasks.start_soon(loop.run)
-            await embedder.next_call(1)
-            await anyio.sleep(0.5)
-            assert pool.lent <= 5
-            dispatcher.suspects.note([hash_text("late")], Suspicion())
-            await index.apply(changes(document("2", "late")))
-            loop.notify(live=True)
-            await embedder.next_call(2)
-            before = pool.lent
-            await anyio.sleep(0.5)
-            assert pool.lent - before <= 5
-            assert sorted(embedder.texts) == ["hangs", "late"]
-            for gate in embedder.gates:
-                gate.set()
-            await until(partial(index.rows, "SELECT FROM {vectors} OFFSET 1"))
-            tasks.cancel_scope.cancel()
-    await pool.aclose()
+    async with running(loop, dispatcher, pool):
+        await embedder.next_call(1)
+        await anyio.sleep(0.5)
+        assert pool.lent <= 5
+        dispatcher.suspects.note([hash_text("late")], Suspicion())
+        await index.apply(changes(document("2", "late")))
+        loop.notify(live=True)
+        await embedder.next_call(2)
+        before = pool.lent
+        await anyio.sleep(0.5)
+        assert pool.lent - before <= 5
+        assert sorted(embedder.texts) == ["hangs", "late"]
+        for gate in embedder.gates:
+            gate.set()
+        await until(partial(index.rows, "SELECT FROM {vectors} OFFSET 1"))
 
 
 async def test_a_suspect_of_a_load_has_its_turn_however_many_live_ones_come(index: LiveIndex, target: Database) -> None:
@@ -146,18 +143,13 @@ async def test_a_suspect_of_a_load_has_its_turn_however_many_live_ones_come(inde
     await index.apply(changes(document("1", "live 1"), document("2", "load", lane=BACKFILL)))
     pool = Pool(target.dsn, SCHEMA, 1)
     loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
-    with anyio.fail_after(60):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(dispatcher.run)
-            tasks.start_soon(loop.run)
-            await embedder.next_call(1)
-            await index.apply(changes(document("3", "live 2"), document("4", "live 3")))
-            loop.notify(live=True)
-            await until(lambda: _true(len(loop._apart) == 4))
-            embedder.gates[0].set()
-            await embedder.next_call(2)
-            tasks.cancel_scope.cancel()
-    await pool.aclose()
+    async with running(loop, dispatcher, pool):
+        await embedder.next_call(1)
+        await index.apply(changes(document("3", "live 2"), document("4", "live 3")))
+        loop.notify(live=True)
+        await until(lambda: _true(len(loop._apart) == 4))
+        embedder.gates[0].set()
+        await embedder.next_call(2)
     assert embedder.calls == [["live 1"], ["load"]]
 
 
@@ -201,16 +193,11 @@ async def test_no_more_suspects_are_kept_than_a_window_has_and_the_others_are_fo
     dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
     pool = Pool(target.dsn, SCHEMA, 1)
     loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
-    with anyio.fail_after(60):
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(dispatcher.run)
-            tasks.start_soon(loop.run)
-            await embedder.all_seen.wait()
-            assert len(loop._apart) <= 2 * 4
-            embedder.let.set()
-            await until(partial(index.rows, "SELECT FROM {vectors} OFFSET %s", SUSPECTED - 1))
-            tasks.cancel_scope.cancel()
-    await pool.aclose()
+    async with running(loop, dispatcher, pool):
+        await embedder.all_seen.wait()
+        assert len(loop._apart) <= 2 * 4
+        embedder.let.set()
+        await until(partial(index.rows, "SELECT FROM {vectors} OFFSET %s", SUSPECTED - 1))
 
 
 async def test_who_held_rows_is_no_longer_told_once_they_are_free_however_many_texts_still_wait(
