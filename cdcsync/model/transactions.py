@@ -13,7 +13,7 @@ The rules:
 5. The rows of a partition come under its root's OID. That it is one is told by what precedes its first row: the
    descriptions of the root and of the partition. An index remembers it as a part of its table, as it may be gone by the
    time that somebody looks at the catalog. It logs old rows by its own replica identity, whatever the root's
-   description promises of them: an index is lost that would take for NULL what such a partition leaves out.
+   description promises of them. An index that would take for NULL what such a partition leaves out is lost.
 6. Marks are logical messages under our prefix, written inside a transaction of their own: each is delivered after every
    transaction that committed before it.
 

@@ -225,9 +225,9 @@ def slot_faults(slot: Slot, server: Server, *, resync: bool, begun: bool = True)
 
 
 def adoption_fault(slot: Slot, readers: Sequence[str]) -> Finding:
-    """Say that a pipeline that has not begun finds its slot there: whatever else reads it loses what this one confirms.
+    """Report a slot that exists before its pipeline has begun: another reader would miss what this one confirms.
 
-    :param readers: the schemas of pipelines that go on from this slot.
+    :param readers: the schemas whose pipelines continue from this slot.
     """
     where = f"slot {slot.name}"
     if readers:

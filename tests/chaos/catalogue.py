@@ -254,7 +254,7 @@ CATALOGUE = (
     ),
     P(
         "a refused text waits alone",
-        "It keeps its error; the others go on, also while an embedder hangs at it.",
+        "It keeps its error; the others go on, even while an embedder hangs at it.",
         "target/backlog.py:Backlog.postpone",
         (
             "test_a_refused_text_waits_with_its_error_and_all_others_go_on",

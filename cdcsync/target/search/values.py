@@ -212,7 +212,7 @@ def _read_json(data: str | bytes) -> Any:
 
     Return its text if it holds a number that Python does not read or text that cannot be encoded, or is too deep.
 
-    :raises json.JSONDecodeError: it is no JSON.
+    :raises json.JSONDecodeError: it is not JSON.
     """
     written = data.encode() if isinstance(data, str) else data
     try:
