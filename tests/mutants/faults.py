@@ -439,6 +439,16 @@ MUTANTS = (
         "::test_a_worker_that_examined_before_an_exchange_drops_nothing_of_what_stands_there_since",
         r"assert \(1, 'ready'",
     ),
+    Mutant(
+        "a partition is taken to log what its root promises",
+        "model/rows.py",
+        '    if lacking or (root.replica_identity == "f" and part.replica_identity != "f"):\n',
+        "    if False:\n",
+        "tests",
+        "tests/server/scenarios/test_partitions.py"
+        "::test_what_a_partition_did_not_log_of_old_rows_for_a_while_is_not_taken_for_null",
+        DIFFERS,
+    ),
 )
 """All of them."""
 
