@@ -9,6 +9,7 @@ Source: PostgreSQL, "pg_replication_slots"; "Replication" (max_slot_wal_keep_siz
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import anyio
@@ -49,11 +50,14 @@ class Retention:
         self._passed = 0
 
     def look_at(self, slot: Slot | None) -> None:
-        """Note the slot's share, and log a mark that it has passed since the last look."""
+        """Note what a slot holds, None if that is not known, and log a mark that was passed since the last look."""
         if slot is None:
+            self._metrics.note_slot(None, math.nan, math.nan, math.nan)
             return
         share = retained_share(slot)
-        self._metrics.slot_retained_share.set(share)
+        safe = math.inf if slot.safe_bytes is None else slot.safe_bytes
+        lost = slot.wal_status == "lost"
+        self._metrics.note_slot(slot.wal_status, slot.retained_bytes or 0, 0 if lost else safe, share)
         if (mark := self.crossed(share)) is not None:
             tell = log.warning if mark < MARKS[-1] else log.error
             tell(
@@ -103,6 +107,7 @@ async def watch_slot(dsn: str, name: str, metrics: Metrics, source_ends: Callabl
                 away = 0
             except (SourceUnavailable, SetupError) as error:
                 log.debug("slot_watch_waits", error=str(error))
+                retention.look_at(None)
                 # A server without a free connection still sends: its stream has a place of its own.
                 if isinstance(error, SourceUnavailable) and error.sqlstate != TOO_MANY_CONNECTIONS:
                     away += 1

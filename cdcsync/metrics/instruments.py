@@ -7,7 +7,9 @@ Source: Prometheus, "Metric and label naming"; "Writing client libraries", proce
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from itertools import product
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
@@ -25,22 +27,42 @@ STATES = ("building", "live", "paused")
 WAL_STATUSES = ("reserved", "extended", "unreserved", "lost")
 """The states that pg_replication_slots has for the WAL that a slot needs, from well to gone."""
 
+PROBLEMS = (
+    *("missing", "stale", "orphaned", "carried", "repeated", "damaged"),
+    *("vector_missing", "vector_stale", "vector_dimensions", "vector_not_finite", "vector_twice", "vectors_orphaned"),
+)
+"""What the audit calls a difference."""
+
+COUNTED = {
+    "side": ("source", "target"),
+    "operation": ("upsert", "delete", "truncate"),
+    "way": ("reused", "inline", "backlog", "migration"),
+    "reason": ("current", "shared", "remembered", "under_way", "superseded"),
+    "kind": ("EmbedderUnavailable", "TextRejected", "EmbedderSetupError", "EmbedError"),
+    "problem": PROBLEMS,
+}
+"""The values of the labels by which counters count, besides names of the configuration."""
+
+
+def _listed(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
 
 LABELS = {
     "index": "the indexes of the configuration",
     "embedder": "the embedders of the configuration",
-    "side": "`source`, `target`",
-    "operation": "`upsert`, `delete`, `truncate`",
+    "side": _listed(COUNTED["side"]),
+    "operation": _listed(COUNTED["operation"]),
     "relation": "the names of the configured `[indexes.NAME.related.…]` sections, joined by dots",
-    "state": ", ".join(f"`{state}`" for state in STATES),
-    "status": ", ".join(f"`{status}`" for status in WAL_STATUSES) + ", as in `pg_replication_slots.wal_status`",
+    "state": _listed(STATES),
+    "status": _listed(WAL_STATUSES) + ", as in `pg_replication_slots.wal_status`",
     "lane": "`live` for changes, `backfill` for rows read from tables; live chunks are embedded first",
     "way": "`reused` from an equal text, `inline` together with its chunk, `backlog` afterwards, `migration` for a"
     " generation beside the live one",
     "generation": "the number of a generation of vectors, as in `NAME_vectors_GENERATION`",
-    "reason": "`current`, `shared`, `remembered`, `under_way`, `superseded`",
-    "kind": "the class of the error: `EmbedderUnavailable`, `TextRejected`, `EmbedderSetupError`, `EmbedError`",
-    "problem": "kinds of differences, as `cdcsync verify` calls them, and `vectors_orphaned`",
+    "reason": _listed(COUNTED["reason"]),
+    "kind": "the class of the error: " + _listed(COUNTED["kind"]),
+    "problem": "kinds of differences, as `cdcsync verify` calls them: " + _listed(PROBLEMS),
     "version": "the version that runs",
 }
 """The values of each label."""
@@ -63,6 +85,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._described: list[Described] = []
+        self._counters: list[tuple[Counter, tuple[str, ...]]] = []
+        self._gauges: list[tuple[Gauge, tuple[str, ...]]] = []
         # Memory, CPU time, open files and start time of the process, under the names that all exporters use.
         ProcessCollector(registry=self.registry)
 
@@ -343,11 +367,41 @@ class Metrics:
         """Text freshness of the last 15 minutes by index, for the status; it needs no server that scrapes."""
         self.recent_vectors: dict[str, Window] = {}
         """The same for vectors."""
+        self.forget()
 
     @property
     def described(self) -> Sequence[Described]:
         """Every metric, in the order of the page."""
         return self._described
+
+    def begin(self, indexes: Iterable[str], embedders: Iterable[str]) -> None:
+        """Have each counter of these begin at 0: the first count of one that appears with it is in no rate."""
+        values = COUNTED | {"index": tuple(indexes), "embedder": tuple(embedders)}
+        for counter, labels in self._counters:
+            if labels and values.keys() >= set(labels):
+                for of in product(*(values[label] for label in labels)):
+                    counter.labels(*of)
+
+    def forget(self) -> None:
+        """Have the gauges of the pipeline show nothing until they are read: it is not known yet, or another's now.
+
+        Those that are asked when they are scraped need no reading.
+        """
+        for gauge, labels in self._gauges:
+            if gauge in (self.lag_seconds, self.embedder_problem):
+                continue
+            if labels:
+                gauge.clear()
+            else:
+                gauge.set(math.nan)
+
+    def note_slot(self, wal_status: str | None, retained_bytes: float, safe_bytes: float, share: float) -> None:
+        """Note what the slot holds; NaN for what is not known."""
+        self.slot_retained_bytes.set(retained_bytes)
+        self.slot_safe_bytes.set(safe_bytes)
+        self.slot_retained_share.set(share)
+        for one in WAL_STATUSES:
+            self.slot_wal_status.labels(one).set(math.nan if wal_status is None else wal_status == one)
 
     def note_text_freshness(self, indexes: Iterable[str], seconds: float) -> None:
         """Note that texts of these indexes can be found, so long after their commit."""
@@ -363,10 +417,17 @@ class Metrics:
             self.recent_vectors.setdefault(index, Window()).add(seconds, times)
 
     def _counter(self, name: str, unit: str, meaning: str, labels: tuple[str, ...] = ()) -> Counter:
-        return Counter(self._note(name, "counter", unit, labels, meaning), meaning, labels, registry=self.registry)
+        full = self._note(name, "counter", unit, labels, meaning)
+        counter = Counter(full, meaning, labels, registry=self.registry)
+        self._counters.append((counter, labels))
+        return counter
 
     def _gauge(self, name: str, unit: str, meaning: str, labels: tuple[str, ...] = ()) -> Gauge:
-        return Gauge(self._note(name, "gauge", unit, labels, meaning), meaning, labels, registry=self.registry)
+        full = self._note(name, "gauge", unit, labels, meaning)
+        gauge = Gauge(full, meaning, labels, registry=self.registry)
+        if self._part != "worker":
+            self._gauges.append((gauge, labels))
+        return gauge
 
     def _histogram(
         self, name: str, unit: str, meaning: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()

@@ -152,9 +152,17 @@ def make_app(view: WorkerView, *, embed: EmbedQuery | None = None, hosts: Sequen
         alive = view.alive()
         return PlainTextResponse("ok\n" if alive else "the event loop is stuck\n", 200 if alive else 503)
 
+    async def not_loaded() -> list[str]:
+        if view.standby:  # nobody else reads there
+            try:
+                await readings.latest()
+            except (CdcsyncError, TimeoutError):
+                return ["the indexes cannot be looked at now: see /status"]
+        return view.not_loaded()
+
     async def readyz(request: Request) -> Response:
+        loading = await not_loaded() if request.query_params.get("loaded") == "1" else []
         reasons = view.not_ready()
-        loading = view.not_loaded() if request.query_params.get("loaded") == "1" else []
         if view.standby and request.query_params.get("standby") == "ok":
             return _json({"ready": not loading, "reasons": reasons + loading}, 503 if loading else 200)
         reasons = reasons + loading

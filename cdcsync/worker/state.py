@@ -23,7 +23,7 @@ from cdcsync.errors import CdcsyncError, EmbedderUnavailable, Unavailable
 from cdcsync.flows.embed import Dispatcher
 from cdcsync.logs import Told
 from cdcsync.lsn import Lsn
-from cdcsync.metrics import STATES, WAL_STATUSES, Metrics
+from cdcsync.metrics import STATES, Metrics
 from cdcsync.model.lag import Lag
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session
@@ -99,6 +99,7 @@ class WorkerState:
         """Since when the tables of an index cannot be read."""
         self._memory = Memory(self.metrics)
         self._paces = Paces()
+        self.metrics.begin(config.indexes, config.embedders)
         # Asked when they are scraped: they have to tell the truth when a server is away and nothing else is read.
         self.metrics.ready.set_function(lambda: float(not self.not_ready()))
         self.metrics.standby.set_function(lambda: float(self.standby))
@@ -146,6 +147,12 @@ class WorkerState:
         """Whether the worker began so lately that it need not follow its source yet."""
         waits = self._followed or self.standby or self.waiting_for is not None
         return not waits and anyio.current_time() - self._begun < STARTING_S
+
+    def stand_by(self) -> None:
+        """Note that another worker holds the pipeline: that one shows how it is, and what this one knew goes stale."""
+        self.standby, self.last = True, None
+        self._unreadable.clear()
+        self.metrics.forget()
 
     def stop(self) -> None:
         """Ask for an orderly end: the current batch is finished, or abandoned whole."""
@@ -209,7 +216,7 @@ class WorkerState:
                 " worker.ready_max_lag_bytes"
             )
         reasons += [f"index {name}: {problem}" for name, problem in self.problems.items()]
-        if self.last is not None:
+        if self.last is not None and not self.standby:  # a standby reads only when it is asked
             reasons += [
                 f"index {name} is paused: {index.reason}"
                 for name, index in self.last.indexes.items()
@@ -235,7 +242,7 @@ class WorkerState:
     def not_loaded(self) -> list[str]:
         """Return which indexes do not hold all rows of their tables with vectors yet; nothing when all do.
 
-        As of the last reading, which is some seconds old at most; a standby reads for itself.
+        As of the last reading, which is some seconds old at most; a standby has to be made to read before.
         """
         if self.last is None:
             return ["the indexes have not been looked at yet"]
@@ -386,6 +393,8 @@ class WorkerState:
                 pause = max(GAUGES_S, (anyio.current_time() - started) / GAUGES_SHARE)
             except Unavailable as error:
                 log.debug("gauges_wait", error=str(error))
+                if self.last is not None and not self._answered:
+                    self._set_gauges(self.last, known=False)
             except CdcsyncError as error:
                 if told.anew(error):
                     log.warning("status_unreadable", error=str(error), fix=error.hint)
@@ -395,25 +404,24 @@ class WorkerState:
                     log.exception("status_failed")
             await anyio.sleep(pause)
 
-    def _set_gauges(self, status: Status) -> None:
+    def _set_gauges(self, status: Status, *, known: bool = True) -> None:
+        """Show a reading.
+
+        :param known: whether its figures still are, which nobody can tell while the target does not answer. What it has
+            stored of states, proofs and recall stays as it was last read.
+        """
         metrics = self.metrics
         metrics.checkpoint_lsn.set(int(self._checkpoint()))
-        if status.lag_bytes is not None:
-            metrics.lag_bytes.set(status.lag_bytes)
-        if status.slot is not None:
-            metrics.slot_retained_bytes.set(status.slot.retained_bytes or 0)
-            safe, gone = status.slot.safe_bytes, status.slot.wal_status == "lost"
-            metrics.slot_safe_bytes.set(0 if gone else float("inf") if safe is None else safe)
-            for wal_status in WAL_STATUSES:
-                metrics.slot_wal_status.labels(wal_status).set(status.slot.wal_status == wal_status)
+        metrics.lag_bytes.set(math.nan if status.lag_bytes is None or not known else status.lag_bytes)
         for name, index in status.indexes.items():
-            unknown = 0.0 if index.unreadable is None else math.nan
+            away = 0.0 if known else math.nan
+            unknown = away if index.unreadable is None else math.nan
             metrics.backlog.labels(name, "live").set(index.backlog_live + unknown)
             metrics.backlog.labels(name, "backfill").set(index.backlog - index.backlog_live + unknown)
             metrics.failed.labels(name).set(index.failed + unknown)
             metrics.discarded.labels(name).set(index.discarded + unknown)
             listed = index.failed_documents
-            metrics.failed_documents.labels(name).set(math.nan if listed is None else listed)
+            metrics.failed_documents.labels(name).set(math.nan if listed is None else listed + away)
             for state in STATES:
                 metrics.index_state.labels(name, state).set(index.state == state)
             metrics.index_chunks.labels(name).set(index.chunks + unknown)
@@ -421,7 +429,7 @@ class WorkerState:
             metrics.generation_vectors.remove_by_labels({"index": name})
             for one in index.generations:
                 if one.generation != index.generation:
-                    metrics.generation_vectors.labels(name, str(one.generation)).set(one.vectors)
+                    metrics.generation_vectors.labels(name, str(one.generation)).set(one.vectors + away)
             if index.proven_equal_at is not None:
                 metrics.proven_equal.labels(name).set(index.proven_equal_at.timestamp())
                 metrics.undecided.labels(name).set(index.undecided)
@@ -432,8 +440,8 @@ class WorkerState:
                 metrics.recall.remove(name)
                 metrics.recall_finished.remove(name)
             backfill = index.backfill
-            metrics.backfill_done.labels(name).set(0 if backfill is None else backfill.rows_done)
-            metrics.backfill_expected.labels(name).set(0 if backfill is None else backfill.rows_total or 0)
+            metrics.backfill_done.labels(name).set(away if backfill is None else backfill.rows_done + away)
+            metrics.backfill_expected.labels(name).set(away if backfill is None else (backfill.rows_total or 0) + away)
 
 
 def _troubled(dispatcher: Dispatcher) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -147,6 +148,38 @@ def test_a_command_ends_the_session_of_a_frozen_worker_that_has_the_lock(
         pipeline.processes[-1].send_signal(signal.SIGCONT)
     until(lambda: pipeline.times("overtaken"), pipeline.tail)
     pipeline.in_step("others")
+
+
+def test_a_worker_that_stands_by_shows_nothing_that_has_gone_stale(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    """An alert that it fired as the worker would fire for as long as it stands by, whatever the next worker heals."""
+    source, target = make_database(), make_database()
+    impatient = f"{target.dsn} tcp_user_timeout=2000"
+    pipeline = make_pipeline(configuration(source.dsn, target=impatient, indexes={"articles": {}, "others": {}}))
+    loaded(pipeline, "articles", "others", rows=20)
+    source.execute("ALTER TABLE others RENAME COLUMN title TO headline")
+    until(lambda: b'{index="others",state="paused"} 1.0' in pipeline.get("/metrics")[1], pipeline.tail)
+    pipeline.processes[-1].send_signal(signal.SIGSTOP)
+    port, streamed = pipeline.event("listening")["port"], pipeline.times("streaming")
+    try:
+        pipeline.start()
+        until(lambda: pipeline.times("streaming") > streamed, pipeline.tail)
+    finally:
+        pipeline.processes[0].send_signal(signal.SIGCONT)
+    until(lambda: pipeline.times("standby"), pipeline.tail)
+    source.execute("ALTER TABLE others RENAME COLUMN headline TO title")
+    until(lambda: b'{index="others",state="live"} 1.0' in pipeline.get("/metrics")[1], pipeline.tail)
+
+    def ask(path: str) -> bytes:
+        return pipeline.get(path, port=port)[1]
+
+    until(lambda: b"cdcsync_standby 1.0" in ask("/metrics"), pipeline.tail)
+    exposed = ask("/metrics").decode()
+    assert "cdcsync_slot_retained_bytes NaN" in exposed
+    assert "cdcsync_index_state{" not in exposed
+    until(lambda: json.loads(ask("/readyz?standby=ok&loaded=1"))["ready"], lambda: ask("/readyz?loaded=1").decode())
+    assert json.loads(ask("/readyz"))["reasons"] == ["standby: another worker holds the pipeline"]
 
 
 ADMITTED = (

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import isnan
 
 import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
-from tests.support.outages import MakeSimple, metric
+from tests.support.outages import MakeSimple, make_target, metric
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
@@ -119,6 +120,32 @@ def test_a_slot_that_holds_much_of_what_it_may_is_told_of_before_it_is_a_gap(
 
     until(relieved, pipeline.tail)
     assert len(retentions(pipeline)) == 2
+
+
+def test_figures_of_servers_that_are_away_are_not_known_and_those_of_the_slot_need_no_target(
+    make_cluster: Callable[..., Cluster], make_simple: MakeSimple
+) -> None:
+    """The slot fills while the target is away, which is when its alerts matter."""
+    source, cluster = make_cluster(settings={"max_slot_wal_keep_size": "96MB"}), make_cluster()
+    pipeline = make_simple(source.dsn(), make_target(cluster))
+    pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    chunks = 'cdcsync_index_chunks{index="articles"}'
+    until(lambda: metric(pipeline, chunks) == 20, pipeline.tail)
+    cluster.stop()
+    pipeline.source.execute("UPDATE articles SET title = 'changed'")
+    write_wal(pipeline, 0.85)
+    until(lambda: metric(pipeline, "cdcsync_slot_retained_bytes") > 48e6, pipeline.tail)
+    assert metric(pipeline, "cdcsync_slot_safe_bytes") < 48e6
+    for figure in (chunks, "cdcsync_lag_bytes"):
+        until(lambda: isnan(metric(pipeline, figure)), figure)  # noqa: B023 - called in the loop
+    cluster.start()
+    until(lambda: metric(pipeline, chunks) == 20, pipeline.tail)
+    source.stop()
+    for figure in ("cdcsync_lag_bytes", "cdcsync_slot_retained_bytes", 'cdcsync_slot_wal_status{status="reserved"}'):
+        until(lambda: isnan(metric(pipeline, figure)), figure)  # noqa: B023 - called in the loop
+    assert metric(pipeline, chunks) == 20
 
 
 def retentions(pipeline: Pipeline) -> list[dict[str, object]]:

@@ -8,8 +8,9 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -18,7 +19,11 @@ from prometheus_client import generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
 import cdcsync
+from cdcsync.flows.audit.comparison import FAILED, REPEATED, UNDECIDED
+from cdcsync.flows.audit.soundness import Fault
 from cdcsync.metrics import STATES, WAL_STATUSES, Metrics
+from cdcsync.metrics.instruments import PROBLEMS
+from cdcsync.model.requests import Problem
 from tests import ROOT
 
 PACKAGE = Path(cdcsync.__file__).parent
@@ -96,10 +101,33 @@ def test_every_metric_is_set_somewhere() -> None:
         and isinstance(node.value, ast.Name | ast.Attribute)
         and (node.value.id if isinstance(node.value, ast.Name) else node.value.attr).lstrip("_") == "metrics"
     }
-    # Some are set by methods that also keep the last quarter of an hour.
-    for method in (Metrics.note_text_freshness, Metrics.note_vector_freshness):
+    # Some are set together, or by methods that also keep the last quarter of an hour.
+    for method in (Metrics.note_text_freshness, Metrics.note_vector_freshness, Metrics.note_slot):
         used |= set(method.__code__.co_names)
     assert {name for name in vars(Metrics()) if name != "registry" and not name.startswith("_")} <= used
+
+
+def test_counters_begin_at_zero_so_that_their_first_count_is_a_growth() -> None:
+    metrics = Metrics()
+    metrics.begin(["articles"], ["hosted"])
+    found = metrics.registry.get_sample_value
+    assert found("cdcsync_audit_differences_total", {"index": "articles", "problem": "stale"}) == 0
+    assert found("cdcsync_embed_errors_total", {"embedder": "hosted", "kind": "EmbedderUnavailable"}) == 0
+    assert found("cdcsync_reconnects_total", {"side": "target"}) == 0
+
+
+def test_the_page_lists_what_the_audit_finds() -> None:
+    kinds = {*get_args(Problem), *get_args(Fault), REPEATED, "vectors_orphaned"}
+    assert set(PROBLEMS) == kinds - {FAILED, UNDECIDED}
+
+
+def test_gauges_that_nobody_has_read_are_not_known() -> None:
+    metrics = Metrics()
+    metrics.backlog.labels("articles", "live").set(7)
+    metrics.lag_bytes.set(7)
+    metrics.forget()
+    assert metrics.registry.get_sample_value("cdcsync_backlog_chunks", {"index": "articles", "lane": "live"}) is None
+    assert isnan(metrics.registry.get_sample_value("cdcsync_lag_bytes") or 0)
 
 
 def test_the_memory_of_the_process_is_exposed() -> None:
@@ -186,6 +214,7 @@ def test_what_is_exposed_keeps_to_the_conventions(promtool: str) -> None:
 WORKER = 'job="cdcsync", instance="a:9477"'
 
 
+FOUND = f'cdcsync_audit_differences_total{{{WORKER}, index="i", problem="stale"}}'
 STARTED = f"process_start_time_seconds{{{WORKER}}}"
 
 
@@ -221,6 +250,8 @@ STARTED = f"process_start_time_seconds{{{WORKER}}}"
         ({f'cdcsync_embedder_problem{{{WORKER}, embedder="e"}}': "0x30"}, set()),
         ({f'cdcsync_embedder_drift{{{WORKER}, embedder="e"}}': "0.02x30"}, {"CdcsyncEmbedderChanged"}),
         ({f'cdcsync_embedder_drift{{{WORKER}, embedder="e"}}': "0.009x30"}, set()),
+        ({FOUND: "0x9 1x20"}, {"CdcsyncAuditFound"}),
+        ({FOUND: "1x30"}, set()),
     ],
 )
 def test_an_alert_fires_when_it_should(
