@@ -137,7 +137,9 @@ def _one(value: dict[str, Any], definitions: dict[str, Any]) -> str:
     if kind == "object":
         return "a table by name"
     words = _KINDS.get(str(kind), "value")
-    low, high = value.get("minimum", value.get("exclusiveMinimum")), value.get("maximum")
+    low, high, beyond = value.get("minimum"), value.get("maximum"), value.get("exclusiveMinimum")
+    if beyond is not None:
+        return f"{words} above {beyond:,}" + ("" if high is None else f", to {high:,}")
     if low is not None and high is not None:
         return f"{words}, {low:,} to {high:,}"
     return f"{words}, {low:,} or more" if low is not None else words

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import typer
 
+from cdcsync.config import parse
+from cdcsync.errors import ConfigError
 from tests import ROOT
+from tests.support.configs import configuration
 from tests.support.pages import PAGES, Machine, blocks, inline_commands, parse_command
 from tests.support.servers import Database, Server, fresh_database
 
@@ -129,6 +132,14 @@ def test_a_command_that_there_is_not_would_be_noticed() -> None:
 def test_every_page_is_in_the_sites_table_of_contents() -> None:
     listed = (ROOT / "docs" / "index.md").read_text(encoding="utf-8").splitlines()
     assert [page.stem for page in (ROOT / "docs").glob("*.md") if page.stem not in {*listed, "index"}] == []
+
+
+def test_the_reference_names_no_bound_that_is_refused() -> None:
+    from docs.reference import PAGES as made
+
+    with pytest.raises(ConfigError, match="expected a number above 0 and at most 86400, got 0"):
+        parse(configuration("dbname=nowhere", worker_lines="stop_timeout_s = 0"), {}, where="the test")
+    assert "| `stop_timeout_s` | number above 0, to 86,400 |" in made["configuration.md"]()
 
 
 def test_the_reference_is_what_the_code_says() -> None:
