@@ -265,11 +265,12 @@ async def _replay(
                         show(request, left)
                         await anyio.sleep(0.2)
         except anyio.get_cancelled_exc_class():
-            with anyio.CancelScope(shield=True):
-                async with await connect(config.target.dsn, "target") as again:
-                    if on_interrupt is OnInterrupt.cancel:
+            left_to = "left to the worker: --cancel cancels it"
+            if on_interrupt is OnInterrupt.cancel:
+                with anyio.CancelScope(shield=True):
+                    async with await connect(config.target.dsn, "target") as again:
                         await Requests(schema).action(again, index, "cancel", id_=id_)
-            left_to = "cancelled" if on_interrupt is OnInterrupt.cancel else "left to the worker: --cancel cancels it"
+                left_to = "cancelled"
             print(f"request {id_} is {left_to}", file=sys.stderr)
             raise
     _say(

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from cdcsync.demo.cluster import Cluster
 from tests.support.articles import TABLE, articles, fill, live_articles
 from tests.support.configs import NO_AUDIT, configuration
 from tests.support.migrations import loaded
+from tests.support.outages import MakeSimple, frozen, make_target
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
@@ -317,6 +319,25 @@ def test_ctrl_c_leaves_the_request_or_cancels_it_as_asked(live: Pipeline, choice
         assert command.returncode == 130
     assert "is cancelled" in said if choice == "cancel" else "left to the worker" in said
     assert live.target.execute(latest).fetchone() == (state,)
+
+
+def test_ctrl_c_needs_no_answer_from_the_target_to_leave_a_request(
+    make_cluster: Callable[..., Cluster], make_simple: MakeSimple
+) -> None:
+    """It is what one types when the target hangs."""
+    source, cluster = make_cluster(), make_cluster()
+    pipeline = make_simple(source.dsn(), make_target(cluster))
+    pipeline.start()
+    pipeline.live()
+    arguments = ["replay", "articles", "--max-rows-per-s", "1", "-c", str(pipeline.path)]
+    with subprocess.Popen([sys.executable, "-m", "cdcsync", *arguments], stderr=subprocess.PIPE, text=True) as command:
+        until(lambda: pipeline.target.execute(FOLLOWING).fetchone(), "the command to follow it")
+        assert cluster.pid is not None
+        with frozen(cluster.pid):  # whoever connects now waits
+            command.send_signal(signal.SIGINT)
+            _, said = command.communicate(timeout=60)
+    assert "left to the worker" in said
+    assert command.returncode == 130
 
 
 @pytest.mark.parametrize(
