@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import kubernetes_validate
@@ -41,6 +42,13 @@ def test_selectors_select_the_pods() -> None:
     labels = manifest("deployment.yaml")["spec"]["template"]["metadata"]["labels"]
     for name in ("deployment.yaml", "poddisruptionbudget.yaml", "podmonitor.yaml"):
         assert manifest(name)["spec"]["selector"]["matchLabels"] == labels
+
+
+def test_the_job_has_the_name_that_the_alerts_know_it_by() -> None:
+    labels = manifest("deployment.yaml")["spec"]["template"]["metadata"]["labels"]
+    job = labels[manifest("podmonitor.yaml")["spec"]["jobLabel"]]
+    rules = (ROOT / "config" / "alerts.yml").read_text(encoding="utf-8")
+    assert set(re.findall(r'job="(\w+)"', rules)) == {job}
 
 
 def container() -> Any:
