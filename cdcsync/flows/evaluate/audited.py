@@ -72,7 +72,14 @@ async def gather(connection: Connection, config: Config, spec: IndexSpec, direct
         found: dict[str, str] = {}
         for mode in _modes(spec):
             hits = await search(
-                connection, config.target.schema, spec, text=text, vector=vectors[query], k=DEPTH, mode=mode
+                connection,
+                config.target.schema,
+                spec,
+                text=text,
+                vector=vectors[query],
+                k=DEPTH,
+                mode=mode,
+                for_json=True,
             )
             found |= {document_id(hit.key): hit.content for hit in hits}
         lines += [

@@ -25,15 +25,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 
 from cdcsync.errors import UsageError
-from cdcsync.postgres.texts import storable
+from cdcsync.postgres.texts import is_text, storable
 
 MOST = 1_000_000
 """The best grade: what measures nDCG takes memory for each grade up to the best one."""
+
+Value = TypeVar("Value", str, int)
 
 _GRADE = re.compile(r"-?[0-9]{1,7}")
 
@@ -82,10 +84,20 @@ def read_collection(directory: Path) -> Collection:
     queries = _only(directory, "queries.jsonl", "queries.tsv", "topics.tsv")
     judgements = _only(directory, "qrels/test.tsv", "qrels/*.tsv", "qrels.txt", "*.qrels")
     grades: dict[str, dict[str, int]] = {}
-    for query, document, grade in _judgements(judgements):
-        grades.setdefault(query, {})[document] = grade
+    for number, query, document, grade in _judgements(judgements):
+        _put(
+            grades.setdefault(query, {}),
+            document,
+            grade,
+            f"the grade of {document} for query {query}",
+            judgements,
+            number,
+        )
     answered = {query for query, judged in grades.items() if any(grade > 0 for grade in judged.values())}
-    texts = {query: text for query, text in _queries(queries) if query in answered}
+    texts: dict[str, str] = {}
+    for number, query, text in _queries(queries):
+        _put(texts, query, text, f"the text of query {query}", queries, number)
+    texts = {query: text for query, text in texts.items() if query in answered}
     if not texts:
         raise UsageError(
             "no query has an answer in the judgements", where=str(queries), hint="check that the ids agree"
@@ -102,14 +114,27 @@ def _judged(path: Path) -> Collection:
     texts: dict[str, str] = {}
     for one in read_judgments(path):
         if one.grade is not None:
-            grades.setdefault(one.query, {})[one.document] = one.grade
-            texts[one.query] = one.text
+            judged = grades.setdefault(one.query, {})
+            _put(judged, one.document, one.grade, f"the grade of {one.document} for query {one.query}", path)
+            _put(texts, one.query, one.text, f"the text of query {one.query}", path)
     answered = {query: judged for query, judged in grades.items() if any(grade > 0 for grade in judged.values())}
     if not answered:
         raise UsageError(
             "no document answers a question", where=str(path), hint="set the grade of those that do to 1 or 2"
         )
     return Collection(_name(path.parent), {query: texts[query] for query in answered}, answered)
+
+
+def _put(into: dict[str, Value], name: str, value: Value, what: str, path: Path, number: int | None = None) -> None:
+    """Add what a line says, which no other line may contradict, and which is stored with the run.
+
+    :param what: names it to people.
+    """
+    where = str(path) if number is None else f"{path}, line {number}"
+    if not is_text(name) or not is_text(str(value)):
+        raise UsageError(f"{storable(what)} holds NUL, which no text can hold", where=where, hint="leave it out")
+    if into.setdefault(name, value) != value:
+        raise UsageError(f"{what} is another one than in a line before", where=where, hint="keep one of both lines")
 
 
 def read_judgments(path: Path) -> list[Judgment]:
@@ -152,27 +177,27 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line.rstrip("\r")
 
 
-def _queries(path: Path) -> Iterator[tuple[str, str]]:
+def _queries(path: Path) -> Iterator[tuple[int, str, str]]:
     for number, line in _lines(path):
         if path.suffix == ".jsonl":
             try:
-                query = msgspec.json.decode(line, type=_Query, strict=False)
+                query = msgspec.json.decode(line, type=_Query)
             except msgspec.DecodeError as error:
                 raise _malformed(path, number, str(error)) from None
-            yield query.id, query.text
+            yield number, str(query.id), query.text
         else:
             id_, separator, text = line.partition("\t")
             if not separator:
                 raise _malformed(path, number, "expected an id, a tab and a text")
-            yield id_.strip(), text.strip()
+            yield number, id_.strip(), text.strip()
 
 
 class _Query(msgspec.Struct, frozen=True):
-    id: str = msgspec.field(name="_id")
+    id: str | int = msgspec.field(name="_id")
     text: str
 
 
-def _judgements(path: Path) -> Iterator[tuple[str, str, int]]:
+def _judgements(path: Path) -> Iterator[tuple[int, str, str, int]]:
     beir = path.suffix == ".tsv"
     for number, line in _lines(path):
         fields = line.split("\t") if beir else line.split()
@@ -183,7 +208,7 @@ def _judgements(path: Path) -> Iterator[tuple[str, str, int]]:
         if len(fields) != 4:
             expected = "query, document and grade" if beir else "query, 0, document and grade"
             raise _malformed(path, number, f"expected {expected}")
-        yield fields[0].strip(), fields[2].strip(), _grade(fields[3].strip(), path, number)
+        yield number, fields[0].strip(), fields[2].strip(), _grade(fields[3].strip(), path, number)
 
 
 def _grade(text: str, path: Path, number: int) -> int:

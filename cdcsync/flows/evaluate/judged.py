@@ -14,9 +14,12 @@ Source: ir-measures, "Measures"; Järvelin and Kekäläinen, "Cumulated gain-bas
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
+from itertools import count
+from subprocess import CalledProcessError
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -251,6 +254,7 @@ class Searches:
             vector=self._vectors[query],
             k=DEPTH,
             mode=mode,
+            for_json=True,
         )
 
 
@@ -267,8 +271,12 @@ async def embed_questions(embedder: Embedder, questions: Mapping[str, str]) -> d
 
 
 def document_id(key: Mapping[str, object]) -> str:
-    """Return how a collection names a document: its key, several columns joined by commas."""
-    return ",".join(str(value) for value in key.values())
+    """Return how a collection names a document: its key as answers in JSON have it, several columns joined by commas.
+
+    :param key: of a hit that was searched `for_json`.
+    """
+    values = msgspec.to_builtins(dict(key), enc_hook=str).values()
+    return ",".join(value if isinstance(value, str) else msgspec.json.encode(value).decode() for value in values)
 
 
 def _some(ids: set[str]) -> str:
@@ -299,14 +307,34 @@ def _fused(answers: Mapping[JudgedMode, Mapping[str, Sequence[str]]], weight: fl
 def _measure(
     measures: Sequence[ir_measures.Measure], collection: Collection, found: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, float]]:
-    """Return by measure each question's score; 0 where nothing was found."""
+    """Return by measure each question's score; 0 where nothing was found.
+
+    Questions and documents are numbered for it: programs that ir-measures calls take no other ids.
+
+    :raises UsageError: such a program refuses the grades.
+    """
     import ir_measures
 
-    judged = {query: dict(grades) for query, grades in collection.grades.items()}
-    ranked = {query: {id_: float(-place) for place, id_ in enumerate(ids)} for query, ids in found.items()}
+    queries = {str(number): query for number, query in enumerate(collection.queries)}
+    numbers: defaultdict[str, str] = defaultdict(map(str, count()).__next__)
+    judged = {
+        number: {numbers[id_]: grade for id_, grade in collection.grades[query].items()}
+        for number, query in queries.items()
+    }
+    ranked = {
+        number: {numbers[id_]: float(-place) for place, id_ in enumerate(found[query])}
+        for number, query in queries.items()
+    }
     scores = {str(measure): dict.fromkeys(collection.queries, 0.0) for measure in measures}
-    for metric in ir_measures.iter_calc(measures, judged, ranked):
-        scores[str(metric.measure)][metric.query_id] = round(metric.value, 6)
+    try:
+        for metric in ir_measures.iter_calc(measures, judged, ranked):
+            scores[str(metric.measure)][queries[metric.query_id]] = round(metric.value, 6)
+    except CalledProcessError:
+        raise UsageError(
+            f"one of {', '.join(scores)} cannot be taken from the grades of {collection.name}",
+            where="--measure",
+            hint="ERR, and nDCG with dcg='exp-log2', take grades up to 4; leave them out, or grade from 0 to 4",
+        ) from None
     return scores
 
 

@@ -53,9 +53,15 @@ def followed(make_pipeline: Callable[[str], Pipeline], database: Database) -> Pi
         configuration(
             database.dsn,
             embedders={"fake": {"type": "hash", "dimensions": 256}},
-            indexes={"pages": {"text": "{body}"}, "plain": {"table": "pages", "text": "{body}", "search": ""}},
+            indexes={
+                "pages": {"text": "{body}"},
+                "plain": {"table": "pages", "text": "{body}", "search": ""},
+                "flags": {"text": "{body}"},
+            },
         )
     )
+    pipeline.source.execute("CREATE TABLE flags (good boolean, raw bytea, body text, PRIMARY KEY (good, raw))")
+    pipeline.source.execute("INSERT INTO flags VALUES (true, %s, 'A cat purrs')", [b"\0\xff"])
     pipeline.source.execute("CREATE TABLE pages (id text PRIMARY KEY, body text)")
     for id_, body in DOCUMENTS.items():
         pipeline.source.execute("INSERT INTO pages VALUES (%s, %s)", [id_, body])
@@ -137,6 +143,15 @@ def test_modes_are_measured_stored_compared_gated_and_drawn(
     shown = anyio.run(outcomes)
     assert [(one.id, one.measure) for one in shown["pages"]] == [(2, "RR@10"), (4, "nDCG@10")]
     assert shown["plain"][0].means == {"vector": plain["modes"]["vector"]["figures"]["nDCG@10"]["mean"]}
+
+
+def test_documents_are_named_as_answers_in_json_name_them(
+    followed: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    collection = write_collection(tmp_path / "flags")
+    (collection / "qrels" / "test.tsv").write_text("q1\ttrue,\\x00ff\t1\n")
+    assert evaluate(followed, "flags", "--judged", collection, "--min", "nDCG@10=1") == 0
+    assert "hybrid   1.0000" in capsys.readouterr().out
 
 
 def test_recall_and_answers_can_be_measured_and_drawn_together(

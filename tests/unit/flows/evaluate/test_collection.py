@@ -37,6 +37,12 @@ def test_beir_and_trec_layouts_are_read_without_queries_that_nothing_answers(tmp
     assert (trec.queries, trec.grades) == (beir.queries, {"q1": {"ab": 1, "c": 0}, "q2": {"d": 2}})
 
 
+def test_a_line_may_stand_twice_and_an_id_be_a_number(tmp_path: Path) -> None:
+    files = {"queries.jsonl": '{"_id": 7, "text": "one"}\n' * 2, "qrels/test.tsv": "7\ta\t1\n7\ta\t1\n"}
+    found = read_collection(write(tmp_path, files))
+    assert (found.queries, found.grades) == ({"7": "one"}, {"7": {"a": 1}})
+
+
 def test_a_grade_may_be_as_far_from_0_as_the_best_one(tmp_path: Path) -> None:
     qrels = "q1\ta\t1000000\nq1\tb\t-1000000\n"
     found = read_collection(write(tmp_path, {**BEIR, "qrels/test.tsv": qrels}))
@@ -76,6 +82,13 @@ def test_a_directory_whose_name_is_no_text_names_a_collection_that_can_be_stored
             for grade in ("--5", "²", "9" * 20, "high")
         ),
         ({"queries.jsonl": None, "queries.tsv": "no tab\n"}, "line 1: expected an id, a tab and a text"),
+        ({"queries.jsonl": '{"_id": "q1", "text": "a\\u0000"}\n'}, "line 1: the text of query q1.* holds NUL"),
+        ({"queries.jsonl": '{"_id": "q1\\u0000", "text": "a"}\n'}, r"line 1: the text of query q1\? holds NUL"),
+        (
+            {"queries.jsonl": '{"_id": "q1", "text": "one"}\n{"_id": "q1", "text": "two"}\n'},
+            "line 2: the text of query q1 is another one",
+        ),
+        ({"qrels/test.tsv": "q1\ta\t1\nq1\ta\t0\n"}, "line 2: the grade of a for query q1 is another one"),
     ],
 )
 def test_a_faulty_collection_is_refused_with_file_and_line(
@@ -113,6 +126,8 @@ def test_graded_lines_of_judgments_are_a_collection(tmp_path: Path) -> None:
         (LINE % 1 + LINE % '"yes"', "line 2: .*grade"),
         (LINE % 1 + LINE % "1000001", "line 2: .*grade"),
         (LINE % 1 + LINE % ("9" * 20), "line 2: .*grade"),
+        (LINE % 1 + LINE % 2, "the grade of a for query q1 is another one"),
+        (LINE % 1 + LINE.replace("one", "two").replace('"a"', '"b"') % 1, "the text of query q1 is another one"),
         ("nonsense", "line 1"),
     ],
 )

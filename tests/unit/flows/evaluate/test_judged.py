@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+from decimal import Decimal
+from shutil import which
+from uuid import UUID
+
 import msgspec
 import numpy as np
 import pytest
 
 from cdcsync.errors import UsageError
+from cdcsync.flows.evaluate.collection import Collection
 from cdcsync.flows.evaluate.judged import document_id, evaluate_judged, parse_measures
 from cdcsync.target.judged_runs import Run
 from tests.support.judging import COLLECTION, HALF, PERFECT, SECOND, answers, run_of
@@ -50,6 +56,24 @@ async def test_answers_without_any_judged_document_point_at_the_ids() -> None:
 def test_a_document_is_named_by_its_key() -> None:
     assert document_id({"id": 7}) == "7"
     assert document_id({"module": "heapq", "name": "merge"}) == "heapq,merge"
+    key = {
+        "a": True,
+        "b": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        "c": Decimal("1.50"),
+        "d": UUID(int=10),
+        "e": ["ü", None],
+    }
+    assert document_id(key) == 'true,2026-01-02T03:04:05Z,1.50,00000000-0000-0000-0000-00000000000a,["ü",null]'
+
+
+@pytest.mark.skipif(which("perl") is None, reason="a program that ir-measures calls for this measure is in Perl")
+async def test_a_measure_of_another_program_takes_any_ids_and_says_which_grades_it_cannot_take() -> None:
+    run = await evaluate_judged("pets", 1, COLLECTION, {"text": PERFECT}, measures=["ERR@10", "RR"])
+    assert run.modes["text"].scores["ERR@10"] == {"q1": 0.0625, "q2": pytest.approx(0.2129, abs=1e-3)}
+    assert run.modes["text"].scores["RR"] == {"q1": 1, "q2": 1}
+    high = Collection("cats", {"q1": "one"}, {"q1": {"a": 5}})
+    with pytest.raises(UsageError, match="ERR@10 cannot be taken from the grades of cats"):
+        await evaluate_judged("pets", 1, high, {"text": PERFECT}, measures=["ERR@10"])
 
 
 @pytest.mark.parametrize(
