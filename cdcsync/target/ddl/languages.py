@@ -145,6 +145,22 @@ def searched(index: Index, chunks: sql.Composable, words: sql.Composable, sample
     )
 
 
+def headline(
+    index: Index, configuration: sql.Composable, text: sql.Composable, query: sql.Composable, options: sql.Composable
+) -> sql.Composable:
+    """Return the expression of the parts of a chunk's text in which words were found.
+
+    :param configuration: the chunk's, see `Searched.of_chunk`.
+    """
+    if index.search != CJK:
+        return sql.SQL("pg_catalog.ts_headline({}, {}, {}, {})").format(configuration, text, query, options)
+    # Characters are words here, too: a control character parts them, which is taken out again. By default, words of up
+    # to three bytes, as these are, do not begin or end a headline.
+    parted = sql.SQL(r"pg_catalog.regexp_replace({}, {}, E'\x01\\1\x01', 'g')").format(text, sql.Literal(CHARACTERS))
+    made = "pg_catalog.ts_headline({}, {}, {}, pg_catalog.concat('ShortWord=0, ', {}))"
+    return sql.SQL("pg_catalog.translate(" + made + r", E'\x01', '')").format(configuration, parted, query, options)
+
+
 def _by_language(column: sql.Composable, result: Callable[[str], sql.Composable]) -> sql.Composable:
     cases = [
         sql.SQL("WHEN {} THEN {} WHEN {} THEN {}").format(

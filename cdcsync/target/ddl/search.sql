@@ -240,7 +240,7 @@ BEGIN
     -- The words: quoted phrases and -words are conditions, the other words are alternatives.
     IF {searchable} AND query IS NOT NULL AND (by_words OR asked ~ '(^|\s)-') THEN
         {choose_configurations}
-        syntax := cardinality(regexp_split_to_array(asked, '\s+')) <= {syntax_words};
+        syntax := cardinality(array_remove(regexp_split_to_array(asked, '\s+'), '')) <= {syntax_words};
         FOR sign, part, negated IN SELECT m[1], m[2], m[3]
             FROM regexp_matches(asked, '((?:^|\s)-)?"([^"]*)"|(?:^|\s)-(?=[[:alnum:]])([^\s"]+)', 'g') AS m WHERE syntax
         LOOP
@@ -256,7 +256,7 @@ BEGIN
         IF syntax THEN
             bare := regexp_replace(bare, '(?:^|\s)-"[^"]*"', ' ', 'g');
             bare := regexp_replace(bare, '(?:^|\s)-(?=[[:alnum:]])[^\s"]+', ' ', 'g');
-            bare := regexp_replace(bare, '(?:^|\s)or(?=\s|$)', ' ', 'gi');
+            bare := regexp_replace(bare, '(?<=\S)\s+OR(?=\s+\S)', ' ', 'g');
         END IF;
         SELECT s.chunks, s.occurrences / greatest(s.chunks, 1)::float8 INTO total, mean_length
         FROM {words} AS s WHERE s.lexeme = '';

@@ -18,7 +18,7 @@ from cdcsync.target.ddl.bm25 import best_by_words, usable
 from cdcsync.target.ddl.filters import OF_THE_SERVER, read_columns
 from cdcsync.target.ddl.hits import attribute_of, wanted_attributes
 from cdcsync.target.ddl.hits import attributes as present_attributes
-from cdcsync.target.ddl.languages import searched
+from cdcsync.target.ddl.languages import headline, searched
 from cdcsync.target.ddl.names import Names, function_name, hit_name, pgvector_version, vector_schema, words_name
 from cdcsync.target.ddl.nearness import (
     DEPTH,
@@ -327,9 +327,9 @@ def _results(
         "vector_rank": sql.SQL("h.vector_rank"),
         "text_rank": sql.SQL("h.text_rank"),
         "text_score": sql.SQL("h.text_score"),
-        "headline": sql.SQL(
-            "CASE WHEN $8 IS NOT NULL THEN pg_catalog.ts_headline({}, {}, coalesce($7, ''::pg_catalog.tsquery), $8) END"
-        ).format(configuration, text),
+        "headline": sql.SQL("CASE WHEN $8 IS NOT NULL THEN {} END").format(
+            headline(spec.config, configuration, text, sql.SQL("coalesce($7, ''::pg_catalog.tsquery)"), sql.SQL("$8"))
+        ),
         "stale": sql.SQL("v.content_hash IS DISTINCT FROM c.content_hash"),
     }
     wanted = wanted_attributes(spec)

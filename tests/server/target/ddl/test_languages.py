@@ -108,3 +108,27 @@ async def test_scripts_without_spaces_are_searched_by_their_characters(
     async with live_index(database, make_spec(carried={"tenant": "text"}, search="cjk")) as index:
         await filled(index, rows)
         assert await found(index, query) == ids
+
+
+async def test_a_headline_marks_characters_where_words_are_not_spaced(database: Database) -> None:
+    async with live_index(database, make_spec(carried={"tenant": "text"}, search="cjk")) as index:
+        await filled(
+            index, [("1", None, "前置きの文章です。" * 20 + "東京大学は password を忘れた。" + "後書き。" * 20)]
+        )
+        for headline, part in (
+            ("MaxFragments=1, MaxWords=8, MinWords=4", "<b>東</b><b>京</b>大学は"),
+            ("StartSel=<, StopSel=>", "<東><京>大学は password"),
+        ):
+            (hit,) = await search(index.connection, SCHEMA, index.spec, text="東京", vector=None, headline=headline)
+            assert hit.headline is not None
+            assert part in hit.headline
+            assert len(hit.headline) < 100
+            assert hit.headline.isprintable()
+
+
+async def test_a_word_of_a_language_that_looks_like_an_operator_is_a_word(database: Database) -> None:
+    async with live_index(database, make_spec(carried={"tenant": "text"}, search="french")) as index:
+        await filled(index, [("1", None, "des bijoux en or"), ("2", None, "des bijoux en argent")])
+        assert await found(index, "or") == [1]
+        assert await found(index, "OR") == [1]
+        assert await found(index, "argent OR platine") == [2]

@@ -68,6 +68,13 @@ async def test_an_excluded_word_is_in_nothing_that_is_found_by_vector_either(art
     assert len(await find(articles.connection, "-password", embedding="[1,1,1]")) == 2
 
 
+async def test_blanks_around_a_query_are_no_words_of_it(articles: LiveIndex) -> None:
+    await filled(articles, SHELF)
+    query = "password " * (search_function.SYNTAX_WORDS - 1) + "-policy"
+    assert await find(articles.connection, f" {query}\n", mode="text") == ["2"]
+    assert await find(articles.connection, f"hums {query}", mode="text") != ["2"]
+
+
 async def test_a_long_text_is_no_query_and_quotes_in_it_are_punctuation(articles: LiveIndex) -> None:
     await filled(articles, SHELF)
     pasted = 'He said "no such phrase" and then -policy ' + " ".join(f"word{n}" for n in range(5_000)) + " hums"
