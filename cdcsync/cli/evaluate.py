@@ -234,7 +234,18 @@ async def _measure_answers(config: Config, name: str, asked: _Judging) -> _Answe
         earlier = None
         if asked.against is not None:
             with speaking_of("target", where=f"index {name}"):
-                earlier = await judged_runs.read(connection, schema, name, collection.name, number, spec.generation)
+                if number is None:
+                    earlier = await judged_runs.last(
+                        connection,
+                        schema,
+                        name,
+                        collection.name,
+                        spec.generation,
+                        measure=measures[0],
+                        queries=collection.queries,
+                    )
+                else:
+                    earlier = await judged_runs.read(connection, schema, name, collection.name, number)
         if asked.against is not None and earlier is None and number is not None:
             raise UsageError(
                 f"there is no run {number} of {name} by {collection.name}",
@@ -247,7 +258,8 @@ async def _measure_answers(config: Config, name: str, asked: _Judging) -> _Answe
         )
         verdicts = gates.judge(run, floors, earlier)
         if asked.against is not None and earlier is None:
-            verdicts.append(gates.Verdict(True, "there is no earlier run to compare with: this is the first"))
+            text = f"there is no earlier run by {measures[0]} of these questions to compare with: this is the first"
+            verdicts.append(gates.Verdict(True, text))
         run = msgspec.structs.replace(run, passed=all(verdict.passed for verdict in verdicts))
         with speaking_of("target", where=f"index {name}"):
             return _Answers(run, *await judged_runs.store(connection, schema, run), verdicts)

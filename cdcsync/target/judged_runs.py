@@ -6,9 +6,9 @@ stay. They are notes for people, gates and charts; nothing else reads them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, LiteralString
 
 import msgspec
 import psycopg
@@ -126,23 +126,54 @@ async def store(connection: Connection, schema: str, run: Run) -> tuple[int | No
         return None, f"there is no table {schema}.{TABLE} yet: a worker of this version creates it when it starts"
 
 
-async def read(
-    connection: Connection, schema: str, index: str, collection: str, id_: int | None, generation: int
-) -> Run | None:
-    """Return a run of an index by a collection.
+async def read(connection: Connection, schema: str, index: str, collection: str, id_: int) -> Run | None:
+    """Return the run of an index by a collection that has this number."""
+    return await _one(connection, schema, index, collection, "id = %(id)s", {"id": id_})
 
-    :param id_: its number; None for the last run that passed.
-    :param generation: the live one: the last run is none of a newer generation, which a migration is filling or left.
+
+async def last(
+    connection: Connection,
+    schema: str,
+    index: str,
+    collection: str,
+    generation: int,
+    *,
+    measure: str,
+    queries: Iterable[str],
+) -> Run | None:
+    """Return the last run of an index by a collection that passed and can be compared with.
+
+    :param generation: the live one: the run is none of a newer generation, which a migration is filling or left.
+    :param measure: what it measured, of one of `queries` at least.
     """
+    return await _one(
+        connection,
+        schema,
+        index,
+        collection,
+        "generation <= %(generation)s AND coalesce((run ->> 'passed')::boolean, true) AND EXISTS ("
+        "SELECT FROM jsonb_each(run -> 'modes') AS m WHERE m.value -> 'scores' -> %(measure)s::text ?| %(queries)s)",
+        {"generation": generation, "measure": measure, "queries": list(queries)},
+    )
+
+
+async def _one(
+    connection: Connection,
+    schema: str,
+    index: str,
+    collection: str,
+    condition: LiteralString,
+    arguments: Mapping[str, Any],
+) -> Run | None:
+    """Return the newest run of an index by a collection that meets a condition."""
     try:
         cursor = await connection.execute(
             sql.SQL(
-                "SELECT run FROM {} WHERE index_name = %(index)s AND collection = %(collection)s"
-                " AND CASE WHEN %(id)s::bigint IS NULL"
-                " THEN generation <= %(generation)s AND coalesce((run ->> 'passed')::boolean, true)"
-                " ELSE id = %(id)s END ORDER BY id DESC LIMIT 1"
+                "SELECT run FROM {} WHERE index_name = %(index)s AND collection = %(collection)s AND "
+                + condition
+                + " ORDER BY id DESC LIMIT 1"
             ).format(sql.Identifier(schema, TABLE)),
-            {"index": index, "collection": collection, "id": id_, "generation": generation},
+            {"index": index, "collection": collection, **arguments},
         )
     except psycopg.errors.UndefinedTable:
         return None

@@ -60,8 +60,8 @@ def read_questions(directory: Path, least: Sequence[str], measures: Sequence[str
     """
     floors = [parse_floor(text) for text in least]
     wanted = list(dict.fromkeys([*(measures or MEASURES), *(floor.measure for floor in floors)]))
-    parse_measures(wanted)
-    return Questions(read_collection(directory), floors, wanted)
+    parsed = [str(measure) for measure in parse_measures(wanted)]
+    return Questions(read_collection(directory), floors, parsed)
 
 
 def parse_floor(text: str) -> Floor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from functools import partial
 
 import msgspec
 import pytest
@@ -44,13 +44,22 @@ async def registered(connection: Connection) -> Connection:
     return await relations.registered(connection, "articles", "notes")
 
 
+async def last(
+    connection: Connection, generation: int = 1, *, measure: str = "nDCG@10", queries: Sequence[str] = ("q1", "q9")
+) -> Run | None:
+    """Return the last run by a collection that has these questions."""
+    return await judged_runs.last(connection, SCHEMA, "articles", "cisi", generation, measure=measure, queries=queries)
+
+
 async def test_a_run_comes_back_as_it_was_stored_by_its_number_or_as_the_last(registered: Connection) -> None:
     numbers = [await judged_runs.store(registered, SCHEMA, run(mean=mean)) for mean in (0.3, 0.4)]
     await judged_runs.store(registered, SCHEMA, run(collection="other"))
     first, second = (number for number, problem in numbers if problem is None)
-    assert await judged_runs.read(registered, SCHEMA, "articles", "cisi", None, 1) == run(mean=0.4)
-    assert await judged_runs.read(registered, SCHEMA, "articles", "cisi", first, 1) == run(mean=0.3)
-    assert await judged_runs.read(registered, SCHEMA, "notes", "cisi", second, 1) is None
+    assert first is not None
+    assert second is not None
+    assert await last(registered) == run(mean=0.4)
+    assert await judged_runs.read(registered, SCHEMA, "articles", "cisi", first) == run(mean=0.3)
+    assert await judged_runs.read(registered, SCHEMA, "notes", "cisi", second) is None
     assert run().own_mode == "hybrid"
 
 
@@ -61,9 +70,18 @@ async def test_the_last_run_is_one_that_passed_of_a_generation_that_searches_use
     candidate = msgspec.structs.replace(run(mean=0.9), generation=2)
     for one in (run(mean=0.4), failed, candidate):
         await judged_runs.store(registered, SCHEMA, one)
-    last = partial(judged_runs.read, registered, SCHEMA, "articles", "cisi", None)
-    assert await last(1) == run(mean=0.4)
-    assert await last(2) == candidate  # once searches use it
+    assert await last(registered, 1) == run(mean=0.4)
+    assert await last(registered, 2) == candidate  # once searches use it
+
+
+async def test_the_last_run_is_one_of_the_same_measure_and_of_questions_in_common(registered: Connection) -> None:
+    for one in (run(mean=0.4), run(mean=0.5)):
+        await judged_runs.store(registered, SCHEMA, one)
+    of_others = ModeRun({}, None, 1.0, 2.0, {"P@5": {"q1": 0.1}, "nDCG@10": {"q2": 0.1}})
+    await judged_runs.store(registered, SCHEMA, msgspec.structs.replace(run(), modes={"vector": of_others}))
+    assert await last(registered) == run(mean=0.5)
+    assert await last(registered, measure="RR") is None
+    assert await last(registered, queries=["q3"]) is None
 
 
 async def test_the_newest_runs_of_each_index_stay(registered: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,4 +110,5 @@ async def test_where_nothing_can_be_written_the_reason_is_told(registered: Conne
     number, problem = await judged_runs.store(registered, SCHEMA, run())
     assert number is None
     assert "a worker of this version creates it" in str(problem)
-    assert await judged_runs.read(registered, SCHEMA, "articles", "cisi", None, 1) is None
+    assert await last(registered) is None
+    assert await judged_runs.read(registered, SCHEMA, "articles", "cisi", 1) is None

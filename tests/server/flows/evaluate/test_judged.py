@@ -121,6 +121,12 @@ def test_modes_are_measured_stored_compared_gated_and_drawn(
     assert [gate["passed"] for gate in second["gates"]] == [False, True, True, True]
     assert second["measures"] == ["RR@10", "nDCG@10"]
 
+    # A run of another measure is none that LAST could be compared with, and does not stand in the way of others.
+    status, third = answer("pages", "--against", "LAST", "--measure", "P@5")
+    assert (status, third["gates"][0]["text"].endswith("this is the first")) == (0, True)
+    status, fourth = answer("pages", "--against", "LAST")
+    assert (status, [gate["text"].split()[1] for gate in fourth["gates"]]) == (0, ["nDCG@10"] * 3)
+
     # An index without keyword search has one mode.
     status, plain = answer("plain", "--against", "LAST")
     assert (status, list(plain["modes"])) == (0, ["vector"])
@@ -131,17 +137,17 @@ def test_modes_are_measured_stored_compared_gated_and_drawn(
     assert evaluate(followed, "pages", "--judged", collection, "--against", "1") == 1
     told = capsys.readouterr().out
     assert re.search(r"✗ vector nDCG@10 differs by -0\.\d+ \[-\S+ -\S+\] from the run of", told)
-    assert "stored as run 4" in told
+    assert "stored as run 6" in told
 
     async def outcomes() -> dict[str, list[judged_runs.Outcome]]:
         async with await connect(database.dsn, "target") as connection:
             return await judged_runs.outcomes(connection, "cdcsync", ["pages", "plain"], most=2)
 
     # The status shows the last runs, and so does the page.
-    assert indexes_of_the_status(followed)["pages"]["judged"][-1]["id"] == 4
+    assert indexes_of_the_status(followed)["pages"]["judged"][-1]["id"] == 6
 
     shown = anyio.run(outcomes)
-    assert [(one.id, one.measure) for one in shown["pages"]] == [(2, "RR@10"), (4, "nDCG@10")]
+    assert [(one.id, one.measure) for one in shown["pages"]] == [(4, "nDCG@10"), (6, "nDCG@10")]
     assert shown["plain"][0].means == {"vector": plain["modes"]["vector"]["figures"]["nDCG@10"]["mean"]}
 
 
