@@ -157,6 +157,7 @@ def make_chunker(
     @cache
     def cutter(room: int) -> Cutter:
         """Return what cuts within `room` tokens: the capacity, or what is left of it beside what stands around."""
+        room = max(room, 1 + tokens.unseen)  # a splitter needs room for a token that it sees
         left = None if limit is None else limit - (capacity - room)
         repeated = overlap if room == capacity else min(overlap, (room - tokens.unseen) // 2)
         splitter = _splitter(chunking, sizes, room, repeated)

