@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -90,7 +91,7 @@ def parse_weights(text: str) -> list[float]:
         start, end, step = (float(part) for part in text.split(":"))
     except ValueError:
         start, end, step = 0.0, -1.0, 0.0
-    if not (0 <= start <= end <= 1 and step >= 0.01):
+    if not (0 <= start <= end <= 1 and 0.01 <= step < inf):
         raise UsageError(
             f"{text!r} is not a range of weights", where="--weights", hint="write FROM:TO:STEP within 0 and 1: 0:1:0.1"
         )

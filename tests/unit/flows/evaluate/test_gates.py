@@ -63,7 +63,7 @@ def test_weights_are_a_range_with_both_ends(text: str, weights: list[float]) -> 
     assert parse_weights(text) == weights
 
 
-@pytest.mark.parametrize("text", ["", "0:1", "0:2:0.1", "1:0:0.1", "0:1:0", "a:b:c", "0:1:0.001"])
+@pytest.mark.parametrize("text", ["", "0:1", "0:2:0.1", "1:0:0.1", "0:1:0", "a:b:c", "0:1:0.001", "0:1:1e999"])
 def test_weights_that_are_no_range_are_a_wrong_argument(text: str) -> None:
     with pytest.raises(UsageError, match="is not a range of weights"):
         parse_weights(text)
