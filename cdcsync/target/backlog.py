@@ -189,27 +189,31 @@ class Backlog:
                     await copy.write_row((text_hash, self._wire_form(vector)))
             return await store()
 
-    async def take_over(self, hashes: Sequence[bytes]) -> int:
-        """Store the vectors that other generations have by now of these texts; returns of how many chunks.
+    async def take_over(self, hashes: Sequence[bytes]) -> set[bytes]:
+        """Store the vectors that other generations have by now of these texts; returns the texts.
 
         A text that waits in several generations is embedded once for all of them, also if the worker is killed between
-        the two, and however long it waits. A vector that is itself to be made again is not taken.
+        the two, and however long it waits. A vector that is itself to be made again is not taken. One of which apply
+        holds the chunk's row at the moment is not stored: either it goes with the row, or it is taken over later.
         """
         alike = await within_reach(self._connection, self._schema, self._spec, self._alike)
         if not alike:
-            return 0
+            return set()
         extension = sql.Identifier(await vector_schema(self._connection))
         made = sql.SQL(" UNION ALL ").join(self._of_alike(one, extension) for one in alike)
         async with self._storing() as store:
             found = await self._connection.execute(
                 self._sql(
                     "INSERT INTO {stage} SELECT h.content_hash, m.embedding FROM unnest(%s::bytea[]) AS h(content_hash)"
-                    " CROSS JOIN LATERAL ({made} LIMIT 1) AS m",
+                    " CROSS JOIN LATERAL ({made} LIMIT 1) AS m RETURNING content_hash",
                     made=made,
                 ),
                 [list(hashes)],
             )
-            return await store() if found.rowcount else 0
+            taken = {cast(bytes, one) for (one,) in await found.fetchall()}
+            if taken:
+                await store()
+        return taken
 
     def _of_alike(self, one: IndexSpec, extension: sql.Identifier) -> sql.Composed:
         """Return a query of the vector of the text `h` that another generation has, and keeps.

@@ -272,8 +272,10 @@ class EmbedLoop:
         try:
             # Texts that changed again while they waited in the window are not worth a call, nor are those that another
             # generation has by now.
-            left = await self._of_backlog(partial(_left, [one.hash for one in batch]))
-            self._dispatcher.avoided("superseded", len(batch) - len(left))
+            left, held = await self._of_backlog(partial(_left, [one.hash for one in batch]))
+            self._dispatcher.avoided("superseded", len(batch) - len(left) - len(held))
+            if held:
+                self._suspect_rows()
             waiting = {one.hash: one for one in batch if one.hash in left}
             if self._broken:
                 return {}
@@ -397,10 +399,14 @@ class EmbedLoop:
         log.warning("backlog_locked", index=self._spec.name, error=first_line(error), attempt=attempt, locks=locks)
 
 
-async def _left(hashes: list[bytes], backlog: Backlog) -> set[bytes]:
-    """Take over the vectors that other generations have by now; return the texts that still need one."""
-    await backlog.take_over(hashes)
-    return await backlog.still_waiting(hashes)
+async def _left(hashes: list[bytes], backlog: Backlog) -> tuple[set[bytes], set[bytes]]:
+    """Take over the vectors that other generations have by now; returns the texts that still need one.
+
+    Besides, it returns those whose vector could not be stored, as somebody holds their rows: a later window finds them.
+    """
+    taken = await backlog.take_over(hashes)
+    waiting = await backlog.still_waiting(hashes)
+    return waiting - taken, waiting & taken
 
 
 def _texts(waiting: Iterable[Waiting]) -> dict[bytes, str]:

@@ -25,7 +25,18 @@ from cdcsync.model.changeset import BACKFILL
 from cdcsync.model.spec import IndexSpec
 from cdcsync.target.backlog import Backlog
 from tests.support.gates import Gated
-from tests.support.indexes import DIMENSIONS, SCHEMA, LiveIndex, changes, document, until
+from tests.support.indexes import (
+    DIMENSIONS,
+    SCHEMA,
+    LiveIndex,
+    begin_generations,
+    changes,
+    document,
+    live_index,
+    two_generations,
+    until,
+    vector_of,
+)
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -198,6 +209,38 @@ async def test_no_more_suspects_are_kept_than_a_window_has_and_the_others_are_fo
         assert len(loop._apart) <= 2 * 4
         embedder.let.set()
         await until(partial(index.rows, "SELECT FROM {vectors} OFFSET %s", SUSPECTED - 1))
+
+
+async def test_a_text_that_another_generation_has_is_not_asked_for_while_its_row_is_held(target: Database) -> None:
+    spec = two_generations(model="three-numbers")
+    (other,) = spec.others
+    async with live_index(target, spec) as live:
+        await begin_generations(live)
+        await live.apply(changes(document("1", "one"), document("2", "two")))
+        own = Backlog(live.embedding, SCHEMA, spec)
+        await own.open()
+        await own.store({hash_text("one"): vector_of("one")})
+        embedder = Gated(dimensions=other.dimensions)
+        dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
+        pool = Pool(target.dsn, SCHEMA, 1)
+        loop = EmbedLoop(pool, other, dispatcher, Metrics(), alike=spec.alike(other))
+
+        async def waiting(number: int) -> bool:
+            return len(await live.rows("SELECT FROM {backlog} WHERE generation = 2")) == number
+
+        async with running(loop, dispatcher, pool):
+            # As an apply does that has not committed. Nobody remembers the call: a worker was killed between the two.
+            with psycopg.connect(target.dsn) as holder:
+                holder.execute(
+                    "SELECT FROM cdcsync.articles_backlog WHERE generation = 2 AND content_hash = %s FOR UPDATE",
+                    [hash_text("one")],
+                )
+                await embedder.next_call(1)
+                embedder.gates[0].set()
+                await until(partial(waiting, 1))
+            await until(partial(waiting, 0))
+        assert embedder.texts["one"] == 0
+        assert embedder.texts["two"] == 1
 
 
 async def test_who_held_rows_is_no_longer_told_once_they_are_free_however_many_texts_still_wait(
