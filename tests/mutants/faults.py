@@ -449,6 +449,16 @@ MUTANTS = (
         "::test_what_a_partition_did_not_log_of_old_rows_for_a_while_is_not_taken_for_null",
         DIFFERS,
     ),
+    Mutant(
+        "a text that another generation has is asked for while its row is held",
+        "flows/embed/loop.py",
+        "return waiting - taken, waiting & taken",
+        "return waiting, set()",
+        "tests",
+        "tests/server/flows/embed/test_overlap.py"
+        "::test_a_text_that_another_generation_has_is_not_asked_for_while_its_row_is_held",
+        "assert 1 == 0",
+    ),
 )
 """All of them."""
 
