@@ -243,6 +243,7 @@ CATALOGUE = (
         "flows/embed/dispatcher.py:Dispatcher",
         (
             "test_texts_that_changed_while_the_worker_was_away_are_embedded_once_as_they_are_now",
+            "test_a_text_that_another_generation_has_is_not_asked_for_while_its_row_is_held",
             "test_an_index_equals_its_source_whatever_went_wrong",
         ),
     ),
