@@ -118,8 +118,9 @@ class _Readings:
         with anyio.fail_after(STATUS_TIMEOUT_S):
             async with self._turn:
                 started = anyio.current_time()
-                # A status read while this request waited is as good as one that it would read itself.
-                if asked > self._read_at and started >= self._good_until:
+                # A status read while this request waited is as good as one that it would read itself, unless the worker
+                # stands by since and has forgotten it.
+                if self._view.last is None or (asked > self._read_at and started >= self._good_until):
                     await self._view.status()
                     self._read_at = anyio.current_time()
                     self._good_until = self._read_at + (self._read_at - started) * (1 - READING_SHARE) / READING_SHARE

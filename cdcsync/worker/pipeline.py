@@ -258,7 +258,7 @@ class Pipeline:
         while not await self.session.try_open(shared):
             if not self.state.standby:
                 log.info("standby", slot=config.source.slot, holder_pid=self.session.holder)
-                self.state.stand_by()
+            self.state.stand_by()
             self.state.waiting_for = None
             self._known.clear()  # another worker may do anything to them
             with anyio.move_on_after(STANDBY_POLL_S):

@@ -149,7 +149,13 @@ class WorkerState:
         return not waits and anyio.current_time() - self._begun < STARTING_S
 
     def stand_by(self) -> None:
-        """Note that another worker holds the pipeline: that one shows how it is, and what this one knew goes stale."""
+        """Note that the target says now that another worker holds the pipeline.
+
+        That one shows how it is, and what this one knew goes stale.
+        """
+        self._asked = self._unread = None  # no reading of ours may follow that would show that the target answers
+        if self.standby:
+            return
         self.standby, self.last = True, None
         self._unreadable.clear()
         self.metrics.forget()

@@ -254,9 +254,9 @@ BEGIN
         END LOOP;
         bare := asked;
         IF syntax THEN
+            bare := regexp_replace(bare, '(?<=\S)\s+OR(?=\s+\S)', ' ', 'g');
             bare := regexp_replace(bare, '(?:^|\s)-"[^"]*"', ' ', 'g');
             bare := regexp_replace(bare, '(?:^|\s)-(?=[[:alnum:]])[^\s"]+', ' ', 'g');
-            bare := regexp_replace(bare, '(?<=\S)\s+OR(?=\s+\S)', ' ', 'g');
         END IF;
         SELECT s.chunks, s.occurrences / greatest(s.chunks, 1)::float8 INTO total, mean_length
         FROM {words} AS s WHERE s.lexeme = '';

@@ -132,6 +132,16 @@ async def test_a_status_is_never_older_than_what_readiness_goes_by(
     assert view.readings == 1
 
 
+async def test_a_reading_that_the_worker_has_forgotten_is_made_again(
+    view: View, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "READING_SHARE", 1e-9)  # a reading is good for long
+    await client.ask("/status")
+    view.standby, view.last = True, None  # overtaken meanwhile
+    assert [(await client.ask(path)).code for path in ("/status", "/readyz?loaded=1")] == [200, 200]
+    assert view.readings == 2
+
+
 async def test_a_failed_reading_is_not_kept(view: View, client: Client) -> None:
     view.failure = TargetUnavailable("connection refused")
     assert (await client.ask("/status")).code == 503

@@ -267,6 +267,33 @@ def test_a_target_that_does_not_answer_is_a_reason_though_nothing_is_to_be_writt
     in_virtual_time(main)
 
 
+def test_a_standby_hears_from_the_target_though_it_reads_nothing() -> None:
+    """The alert of a target that is away would fire for as long as it stands by."""
+
+    async def main() -> None:
+        state, away = WorkerState(CONFIG), TargetUnavailable("connection refused", where="target")
+        await follow(state)
+
+        def reading() -> Status:
+            raise away
+
+        read_as(state, reading)
+        with anyio.move_on_after(AWAY_S + 1):
+            await state.gauges_for_ever()
+        state.connected(False)
+        for failing in (False, True):  # before it stands by, and when somebody asks it
+            if failing:
+                with pytest.raises(TargetUnavailable):
+                    await state.status()
+                await anyio.sleep(AWAY_S)
+            assert gauge(state, "cdcsync_connected", side="target") == 0
+            state.stand_by()
+            assert gauge(state, "cdcsync_connected", side="target") == 1
+            assert state.not_ready() == ["standby: another worker holds the pipeline"]
+
+    in_virtual_time(main)
+
+
 def test_a_reading_that_was_given_up_says_nothing_about_the_target() -> None:
     async def main() -> None:
         state = WorkerState(CONFIG)

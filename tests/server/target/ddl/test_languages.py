@@ -132,3 +132,5 @@ async def test_a_word_of_a_language_that_looks_like_an_operator_is_a_word(databa
         assert await found(index, "or") == [1]
         assert await found(index, "OR") == [1]
         assert await found(index, "argent OR platine") == [2]
+        assert await found(index, "argent OR -platine") == [2]
+        assert await found(index, "-platine OR argent") == [2]
