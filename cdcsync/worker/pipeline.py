@@ -150,6 +150,8 @@ class Pipeline:
         self.fills: list[Fill] = []
         for spec in specs:
             self._look_after_others(spec, metrics)
+            for link in spec.links:
+                metrics.related_changes.labels(spec.name, link.relation)  # begins at 0, as all counters
         preparers, page_preparers = {}, {}
         for spec in specs:
             embedder = embedders[spec.cut_by]

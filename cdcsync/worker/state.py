@@ -399,7 +399,7 @@ class WorkerState:
                 pause = max(GAUGES_S, (anyio.current_time() - started) / GAUGES_SHARE)
             except Unavailable as error:
                 log.debug("gauges_wait", error=str(error))
-                if self.last is not None and not self._answered:
+                if self.last is not None and self._unanswered_s >= AWAY_S:  # a gap stops rates and alerts for long
                     self._set_gauges(self.last, known=False)
             except CdcsyncError as error:
                 if told.anew(error):

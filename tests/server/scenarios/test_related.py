@@ -115,6 +115,13 @@ OF_ORDERS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
+def test_changes_of_each_related_table_are_counted_from_0(tickets: Scene) -> None:
+    counted = re.findall(
+        r'cdcsync_related_changes_total{index="roots",relation="(.*)"}', "\n".join(tickets.pipeline.metrics())
+    )
+    assert set(counted) == {"customer", "comments", "comments.author", "tags", "children"}
+
+
 @pytest.mark.parametrize(
     "version",
     [None, *(pytest.param(one, marks=pytest.mark.proof) for one in OTHER_VERSIONS)],

@@ -267,6 +267,36 @@ def test_a_target_that_does_not_answer_is_a_reason_though_nothing_is_to_be_writt
     in_virtual_time(main)
 
 
+def test_figures_are_not_known_once_the_target_is_away_for_longer_than_a_restart() -> None:
+    async def main() -> None:
+        state, away = WorkerState(CONFIG), False
+
+        def reading() -> Status:
+            if away:
+                raise TargetUnavailable("connection refused", where="target")
+            return STATUS
+
+        def known() -> bool:
+            return not math.isnan(gauge(state, "cdcsync_index_chunks", index="articles") or 0)
+
+        await follow(state)
+        read_as(state, reading)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(state.gauges_for_ever)
+            await anyio.sleep(1)
+            away = True
+            await anyio.sleep(AWAY_S - GAUGES_S)
+            assert known()
+            await anyio.sleep(3 * GAUGES_S)
+            assert not known()
+            away = False
+            await anyio.sleep(GAUGES_S)
+            assert known()
+            tasks.cancel_scope.cancel()
+
+    in_virtual_time(main)
+
+
 def test_a_standby_hears_from_the_target_though_it_reads_nothing() -> None:
     """The alert of a target that is away would fire for as long as it stands by."""
 
