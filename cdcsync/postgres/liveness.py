@@ -15,8 +15,8 @@ connection, the server is asked what the session is doing. The rules:
 The other way round, a server that is cut off from us keeps our session, and with it our locks. A session whose locks
 others wait for *beats*: it sends a statement now and then even if it has nothing to do. So a session that waits can
 tell a session that has nothing to do from one that nobody has any more (`Pipelines.end_silent`). And if a connection
-breaks, or is given up, in a transaction, the server is asked later, over another connection, to end the session if it
-still waits there for what we had sent.
+breaks, or is given up, in a transaction, the server is asked later, over another connection, to end the session once it
+waits for us, be it for the next statement or in the midst of a COPY.
 
 Source: PostgreSQL, "The Cumulative Statistics System" (pg_stat_activity); "libpq - C Library", `tcp_user_timeout`.
 """
@@ -72,14 +72,15 @@ _SEEN: LiteralString = f"""
 
 
 _END: LiteralString = f"""
-    SELECT pg_catalog.pg_terminate_backend(a.pid)
+    SELECT (pg_catalog.starts_with(a.state, 'idle in transaction') OR a.wait_event IN ('ClientRead', 'ClientWrite'))
+        IS TRUE AND pg_catalog.pg_terminate_backend(a.pid)
     FROM ({SERVER}) AS here (asking, started, standby) JOIN pg_catalog.pg_stat_activity AS a ON a.pid = %s
     WHERE here.started = %s AND a.application_name = %s AND a.usename = session_user
-    AND pg_catalog.starts_with(a.state, 'idle in transaction')
-    AND pg_catalog.clock_timestamp() - a.state_change > %s * interval '1 s'
+    AND pg_catalog.clock_timestamp() - a.xact_start > %s * interval '1 s'
 """
-"""Ends a session whose transaction waits for its client. A pooler may have given the process to another client by now:
-that one has not waited in a transaction for so long, under the same name."""
+"""Ends a session whose transaction waits for its client: for the next statement, for more of a COPY, or until it takes
+what a statement returns. One that still works has no such answer, and waits for its client once it is through. A pooler
+may have given the process to another client by now: that one's transaction is younger."""
 
 _ENDING: set[asyncio.Task[None]] = set()
 """Tasks that are to end sessions; the event loop itself holds tasks weakly."""
@@ -270,20 +271,25 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
 
 
 async def _end_left_behind(dsn: str, name: str, backend: Backend, patience_s: float) -> None:
-    await asyncio.sleep(patience_s)
-    asking, ended = None, 0
-    try:
-        with anyio.move_on_after(patience_s):
-            asking = await psycopg.AsyncConnection.connect(dsn, autocommit=True)
-            await asking.execute("SET ROLE NONE")
-            ended = (await asking.execute(_END, [backend.pid, backend.started, name, patience_s])).rowcount
-    except (psycopg.Error, OSError):
-        pass  # the server may be away for long, and ends its sessions by then
-    finally:
-        if asking is not None:
-            asking.pgconn.finish()
-    if ended:
-        log.warning("lost_session_ended", session=name, pid=backend.pid)
+    began = anyio.current_time()
+    works = True
+    while works:
+        await asyncio.sleep(patience_s)
+        asking, found = None, None
+        try:
+            with anyio.move_on_after(patience_s):
+                asking = await psycopg.AsyncConnection.connect(dsn, autocommit=True)
+                await asking.execute("SET ROLE NONE")
+                age_s = anyio.current_time() - began
+                found = await (await asking.execute(_END, [backend.pid, backend.started, name, age_s])).fetchone()
+        except (psycopg.Error, OSError):
+            pass  # the server may be away for long, and ends its sessions by then
+        finally:
+            if asking is not None:
+                asking.pgconn.finish()
+        works = found == (False,)
+        if found == (True,):
+            log.warning("lost_session_ended", session=name, pid=backend.pid)
 
 
 def at_its_host(connection: psycopg.AsyncConnection[Any], dsn: str) -> str:

@@ -56,6 +56,15 @@ type = "hash"
 dimensions = 8
 """
 
+STANDS_S = 30.0
+"""Without progress for so long, a history notes what the servers' sessions do."""
+
+SESSIONS = (
+    "SELECT application_name, pid, backend_type, state, wait_event_type, wait_event, pg_blocking_pids(pid)::text,"
+    " (now() - xact_start)::text, (now() - state_change)::text, left(query, 120)"
+    " FROM pg_stat_activity WHERE datname = %s OR backend_type LIKE 'wal%%'"
+)
+
 LOSS_S = 20.0
 """How long after a call its vectors may still be on their way into the target."""
 
@@ -463,7 +472,7 @@ class History:
 
     def _wait_for_progress(self, target: psycopg.Connection[Any], lsn: str) -> None:
         reached: object = None
-        deadline, pause_s = time.monotonic() + CONVERGE_S, FIRST_LOOK_S
+        deadline, pause_s, told = time.monotonic() + CONVERGE_S, FIRST_LOOK_S, False
         while True:
             if not self.worker.alive:
                 self.settle_crash()
@@ -472,7 +481,12 @@ class History:
             if now is True:
                 return
             if now != reached:
-                reached, deadline = now, time.monotonic() + CONVERGE_S
+                reached, deadline, told = now, time.monotonic() + CONVERGE_S, False
+            elif not told and time.monotonic() > deadline - CONVERGE_S + STANDS_S:
+                told = True
+                for side in (self.source, self.target):
+                    for session in self.execute(side, SESSIONS, self.name):
+                        self.note(f"nothing moves; session {session}")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the index does not get on: {now}")
             time.sleep(pause_s)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from psycopg import conninfo
 
 from cdcsync.demo.cluster import Cluster, free_port
 from cdcsync.postgres import liveness, settings
+from cdcsync.postgres.interrupts import hang_up
 from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.sessions import connect
 from tests.support.indexes import until
@@ -266,6 +267,62 @@ async def test_a_session_that_is_left_behind_in_a_transaction_is_ended_on_the_se
             await connection.close()
             await until(free)
             await until(told)
+
+
+async def _is_quiet(connection: WatchedConnection) -> None:
+    await anyio.sleep(0.2)
+    await connection.execute("SELECT")
+
+
+async def _copies(connection: WatchedConnection) -> None:
+    async with connection.cursor() as cursor, cursor.copy("COPY pg_temp.left_behind FROM STDIN") as copy:
+        await anyio.sleep(0.2)
+        await copy.write("1\n")
+
+
+async def _is_sent_much(connection: WatchedConnection) -> None:
+    await connection.execute("SELECT repeat('x', 1000) FROM pg_sleep(0.2), generate_series(1, 100000)")
+
+
+async def _works(connection: WatchedConnection) -> None:
+    await connection.execute("SELECT pg_sleep(2)")
+
+
+@pytest.mark.parametrize("leave", [_is_quiet, _copies, _is_sent_much, _works])
+async def test_a_transaction_that_is_left_behind_is_ended_whatever_the_server_waits_for(
+    database: Database,
+    make_proxy: Callable[[int], Proxy],
+    leave: Callable[[WatchedConnection], Awaitable[None]],
+) -> None:
+    dsn = conninfo.conninfo_to_dict(database.dsn)
+    proxy = make_proxy(int(str(dsn["port"])))
+    dsn |= {"host": "127.0.0.1", "port": proxy.port, "tcp_user_timeout": 1_000}
+    connection = await connect(conninfo.make_conninfo("", **dsn), "target", application_name="cdcsync test")
+    pid = connection.info.backend_pid
+    await connection.execute("CREATE TEMP TABLE left_behind (n int)")
+    await connection.execute("BEGIN")
+    await connection.execute("SELECT pg_advisory_xact_lock(2)")
+    async with (
+        await psycopg.AsyncConnection.connect(database.dsn, autocommit=True) as administrator,
+        anyio.create_task_group() as tasks,
+    ):
+
+        async def fails() -> None:
+            with pytest.raises(psycopg.OperationalError):
+                await leave(connection)
+
+        async def gone() -> bool:
+            cursor = await administrator.execute("SELECT FROM pg_stat_activity WHERE pid = %s", [pid])
+            return await cursor.fetchone() is None
+
+        tasks.start_soon(fails)
+        await anyio.sleep(0.1)
+        proxy.freeze()
+        proxy.heal()
+        await anyio.sleep(0.3)
+        hang_up(connection.pgconn.socket)
+        await until(gone)
+    await connection.close()
 
 
 async def test_the_server_ends_what_a_process_that_has_ended_left_behind_in_a_transaction(
