@@ -238,8 +238,9 @@ CATALOGUE = (
     ),
     P(
         "embedded once",
-        "No text is embedded twice, but for a call whose answer was lost, one that comes back after many others, and"
-        " one that a large transaction deletes and that is delivered again.",
+        "No text is embedded twice, but for a call whose answer was lost, one that comes back after many others, one"
+        " that a large transaction deletes and that is delivered again, and a large one that got another key while the"
+        " worker was behind, if another row has its old key by the time that the worker has to read it.",
         "flows/embed/dispatcher.py:Dispatcher",
         (
             "test_texts_that_changed_while_the_worker_was_away_are_embedded_once_as_they_are_now",

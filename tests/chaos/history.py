@@ -409,7 +409,7 @@ class History:
         # When everything is read again, another row may have taken the old key, and the vector's place, before the page
         # is read on which the moved row is.
         moved = self.writer.moved if self.gap_expected or self.pause_expected else []
-        excused = [*moved, *self.writer.undone]
+        excused = [*moved, *self.writer.undone, *self.writer.displaced]
         repeated = [one for one in repeated if not any("".join(one.text.split()) in row for row in excused)]
         if repeated:
             for one in repeated:

@@ -189,6 +189,10 @@ def _end_prepared(session: psycopg.Connection[Any], gid: str, way: str) -> None:
         session.execute(f"{way} PREPARED '{gid}'")
 
 
+LARGE = 2_000
+"""Characters of a row whose text is stored apart, so that an update of other columns leaves it out."""
+
+
 class Writer:
     """Changes the tables until told to stop; survives whatever becomes of the server.
 
@@ -203,6 +207,11 @@ class Writer:
         """The texts of `shelf` that have come back: a condition had excluded them."""
         self.moved: list[str] = []
         """What rows are that were given another key, without white space."""
+        self.displaced: list[str] = []
+        """What large rows of `articles` were that were given another key, and whose old key another row took then. A
+        worker that is behind reads the other row where an update left the large value out, in the moved one's place."""
+        self._vacated: dict[int, list[str]] = {}
+        """Such rows, by their old keys, until another row takes that."""
         self.undone: list[str] = []
         """What rows were that a large transaction deleted, without white space. Delivered again after a part of it was
         applied, it writes them once more, and deletes them again."""
@@ -349,6 +358,7 @@ class Writer:
                     " ON CONFLICT (id) DO UPDATE SET title = excluded.title, body = excluded.body",
                     [key, chance.randint(0, 4), self.text(2), self.text(chance.choice((0, 5, 40, 300)))],
                 )
+                self.displaced += self._vacated.pop(key, [])
             case 3 | 4:
                 counted = session.execute(
                     "UPDATE articles SET tenant = tenant + 1 WHERE id = %s RETURNING tenant, title", [key]
@@ -365,7 +375,9 @@ class Writer:
                     " RETURNING concat_ws(' ', 'titled:', title, 'shelved:', title, title, body)",
                     [key, key + 1000],
                 )
-                self.moved += ["".join(row[0].split()) for row in moved.fetchall()]
+                rows = ["".join(row[0].split()) for row in moved.fetchall()]
+                self.moved += rows
+                self._vacated[key] = [row for row in rows if len(row) > LARGE]
             case 9 | 10:
                 session.execute(
                     "INSERT INTO notes VALUES (%s, %s, %s) ON CONFLICT (lang, no) DO UPDATE SET body = excluded.body",
