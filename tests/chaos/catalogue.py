@@ -449,6 +449,7 @@ def page() -> str:
         f" {campaign.failures or 'none'} failed"
         + (
             f" in the end: {campaign.again} had failed at first, and were run again once what they had found was mended"
+            ", or is told above"
             if campaign.again
             else ""
         )
