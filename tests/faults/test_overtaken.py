@@ -133,17 +133,23 @@ def test_nothing_of_a_frozen_worker_comes_late(
     assert overtaken.poll() is None
 
 
+def impatient(make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]) -> Pipeline:
+    """Return a pipeline of two indexes in another database, whose sessions are soon taken for dead."""
+    source, target = make_database(), make_database()
+    dsn = f"{target.dsn} tcp_user_timeout=2000"
+    pipeline = make_pipeline(configuration(source.dsn, target=dsn, indexes={"articles": {}, "others": {}}))
+    loaded(pipeline, "articles", "others", rows=20)
+    return pipeline
+
+
 def test_a_command_ends_the_session_of_a_frozen_worker_that_has_the_lock(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
-    source, target = make_database(), make_database()
-    impatient = f"{target.dsn} tcp_user_timeout=2000"
-    pipeline = make_pipeline(configuration(source.dsn, target=impatient, indexes={"articles": {}, "others": {}}))
-    loaded(pipeline, "articles", "others", rows=20)
+    pipeline = impatient(make_database, make_pipeline)
     pipeline.processes[-1].send_signal(signal.SIGSTOP)
     try:
         until(lambda: pipeline.command("drop", "articles", "--yes").returncode == 0, pipeline.tail)
-        assert target.execute("SELECT name FROM cdcsync.indexes") == [("others",)]
+        assert pipeline.target.execute("SELECT name FROM cdcsync.indexes").fetchall() == [("others",)]
     finally:
         pipeline.processes[-1].send_signal(signal.SIGCONT)
     until(lambda: pipeline.times("overtaken"), pipeline.tail)
@@ -154,11 +160,8 @@ def test_a_worker_that_stands_by_shows_nothing_that_has_gone_stale(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     """An alert that it fired as the worker would fire for as long as it stands by, whatever the next worker heals."""
-    source, target = make_database(), make_database()
-    impatient = f"{target.dsn} tcp_user_timeout=2000"
-    pipeline = make_pipeline(configuration(source.dsn, target=impatient, indexes={"articles": {}, "others": {}}))
-    loaded(pipeline, "articles", "others", rows=20)
-    source.execute("ALTER TABLE others RENAME COLUMN title TO headline")
+    pipeline = impatient(make_database, make_pipeline)
+    pipeline.source.execute("ALTER TABLE others RENAME COLUMN title TO headline")
     until(lambda: b'{index="others",state="paused"} 1.0' in pipeline.get("/metrics")[1], pipeline.tail)
     pipeline.processes[-1].send_signal(signal.SIGSTOP)
     port, streamed = pipeline.event("listening")["port"], pipeline.times("streaming")
@@ -168,7 +171,7 @@ def test_a_worker_that_stands_by_shows_nothing_that_has_gone_stale(
     finally:
         pipeline.processes[0].send_signal(signal.SIGCONT)
     until(lambda: pipeline.times("standby"), pipeline.tail)
-    source.execute("ALTER TABLE others RENAME COLUMN headline TO title")
+    pipeline.source.execute("ALTER TABLE others RENAME COLUMN headline TO title")
     until(lambda: b'{index="others",state="live"} 1.0' in pipeline.get("/metrics")[1], pipeline.tail)
 
     def ask(path: str) -> bytes:

@@ -269,30 +269,39 @@ async def test_a_session_that_is_left_behind_in_a_transaction_is_ended_on_the_se
             await until(told)
 
 
-async def _is_quiet(connection: WatchedConnection) -> None:
-    await anyio.sleep(0.2)
+async def _is_quiet(connection: WatchedConnection, silent: anyio.Event) -> None:
+    await silent.wait()
     await connection.execute("SELECT")
 
 
-async def _copies(connection: WatchedConnection) -> None:
+async def _copies(connection: WatchedConnection, silent: anyio.Event) -> None:
     async with connection.cursor() as cursor, cursor.copy("COPY pg_temp.left_behind FROM STDIN") as copy:
-        await anyio.sleep(0.2)
+        await silent.wait()
         await copy.write("1\n")
 
 
-async def _is_sent_much(connection: WatchedConnection) -> None:
-    await connection.execute("SELECT repeat('x', 1000) FROM pg_sleep(0.2), generate_series(1, 100000)")
+async def _is_sent_much(connection: WatchedConnection, silent: anyio.Event) -> None:
+    await connection.execute("SELECT repeat('x', 1000) FROM pg_advisory_xact_lock(3), generate_series(1, 100000)")
 
 
-async def _works(connection: WatchedConnection) -> None:
-    await connection.execute("SELECT pg_sleep(2)")
+async def _works(connection: WatchedConnection, silent: anyio.Event) -> None:
+    await connection.execute("SELECT pg_advisory_xact_lock(3)")
 
 
-@pytest.mark.parametrize("leave", [_is_quiet, _copies, _is_sent_much, _works])
+@pytest.mark.parametrize(
+    ("leave", "begun"),
+    [
+        (_is_quiet, "idle in transaction SELECT pg_advisory_xact_lock(2)"),
+        (_copies, "active COPY"),
+        (_is_sent_much, "active SELECT repeat"),
+        (_works, "active SELECT pg_advisory_xact_lock(3)"),
+    ],
+)
 async def test_a_transaction_that_is_left_behind_is_ended_whatever_the_server_waits_for(
     database: Database,
     make_proxy: Callable[[int], Proxy],
-    leave: Callable[[WatchedConnection], Awaitable[None]],
+    leave: Callable[[WatchedConnection, anyio.Event], Awaitable[None]],
+    begun: str,
 ) -> None:
     dsn = conninfo.conninfo_to_dict(database.dsn)
     proxy = make_proxy(int(str(dsn["port"])))
@@ -302,6 +311,7 @@ async def test_a_transaction_that_is_left_behind_is_ended_whatever_the_server_wa
     await connection.execute("CREATE TEMP TABLE left_behind (n int)")
     await connection.execute("BEGIN")
     await connection.execute("SELECT pg_advisory_xact_lock(2)")
+    silent = anyio.Event()
     async with (
         await psycopg.AsyncConnection.connect(database.dsn, autocommit=True) as administrator,
         anyio.create_task_group() as tasks,
@@ -309,18 +319,29 @@ async def test_a_transaction_that_is_left_behind_is_ended_whatever_the_server_wa
 
         async def fails() -> None:
             with pytest.raises(psycopg.OperationalError):
-                await leave(connection)
+                await leave(connection, silent)
+
+        async def has_begun() -> bool:
+            cursor = await administrator.execute(
+                "SELECT starts_with(state || ' ' || query, %s) FROM pg_stat_activity WHERE pid = %s", [begun, pid]
+            )
+            return await cursor.fetchone() == (True,)
 
         async def gone() -> bool:
             cursor = await administrator.execute("SELECT FROM pg_stat_activity WHERE pid = %s", [pid])
             return await cursor.fetchone() is None
 
+        await administrator.execute("SELECT pg_advisory_lock(3)")
         tasks.start_soon(fails)
-        await anyio.sleep(0.1)
+        await until(has_begun)
         proxy.freeze()
         proxy.heal()
-        await anyio.sleep(0.3)
+        silent.set()
+        await anyio.wait_all_tasks_blocked()
         hang_up(connection.pgconn.socket)
+        if leave is _works:
+            await anyio.sleep(2 * connection.patience_s)  # it is looked at while it works, and again
+        await administrator.execute("SELECT pg_advisory_unlock(3)")
         await until(gone)
     await connection.close()
 
