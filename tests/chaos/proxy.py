@@ -44,13 +44,19 @@ class Link:
                 self._wait(data)
                 self._far.sendall(data)
                 self.sent += len(data)
-        self.end()
+        self._hang_up()
 
     def _answer(self) -> None:
         with contextlib.suppress(OSError):
             while data := self._far.recv(1 << 16):
                 self._wait(data)
                 self._near.sendall(self._without_own(data))
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """One end is gone: the other one learns of it unless nothing is forwarded."""
+        self.ended_at = self.ended_at or time.monotonic()
+        self.gate.wait()
         self.end()
 
     def _wait(self, data: bytes) -> None:
@@ -100,8 +106,7 @@ class Link:
         return b""
 
     def end(self, *, reset: bool = False) -> None:
-        if self.ended_at is None:
-            self.ended_at = time.monotonic()
+        self.ended_at = self.ended_at or time.monotonic()
         self._proxy.links.discard(self)
         self.gate.set()
         for one in (self._near, self._far):

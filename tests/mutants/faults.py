@@ -459,6 +459,16 @@ MUTANTS = (
         "::test_a_text_that_another_generation_has_is_not_asked_for_while_its_row_is_held",
         "assert 1 == 0",
     ),
+    Mutant(
+        "a session that is left behind in the midst of a COPY keeps its snapshot",
+        "postgres/liveness.py",
+        " OR a.wait_event IN ('ClientRead', 'ClientWrite'))",
+        ")",
+        "tests",
+        "tests/server/postgres/test_liveness.py"
+        "::test_a_transaction_that_is_left_behind_is_ended_whatever_the_server_waits_for",
+        "TimeoutError",
+    ),
 )
 """All of them."""
 
