@@ -23,12 +23,16 @@ class Module:
         self.tree = ast.parse(text)
         self._parents = {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
         self._assigned: dict[ast.AST, dict[str, list[ast.AST]]] = {}
+        self._returned: dict[str, list[ast.AST]] = {}
         self.imported: dict[str, tuple[str, str]] = {}
         """The module and the name there of each name that comes from the package; no name if it is the module."""
         for node in ast.walk(self.tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cdcsync"):
                 for one in node.names:
                     self.imported[one.asname or one.name] = (str(node.module), one.name)
+            elif isinstance(node, Function):
+                returned = [one.value for one in ast.walk(node) if isinstance(one, ast.Return) and one.value]
+                self._returned.setdefault(node.name, []).extend(returned)
             for name, value in _assignments(node):
                 self._assigned.setdefault(self._scope(node), {}).setdefault(name, []).append(value)
 
@@ -105,10 +109,7 @@ class Module:
     def own(self, name: str) -> Iterator[tuple[Module, ast.AST]]:
         """Yield what a name of this module, or of a class in it, stands for."""
         yield from ((self, value) for value in self._assigned.get(self.tree, {}).get(name, ()))
-        for node in ast.walk(self.tree):
-            if isinstance(node, Function) and node.name == name:
-                returned = (one.value for one in ast.walk(node) if isinstance(one, ast.Return))
-                yield from ((self, value) for value in returned if value is not None)
+        yield from ((self, value) for value in self._returned.get(name, ()))
         if (came := self.imported.get(name)) is not None and (other := of_name(came[0])) is not None:
             yield from other.own(came[1])
 
