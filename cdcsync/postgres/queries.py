@@ -12,7 +12,8 @@ from cdcsync.model.rows import Row
 from cdcsync.postgres.sessions import Connection
 
 BY_INDEX: LiteralString = (
-    "SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_seqscan = off; SET enable_bitmapscan = off"
+    "SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_seqscan = off; SET enable_bitmapscan = off;"
+    " SET enable_material = off"
 )
 """Has a session look up the rows of a batch one by one, by an index.
 
