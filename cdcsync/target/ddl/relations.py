@@ -37,7 +37,7 @@ from cdcsync.target.ddl.names import b_tree_name
 from cdcsync.target.ddl.names import vector_schema as vector_schema
 from cdcsync.target.ddl.policies import release_policy
 from cdcsync.target.ddl.searching import create_words, put_search
-from cdcsync.target.ddl.standing import create_index, describe_table
+from cdcsync.target.ddl.standing import continue_numbers, create_index, describe_table
 from cdcsync.target.ddl.tiers import create_vectors as create_vectors
 from cdcsync.target.ddl.views import Column, follow_name, put_view, release_columns, schemas_read
 
@@ -115,6 +115,8 @@ async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
             + ")"
         ).format(**identifiers)
     )
+    if present:
+        await continue_numbers(connection, names.chunks, "chunk_id")
     types = dict(zip(spec.shape.key + spec.shape.carried, spec.key_types + spec.carried_types, strict=True))
     lacks = {
         *spec.shape.carried,

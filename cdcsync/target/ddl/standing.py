@@ -3,7 +3,8 @@
 CREATE INDEX IF NOT EXISTS and COMMENT lock their table before they look. An autovacuum is in their way, which may take
 hours, and they would end it for nothing at each start. The caller's transaction commits.
 
-Source: PostgreSQL, "Explicit Locking"; "System Catalog Information Functions" (obj_description).
+Source: PostgreSQL, "Explicit Locking"; "System Catalog Information Functions" (obj_description); "Sequence Manipulation
+Functions"; "Restrictions" (of logical replication).
 """
 
 from __future__ import annotations
@@ -32,3 +33,18 @@ async def describe_table(connection: Connection, table: sql.Identifier, comment:
     )
     if present != comment:
         await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(table, sql.Literal(comment)))
+
+
+async def continue_numbers(connection: Connection, table: sql.Identifier, column: str) -> None:
+    """Let an identity column continue after the highest number that its table has.
+
+    Logical replication copies rows and not sequences, so in a target that was moved that way the numbers would begin
+    anew, and each new row would be refused.
+    """
+    await connection.execute(
+        sql.SQL(
+            "SELECT setval(s.name::regclass, k.highest) FROM pg_get_serial_sequence({}, {}) AS s (name),"
+            " LATERAL (SELECT max({}) FROM {}) AS k (highest)"
+            " WHERE k.highest > coalesce(pg_sequence_last_value(s.name::regclass), 0)"
+        ).format(sql.Literal(table.as_string(connection)), sql.Literal(column), sql.Identifier(column), table)
+    )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import psycopg
 import pytest
 from psycopg import sql
 
+from cdcsync.demo.programs import embedded_bin_dir
 from tests.support.outages import MakeSimple
 from tests.support.scenes import Followed, MakeScene, Scene
 from tests.support.servers import Database, Server
@@ -143,3 +146,32 @@ def test_a_source_whose_transactions_are_read_only_is_followed_and_what_it_canno
     until(pipeline.in_step_now, pipeline.tail)
     until(lambda: pipeline.get("/readyz")[0] == 200, pipeline.tail)
     assert worker.poll() is None
+
+
+@pytest.mark.parametrize("by", ["dump", "logical replication"])
+def test_a_target_that_was_moved_to_another_database_goes_on_where_it_was(
+    make_database: Callable[[], Database], make_simple: MakeSimple, tmp_path: Path, by: str
+) -> None:
+    source, before, after = make_database(), make_database(), make_database()
+    pipeline = make_simple(source.dsn, before.dsn, slot=source.name)
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    assert pipeline.stop(worker) == 0
+    pipeline.source.execute("UPDATE articles SET title = title || ' meanwhile' WHERE id % 3 = 0")
+    dump = str(tmp_path / "target.dump")
+    for program in (("pg_dump", "-Fc", "-f", dump, before.dsn), ("pg_restore", "-d", after.dsn, dump)):
+        subprocess.run([embedded_bin_dir() / program[0], *program[1:]], check=True, capture_output=True)
+    if by == "logical replication":  # which copies rows, and not sequences
+        for (sequence,) in after.execute("SELECT format('cdcsync.%I', sequencename) FROM pg_sequences"):
+            after.execute(f"ALTER SEQUENCE {sequence} RESTART")
+
+    pipeline.configure(pipeline.path.read_text().replace(before.dsn, after.dsn))
+    pipeline.connect_target()
+    pipeline.log.unlink()
+    pipeline.start()
+    pipeline.source.execute("INSERT INTO articles SELECT i, 1, 'new ' || i FROM generate_series(100, 120) AS i")
+    pipeline.event("streaming")
+    pipeline.in_step()
+    assert pipeline.times("index_paused") == pipeline.times("backfill_requested") == 0
+    assert pipeline.command("replay", "articles").returncode == 0
