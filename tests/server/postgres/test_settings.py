@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import LiteralString
+
 import pytest
-from psycopg import conninfo, sql
+from psycopg import conninfo, errors, sql
 
 from cdcsync.errors import SetupError
 from cdcsync.postgres.queries import fetch_texts
@@ -81,6 +83,21 @@ async def test_no_statement_of_ours_is_compiled(database: Database, side: Side) 
     connection = await connect(conninfo.make_conninfo(database.dsn, options="-c jit=on"), side)
     cursor = await connection.execute("SHOW jit")
     assert await cursor.fetchone() == ("off",)
+    await connection.close()
+
+
+async def test_a_default_tablespace_that_is_the_databases_own_forbids_no_partitioned_table(database: Database) -> None:
+    ((own,),) = database.execute(
+        "SELECT spcname FROM pg_tablespace JOIN pg_database ON dattablespace = pg_tablespace.oid"
+        " WHERE datname = current_database()"
+    )
+    dsn = conninfo.make_conninfo(database.dsn, options=f"-c default_tablespace={own}")
+    create: LiteralString = "CREATE TABLE public.parted (tier int) PARTITION BY LIST (tier)"
+    connection = await connect(dsn, "target")
+    await connection.execute(create)
+    await connection.execute(sql.SQL("SET default_tablespace = {}").format(sql.Identifier(own)))
+    with pytest.raises(errors.FeatureNotSupported):
+        await connection.execute(create.replace("parted", "again"))
     await connection.close()
 
 
