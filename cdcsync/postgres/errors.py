@@ -26,6 +26,10 @@ from cdcsync.postgres.settings import Side
 _DAMAGE = 'docs/operations.md, "Damaged tables", says how to continue'
 
 _HINTS: dict[str, tuple[str, str]] = {
+    "25006": (
+        "the server takes only reads",
+        "point the DSN at the primary; or, for the role or the database: ALTER … RESET default_transaction_read_only",
+    ),
     "28P01": ("the password is wrong", "correct the password in the DSN, in PGPASSWORD, or in the password file"),
     "28000": ("the server refuses this role or host", "allow the role in pg_hba.conf, or use another role"),
     "3D000": ("the database does not exist", "create it, or correct the database name in the DSN"),
