@@ -188,7 +188,10 @@ def test_a_source_restored_from_an_older_backup_is_a_gap(
 
 
 def test_another_cluster_is_a_gap_and_nothing_is_created_there(
-    make_cluster: Callable[..., Cluster], make_database: Callable[[], Database], make_simple: MakeSimple
+    make_cluster: Callable[..., Cluster],
+    make_database: Callable[[], Database],
+    make_simple: MakeSimple,
+    make_pipeline: Callable[[str], Pipeline],
 ) -> None:
     source = make_database()
     pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name)
@@ -205,5 +208,19 @@ def test_another_cluster_is_a_gap_and_nothing_is_created_there(
     worker = pipeline.start()
     assert worker.wait(timeout=PATIENCE_S) == 1
     assert pipeline.source.execute("SELECT count(*) FROM pg_publication").fetchone() == before == (0,)
+
+    # It may be the source of another pipeline, which a slot of its own keeps apart from this one.
+    assert "source.slot" in pipeline.tail()
+    with psycopg.connect(other, autocommit=True) as connection:
+        connection.execute("CREATE TABLE notes (LIKE articles INCLUDING ALL)")
+        connection.execute("INSERT INTO notes TABLE articles")
+    text = pipeline.path.read_text()
+    beside = make_pipeline(text.replace(f'"{source.name}"', f'"other_{source.name}"').replace("articles", "notes"))
+    worker = beside.start()
+    beside.event("index_live")
+    beside.compare_one("notes")
+    assert beside.stop(worker) == 0
+    beside.released()
+    assert beside.command("teardown", "--purge", "--yes").returncode == 0
 
     stops_at_the_gap_and_heals(pipeline, "another cluster than before")

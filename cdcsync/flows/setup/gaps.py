@@ -141,7 +141,8 @@ async def refuse_gap(
             f"this is another cluster than before (system identifier {server.system_identifier},"
             f" was {state.system_identifier})",
             where=where,
-            hint=f"point source.dsn at the old cluster; or {_RESYNC}",
+            hint="point source.dsn at the old cluster; if this is the source of another pipeline, give it a slot of its"
+            f" own with source.slot; or {_RESYNC}",
         )
     if state.timeline is not None and server.timeline < state.timeline:
         raise GapError(
