@@ -19,10 +19,9 @@ from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.chunks_view import put_chunks_view
-from cdcsync.target.ddl.grants import grants_of, set_again, settings_kept, succeed
+from cdcsync.target.ddl.grants import grants_of, guarded, set_again, settings_kept, succeed
 from cdcsync.target.ddl.marked import describe_again, drop_all, drop_functions, marker, tables_of
 from cdcsync.target.ddl.names import Names, words_name
-from cdcsync.target.ddl.policies import GUARDED
 from cdcsync.target.ddl.rebuilding import Rebuild
 from cdcsync.target.ddl.relations import create_view
 from cdcsync.target.ddl.searching import put_search
@@ -53,11 +52,13 @@ async def switch_relations(connection: Connection, schema: str, spec: IndexSpec,
     """Point view and search function to the spec's generation. The caller's transaction commits.
 
     :param before: the generation that they use now.
-    :raises SetupError: something is built on the view, whose vectors have another type now.
+    :raises SetupError: something is built on the view, whose vectors have another type now; or the vectors are not held
+        to the row-level security that an operator gave those which are searched.
     """
     names = Names(schema, spec.relations)
     await connection.execute(BRIEFLY)
     for old, new in _of_vectors(names, before, names, spec.generation):
+        await _refuse_open(connection, spec, old, new)
         await _copy_grants(connection, old, new)
     async with settings_kept(connection, schema, spec.name):
         await _switch(connection, schema, spec)
@@ -122,14 +123,7 @@ async def exchange_relations(connection: Connection, schema: str, spec: IndexSpe
     """
     before = spec.beside
     assert before is not None
-    chunks = Names(schema, spec.relations).chunks
-    if await _guarded(connection, schema, before) and not await _guarded(connection, schema, spec):
-        raise SetupError(
-            f"{Names(schema, before.relations).chunks.as_string(connection)} has row-level security of your own, and"
-            f" {chunks.as_string(connection)} has not: anyone who searches would see every row",
-            where=f"index {spec.name}",
-            hint="create the same policies there, and enable row-level security; then activate again",
-        )
+    await _refuse_open(connection, spec, Names(schema, before.relations).chunks, Names(schema, spec.relations).chunks)
     await connection.execute(BRIEFLY)
     await _copy_all(connection, schema, before, spec, others_too=True)
     async with settings_kept(connection, schema, spec.name):
@@ -163,22 +157,24 @@ def _built_on(index: str, error: psycopg.errors.DependentObjectsStillExist) -> S
     return SetupError("something of your own is built on its tables", where=f"index {index}", hint=f"drop it: {detail}")
 
 
-async def _guarded(connection: Connection, schema: str, spec: IndexSpec) -> bool:
-    """Say whether the chunks of an index have row-level security that is not ours."""
-    chunks = Names(schema, spec.relations).chunks.as_string(connection)
-    return bool(
-        await fetch_value(
-            connection,
-            "SELECT c.relrowsecurity AND " + GUARDED + " FROM pg_class c WHERE c.oid = to_regclass(%s)",
-            [chunks],
+async def _refuse_open(connection: Connection, spec: IndexSpec, old: sql.Identifier, new: sql.Identifier) -> None:
+    """See that a table in the place of another is held to the row-level security that an operator gave that one.
+
+    :raises SetupError: it is not.
+    """
+    if await guarded(connection, old) and not await guarded(connection, new):
+        raise SetupError(
+            f"{old.as_string(connection)} has row-level security of your own, and"
+            f" {new.as_string(connection)} has not: anyone who searches would see every row",
+            where=f"index {spec.name}",
+            hint="create the same policies there, and enable row-level security; then activate again",
         )
-    )
 
 
 async def _copy_all(connection: Connection, schema: str, one: IndexSpec, other: IndexSpec, *, others_too: bool) -> None:
     """Grant on the tables of an index what is granted on those of the one that stands beside it."""
-    closed = await _guarded(connection, schema, one) and not await _guarded(connection, schema, other)
     mine, its = Names(schema, one.relations), Names(schema, other.relations)
+    closed = await guarded(connection, mine.chunks) and not await guarded(connection, its.chunks)
     pairs = [
         (mine.chunks, its.chunks),
         (mine.backlog, its.backlog),
@@ -208,11 +204,12 @@ async def _exists(connection: Connection, relation: sql.Identifier) -> bool:
 async def _copy_grants(
     connection: Connection, old: sql.Identifier, new: sql.Identifier, *, others_too: bool = True
 ) -> None:
-    """Grant on a table what is granted on another.
+    """Grant on a table what is granted on another, unless that one has row-level security that the table lacks.
 
     :param others_too: whether it keeps the grants that it has besides.
     """
-    grants = await grants_of(connection, old)
+    closed = await guarded(connection, old) and not await guarded(connection, new)
+    grants = [] if closed else await grants_of(connection, old)
     if others_too:
         await set_again(connection, [one.on(new) for one in grants])
     else:

@@ -170,6 +170,15 @@ async def read_settings(connection: Connection, schema: str, index: str) -> dict
     }
 
 
+async def guarded(connection: Connection, relation: sql.Identifier) -> bool:
+    """Say whether a table has row-level security of an operator's own, which a table in its place would lack."""
+    cursor = await connection.execute(
+        "SELECT FROM pg_class c WHERE c.oid = to_regclass(%s) AND c.relrowsecurity AND " + GUARDED,
+        [relation.as_string(connection)],
+    )
+    return await cursor.fetchone() is not None
+
+
 async def grants_of(connection: Connection, relation: sql.Identifier) -> list[Grant]:
     """Return what roles other than the owner may do with a relation, or with some of its columns."""
     cursor = await connection.execute(

@@ -22,6 +22,7 @@ from typing import Any, LiteralString, TypeVar
 import psycopg
 from psycopg import sql
 
+from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.locking import BRIEFLY, until_locked
@@ -29,7 +30,7 @@ from cdcsync.postgres.queries import fetch_one, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.building import build_settings, hnsw_method
-from cdcsync.target.ddl.grants import grants_of, succeed
+from cdcsync.target.ddl.grants import grants_of, guarded, succeed
 from cdcsync.target.ddl.names import SETTLED, Names
 from cdcsync.target.ddl.tiers import COLUMNS, OPTIONS, describe_vectors, vector_type
 
@@ -78,6 +79,7 @@ class Rebuild:
     async def run(self) -> int:
         """Rebuild and exchange; returns how many fresh vectors became settled.
 
+        :raises SetupError: an operator gave the settled tier row-level security, which the copy would lack.
         :raises psycopg.Error: nothing has changed; what is left behind is dropped by the next rebuild or start.
         :raises Emptied: likewise.
         """
@@ -131,6 +133,7 @@ class Rebuild:
         async with self._connection.transaction():
             # Writers commit their work before we get the lock: it will be copied.
             await self._run(BRIEFLY + "; LOCK TABLE {fresh}, {settled} IN SHARE ROW EXCLUSIVE MODE")
+            await self._refuse_guarded()
             await self._run(
                 "CREATE TABLE {copy} (" + COLUMNS + ", CONSTRAINT cdcsync_tier CHECK (tier = {tier}))"
                 " WITH (" + OPTIONS[SETTLED] + ")",
@@ -201,6 +204,7 @@ class Rebuild:
             await self._run(BRIEFLY + "; LOCK TABLE {fresh}, {settled} IN SHARE ROW EXCLUSIVE MODE")
             if await self._tier_files() != self._files:
                 raise Emptied
+            await self._refuse_guarded()
             await self._take_out()
             moved = await self._run("DELETE FROM {fresh} AS f USING {copy} AS c WHERE c.chunk_id = f.chunk_id")
             grants = await grants_of(connection, names.settled(spec.generation))
@@ -228,6 +232,16 @@ class Rebuild:
             crash_point("tiers exchanged")
         crash_point("exchange committed")
         return moved.rowcount
+
+    async def _refuse_guarded(self) -> None:
+        settled = self._names.settled(self._spec.generation)
+        if await guarded(self._connection, settled):
+            raise SetupError(
+                f"{settled.as_string(self._connection)} has row-level security of your own, which a table in its place"
+                " would lack",
+                where=f"index {self._spec.name}",
+                hint="vectors are inserted one by one until it has none; each search is held to that of the chunks",
+            )
 
     async def _tier_files(self) -> tuple[object, ...]:
         return await fetch_one(

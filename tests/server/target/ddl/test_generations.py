@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from cdcsync.target.ddl.generations import create_generations
+from cdcsync.errors import SetupError
+from cdcsync.target.ddl.generations import create_generations, switch_relations
 from tests.support.indexes import SCHEMA, begin_generations, live_index, two_generations
 from tests.support.servers import Database
 
@@ -26,3 +28,26 @@ async def test_a_generation_that_lost_a_table_is_made_whole_and_told_of(database
         assert await live.rows(
             "SELECT count(*) FROM pg_inherits WHERE inhparent = 'cdcsync.articles_vectors_2'::regclass"
         ) == [(2,)]
+
+
+async def test_the_vectors_of_another_model_open_nothing_that_an_operator_guards(database: Database) -> None:
+    async with live_index(database, two_generations()) as live:
+        for table in ("articles_vectors_1", "articles_vectors_1_settled"):
+            await live.connection.execute(
+                f"GRANT SELECT ON cdcsync.{table} TO PUBLIC;"
+                f" ALTER TABLE cdcsync.{table} ENABLE ROW LEVEL SECURITY".encode()
+            )
+        await live.connection.execute(b"GRANT SELECT ON cdcsync.articles_vectors_1_fresh TO PUBLIC")
+
+        await begin_generations(live)
+
+        readable = (
+            "SELECT relname::text FROM pg_class WHERE has_table_privilege('pg_monitor', oid, 'SELECT')"
+            " AND relname LIKE 'articles_vectors_2%%' AND relkind IN ('r', 'p')"
+        )
+        assert await live.rows(readable) == [("articles_vectors_2_fresh",)]
+        other = msgspec.structs.replace(live.spec.others[0], others=(live.spec,))
+        with pytest.raises(SetupError, match="row-level security of your own"):
+            async with live.connection.transaction():
+                await switch_relations(live.connection, SCHEMA, other, live.spec.generation)
+        assert await live.rows(readable) == [("articles_vectors_2_fresh",)]

@@ -9,6 +9,7 @@ import anyio
 import msgspec
 import pytest
 
+from cdcsync.errors import SetupError
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl import rebuilding
 from cdcsync.target.ddl.building import build_hnsw
@@ -263,3 +264,25 @@ async def test_a_generation_that_is_dropped_leaves_nothing_of_its_rebuild(
     # That of the other generation goes on.
     await both.apply(changes(deleted=["1"]))
     assert len(await both.rows("SELECT FROM cdcsync.articles_vectors_1_new_changed")) == 1
+
+
+async def test_a_tier_that_an_operator_guards_is_not_replaced_by_one_that_is_open(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    settled = "cdcsync.articles_vectors_1_settled"
+    rebuild = Interrupted(await connect_target(), SCHEMA, both.spec)
+
+    async def guard() -> None:
+        await both.connection.execute(
+            f"GRANT SELECT ON {settled} TO PUBLIC; ALTER TABLE {settled} ENABLE ROW LEVEL SECURITY".encode()
+        )
+
+    rebuild.meanwhile = guard
+    for one in (rebuild, Rebuild(await connect_target(), SCHEMA, both.spec)):
+        with pytest.raises(SetupError, match="row-level security of your own"):
+            await one.run()
+        assert await both.rows("SELECT relrowsecurity FROM pg_class WHERE oid = %s::regclass", settled) == [(True,)]
+    assert await both.rows("SELECT tier, count(*)::int FROM cdcsync.articles_vectors_1 GROUP BY 1 ORDER BY 1") == [
+        ("fresh", 4),
+        ("settled", 4),
+    ]
