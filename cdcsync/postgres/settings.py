@@ -65,10 +65,10 @@ DURABILITY: dict[Side, LiteralString] = {
     # Our writes on the source are marks and publications: flushed at commit, waiting for no standby.
     # And a table of an application may be locked for hours, which must not hold up what is for another index.
     "source": "SET synchronous_commit = local; " + ALWAYS_BRIEFLY,
-    # PostgreSQL creates no partitioned table if `default_tablespace` names what is the database's tablespace anyway.
     # Changes acknowledged to the source must survive a crash of the target, whatever the role's default is. And if a
     # proxy keeps a session open whose process has ended in the middle of a transaction, its locks must not stay: none
     # of our transactions there waits for anything but the server.
+    # PostgreSQL creates no partitioned table if `default_tablespace` names what is the database's tablespace anyway.
     "target": "SET synchronous_commit = on; SET idle_in_transaction_session_timeout = '120s';"
     " SELECT set_config('default_tablespace', '', false) FROM pg_database AS d JOIN pg_tablespace AS t"
     " ON t.oid = d.dattablespace WHERE d.datname = current_database()"
