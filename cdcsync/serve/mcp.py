@@ -94,7 +94,13 @@ def make_mcp(service: Service, *, stdio: bool = False) -> MCPServer:
 
     :param stdio: it serves one client over standard input and output, whose token is in the environment.
     """
-    server = _Server("cdcsync", title="Search of database tables", version=__version__, instructions=INSTRUCTIONS)
+    server = _Server(
+        "cdcsync",
+        title="Search of database tables",
+        version=__version__,
+        instructions=INSTRUCTIONS,
+        subscriptions=False,  # nothing that is offered changes while the server runs, so nobody need listen for it
+    )
 
     def caller(context: Context[Any, Any]) -> Caller:
         if stdio:

@@ -17,6 +17,7 @@ import msgspec
 import pytest
 from mcp import Client, StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
+from mcp.shared.exceptions import MCPError
 from psycopg import conninfo
 
 from cdcsync import logs
@@ -180,6 +181,15 @@ async def test_there_is_no_stream_to_listen_to_and_no_session_to_end(tickets: Of
     async with served(tickets.serving(anonymous=True)) as plain:
         answer = await plain.request(method, "/mcp", headers=SPOKEN)
     assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+
+
+async def test_nothing_is_offered_to_listen_for(tickets: Office) -> None:
+    async with agent(tickets.serving(anonymous=True)) as client:
+        assert client.server_capabilities.tools is not None
+        assert not client.server_capabilities.tools.list_changed
+        with pytest.raises(MCPError, match="Method not found"):
+            async with client.listen(tools_list_changed=True):
+                pass
 
 
 async def test_an_agent_sees_its_tenant_alone(tickets: Office, tmp_path: Path) -> None:
