@@ -398,9 +398,12 @@ class Index:
     async def embed(self, texts: Sequence[str]) -> Vectors:
         """Return the vectors of queries, `float32[n, dimensions]`, by the model of the generation that is live now.
 
+        :raises UsageError: the argument is not a list of texts; a text alone would be taken for its characters.
         :raises EmbedderUnavailable: the model is away.
         :raises TextRejected: the model refuses one of these texts.
         """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise UsageError("these are not texts", where="embed", hint='give a list of texts, such as ["a question"]')
         return (await self._embed(texts))[0]
 
     async def _embed(self, texts: Sequence[str]) -> tuple[Vectors, int]:

@@ -75,6 +75,21 @@ async def test_filters_are_values_and_a_wrong_one_names_the_column(database: Dat
             await articles.search("dog", filter={"colour": "red"})
 
 
+async def test_numbers_of_numpy_count_hits(database: Database) -> None:
+    async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles") as articles:
+        everything = keys(await articles.search("dog house", k=3))
+        k, skip = np.array([1, 2])
+        assert keys(await articles.search("dog house", k=k, skip=skip)) == everything[2:3]
+
+
+@pytest.mark.parametrize("texts", ["dog house", [None], [b"dog"]])
+async def test_only_a_list_of_texts_is_embedded_and_the_model_stays_for_others(database: Database, texts: Any) -> None:
+    async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles") as articles:
+        with pytest.raises(UsageError, match="not texts"):
+            await articles.embed(texts)
+        assert (await articles.embed(["dog house"])).shape == (1, 32)
+
+
 async def test_pages_continue_each_other_and_embed_a_query_once(database: Database) -> None:
     async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles") as articles:
         whole = await articles.search("the night", k=3)

@@ -97,8 +97,14 @@ def _plain(column: str, value: object, within: int = 0) -> object:
     match value:
         case Enum():
             return _plain(column, value.value, within)
-        case str() | bool() | int() | float() | None:
+        case bool() | None:
             return value
+        case str():
+            return str.__str__(value)  # of classes made from these, such as numpy's or Markup, the plain value
+        case int():
+            return int(value)
+        case float():
+            return float(value)
         case Mapping() | list() | tuple() | set() | frozenset() if within == NESTED:
             raise UsageError(
                 f"the filter on {column} has lists or objects that are too deep in one another",

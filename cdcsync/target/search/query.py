@@ -158,11 +158,11 @@ async def search(
         arguments: list[object] = [
             text,
             None if vector is None else "[" + ",".join([repr(float(value)) for value in vector]) + "]",
-            k,
+            int(k),  # a number of numpy has another type, of which there is no search function
             msgspec.json.encode(plain_filter(filter)).decode(),
             mode,
             per_document,
-            skip,
+            int(skip),
             *map(float, weights),
             headline,
             spec.generation,

@@ -9,6 +9,7 @@ from ipaddress import ip_address
 from typing import Any
 from uuid import UUID
 
+import msgspec
 import numpy as np
 import pytest
 from psycopg.types.multirange import Multirange
@@ -135,3 +136,18 @@ def test_a_value_of_a_filter_is_written_as_its_column_reads_it(value: object, pl
 )
 def test_a_range_is_written_as_the_server_reads_it(value: object, written: str) -> None:
     assert plain_filter({"valid": value}) == {"valid": written}
+
+
+class Marked(str):
+    """A text of a class of its own, as template engines have them."""
+
+    __slots__ = ()
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [(np.float64(1.5), 1.5), (np.str_("open"), "open"), (Marked("open"), "open")],
+)
+def test_values_of_classes_made_from_plain_ones_are_written_as_these(value: object, plain: object) -> None:
+    written = plain_filter({"column": value, "other": {"in": [value]}})
+    assert msgspec.json.decode(msgspec.json.encode(written)) == {"column": plain, "other": {"in": [plain]}}
