@@ -403,6 +403,23 @@ async def test_a_generation_that_never_was_is_told_from_one_that_is_gone(databas
         assert keys(await articles.search("cat", mode="text", generation=1)) == [1]
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"work_memory": "4MB"}, "unrecognized configuration parameter"),
+        ({"work_mem": "much"}, "invalid value for parameter"),
+        ({"wal_level": "minimal"}, "cannot be changed"),
+    ],
+)
+async def test_a_setting_that_the_server_refuses_is_the_callers_mistake(
+    database: Database, settings: dict[str, str], told: str
+) -> None:
+    async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles") as articles:
+        with pytest.raises(UsageError, match=told):
+            await articles.search("cat", mode="text", settings=settings)
+        assert keys(await articles.search("cat", mode="text")) == [1]
+
+
 async def test_an_index_that_is_being_built_says_so_with_each_search(database: Database) -> None:
     async with indexed(database) as (index, config), cdcsync.Index.open(config, "articles") as articles:
         assert (await articles.search("cat", mode="text")).warning is None

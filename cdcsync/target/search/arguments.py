@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from psycopg.types.multirange import Multirange
@@ -55,14 +55,15 @@ def check_arguments(
     if not (k >= 1 and skip >= 0 and skip + k <= MAX_HITS):
         after = f" after skipping {skip}" if skip else ""
         raise UsageError(f"cannot return {k} hits{after}", where="-k", hint=f"ask for hits within the first {MAX_HITS}")
-    if len(weights) != 2 or not all(math.isfinite(weight) for weight in weights):
+    if not all_finite(weights) or len(weights) != 2:
+        hint = "give two numbers: of vectors and of words"
+        raise UsageError(f"the weights are {weights!r}", where="weights", hint=hint)
+    if timeout_s is not None and not (all_finite([timeout_s]) and 0 < timeout_s <= LONGEST_S):
         raise UsageError(
-            f"the weights are {tuple(weights)!r}", where="weights", hint="give two numbers: of vectors and of words"
+            f"a search cannot take {timeout_s!r} seconds", where="timeout_s", hint="give a number of seconds above 0"
         )
-    if timeout_s is not None and not 0 < timeout_s <= LONGEST_S:
-        raise UsageError(
-            f"a search cannot take {timeout_s} seconds", where="timeout_s", hint="give a number of seconds above 0"
-        )
+    if not all(isinstance(one, str) for pair in settings.items() for one in pair):
+        raise UsageError(f"the settings are {settings!r}", where="settings", hint="give each value as a text")
     for value in _within([*texts, settings, plain_filter(filter)]):
         match value:
             case str() if not is_text(value):
@@ -75,6 +76,14 @@ def check_arguments(
                 raise UsageError(
                     f"the filter compares with {value}", where="filter", hint="compare with a number, or with a text"
                 )
+
+
+def all_finite(numbers: object) -> bool:
+    """Say whether something is a series of numbers of which each is finite."""
+    try:
+        return all(map(math.isfinite, cast(Iterable[float], numbers)))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def plain_filter(filter: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -25,7 +24,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.hits import OWN, attribute_of
 from cdcsync.target.ddl.names import Names, function_name
 from cdcsync.target.ddl.search_function import BY_WORDS_ALONE, NO_GENERATION, NOT_WHOLE, Variant, compose
-from cdcsync.target.search.arguments import check_arguments, plain_filter
+from cdcsync.target.search.arguments import all_finite, check_arguments, plain_filter
 from cdcsync.target.search.conditions import check_where
 from cdcsync.target.search.values import load_values
 
@@ -172,7 +171,14 @@ async def search(
         load_values(cursor, for_json=for_json)
         with _noting(connection, plans, warnings):
             async with connection.transaction():
-                await connection.execute(_for_this_search(timeout_s, settings))
+                try:
+                    await connection.execute(_for_this_search(timeout_s, settings))
+                except (psycopg.ProgrammingError, psycopg.DataError, psycopg.errors.CantChangeRuntimeParam) as error:
+                    raise UsageError(
+                        f"a setting of this search is refused: {first_line(error)}",
+                        where="settings",
+                        hint="give names and values that SET takes in a session of this role",
+                    ) from error
                 try:
                     await cursor.execute(statement, arguments, prepare=False)
                     rows = await cursor.fetchall()
@@ -229,7 +235,7 @@ def _check(spec: IndexSpec, vector: Sequence[float] | npt.NDArray[np.float32] | 
             where=where,
             hint=f"embed the query with {spec.model}",
         )
-    if vector is not None and not all(isfinite(number) for number in vector):
+    if vector is not None and not all_finite(vector):
         raise UsageError("the query's vector holds a number that is not finite", where=where, hint="embed the query")
     searchable = spec.config.search is not None
     if mode == "text" and not searchable:
