@@ -161,6 +161,7 @@ def test_kill_9_at_any_moment_leaves_each_index_with_exactly_the_rows_that_fail_
     assert "planted" not in pipeline.log.read_text()
 
 
+@pytest.mark.proof
 def test_rows_that_fail_are_told_of_read_again_and_given_up(notes: Notes) -> None:
     pipeline = notes.pipeline
     notes.fill(12)

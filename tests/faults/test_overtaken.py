@@ -76,6 +76,7 @@ def test_a_worker_whose_vectors_were_dropped_meanwhile_stands_by_and_continues(
     pipeline.in_step("articles")
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("action", ["activate", "drop"])
 def test_a_worker_whose_chunks_were_exchanged_or_dropped_meanwhile_stands_by_and_continues(
     action: str, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
@@ -92,6 +93,7 @@ def test_a_worker_whose_chunks_were_exchanged_or_dropped_meanwhile_stands_by_and
     assert pipeline.target.execute(shown).fetchone() == (20 if action == "activate" else 0,)
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("purged", [False, True], ids=["", "purged meanwhile"])
 def test_nothing_of_a_frozen_worker_comes_late(
     purged: bool, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
@@ -156,6 +158,7 @@ def test_a_command_ends_the_session_of_a_frozen_worker_that_has_the_lock(
     pipeline.in_step("others")
 
 
+@pytest.mark.proof
 def test_a_worker_that_stands_by_shows_nothing_that_has_gone_stale(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:

@@ -117,6 +117,7 @@ async def test_a_call_that_no_actor_survives_is_given_up_and_others_go_on(
         await fleet.aclose()
 
 
+@pytest.mark.proof
 async def test_actors_come_with_the_queue_and_go_when_idle(rays: RayCluster, provider: FakeProvider) -> None:
     fleet = fleet_of(provider, f'address = "{rays.address}"\nactors_max = 3\nidle_s = 1\ncpus = 0.25')
     gate = threading.Event()

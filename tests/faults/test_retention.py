@@ -122,6 +122,7 @@ def test_a_slot_that_holds_much_of_what_it_may_is_told_of_before_it_is_a_gap(
     assert len(retentions(pipeline)) == 2
 
 
+@pytest.mark.proof
 def test_figures_of_servers_that_are_away_are_not_known_and_those_of_the_slot_need_no_target(
     make_cluster: Callable[..., Cluster], make_simple: MakeSimple
 ) -> None:

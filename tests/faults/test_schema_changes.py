@@ -185,6 +185,7 @@ def test_a_slot_that_is_dropped_in_the_middle_of_the_initial_load_is_healed_by_a
     until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
 
 
+@pytest.mark.proof
 def test_a_large_transaction_from_before_a_type_change_pauses_its_index_once(pipeline: Pipeline) -> None:
     pipeline.stop(pipeline.processes[-1])
     pipeline.source.execute("INSERT INTO articles SELECT i, repeat('title ', 100), 1 FROM generate_series(31, 6000) i")

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from cdcsync.process.crashpoints import VARIABLE
 from tests.support import forked
 
@@ -83,6 +85,7 @@ def test_what_is_read_by_an_import_needs_a_process_of_its_own() -> None:
     assert process.wait(60) == 0
 
 
+@pytest.mark.proof
 def test_what_the_libraries_of_models_set_where_they_are_imported_is_read_by_no_copy() -> None:
     importlib.import_module("sentence_transformers")
     importlib.import_module("ray")

@@ -336,6 +336,7 @@ KEYLESS_PARTS = (
 )
 
 
+@pytest.mark.proof_from(6)
 @pytest.mark.parametrize("alternative", [0, -1], ids=["first", "last"])
 @pytest.mark.parametrize(
     "create",
@@ -391,6 +392,7 @@ async def test_a_named_key_that_a_unique_index_proves_is_the_key(
     assert report.specs[0].shape.key == key
 
 
+@pytest.mark.proof_from(2)
 @pytest.mark.parametrize(
     ("column", "index", "told"),
     [("folded", "", False), ("folded", 'COLLATE "C"', True), ('"C"', "COLLATE folded", False), ('"C"', "", False)],

@@ -175,6 +175,7 @@ def calling(make_scene: MakeScene) -> Scene:
     return scene
 
 
+@pytest.mark.proof
 def test_a_function_that_is_replaced_takes_rows_in_and_out(calling: Scene) -> None:
     for made in (2, 0):
         if made == 0:
@@ -196,6 +197,7 @@ def test_a_text_search_configuration_that_is_altered_takes_rows_in_and_out(calli
     calling.heals(*SEARCHES, "beside")
 
 
+@pytest.mark.proof
 def test_a_function_that_may_read_tables_by_now_pauses_its_index_alone(calling: Scene) -> None:
     calling.execute("ALTER FUNCTION public.spoilt(text) STABLE")
     assert "public.spoilt, which is STABLE" in calling.paused("spoilt")

@@ -184,6 +184,7 @@ ON_THE_WAY = (
 )
 
 
+@pytest.mark.proof
 @pytest.mark.timeout(240)
 def test_a_migration_goes_on_after_a_kill_at_every_step(
     database: Database, make_pipeline: Callable[[str], Pipeline]

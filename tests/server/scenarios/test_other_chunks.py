@@ -144,6 +144,7 @@ def whole_way(pipeline: Pipeline, more_searches: Callable[[int], None]) -> None:
     assert (only["generation"], only["state"], only["vectors"]) == (2, "live", only["chunks"])
 
 
+@pytest.mark.proof
 @pytest.mark.anyio
 @pytest.mark.timeout(240)
 async def test_searches_go_on_and_never_mix_chunks_while_an_index_migrates_and_rolls_back(

@@ -362,6 +362,7 @@ LOGGED_LESS: dict[str, tuple[list[str], list[str]]] = {
 """Tables whose partition logs less of old rows for a while than the root promises: as made, and what happens then."""
 
 
+@pytest.mark.proof
 def test_what_a_partition_did_not_log_of_old_rows_for_a_while_is_not_taken_for_null(make_scene: MakeScene) -> None:
     cases = {f"{case}_{how}": one for case, one in LOGGED_LESS.items() for how in ("once", "apart", "down")}
     scene = make_scene(

@@ -154,6 +154,7 @@ def changed(make_scene: MakeScene) -> Scene:
     return scene
 
 
+@pytest.mark.proof_from(2)
 @pytest.mark.parametrize("name", [pytest.param(name, id=described(name)) for name in FOLLOWERS])
 def test_what_leaves_the_table_fit_is_followed(changed: Scene, name: str) -> None:
     changed.heals(name)
@@ -183,6 +184,7 @@ def all_paused(pipeline: Pipeline) -> bool:
     )
 
 
+@pytest.mark.proof
 def test_an_index_that_cannot_follow_is_paused_alone_until_its_table_is_fit_again(
     make_scene: MakeScene,
 ) -> None:

@@ -162,6 +162,7 @@ async def test_every_tool_finds_the_same_rows_for_a_claim_however_it_is_written(
             }
 
 
+@pytest.mark.proof_from(4)
 @pytest.mark.parametrize("index", KINDS)
 async def test_the_policy_alone_finds_the_same_rows(kinds: Office, tokens: Path, index: str) -> None:
     def without_filter(service: Service) -> None:

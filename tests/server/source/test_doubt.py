@@ -34,6 +34,7 @@ def served(make_cluster: Callable[..., Cluster]) -> Cluster:
     return cluster
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("user", ["postgres", "cdc"])
 async def test_an_open_transaction_is_in_doubt_only_if_a_standby_is_waited_for_and_we_may_not_see_by_whom(
     served: Cluster, user: str

@@ -50,6 +50,7 @@ def loaded(make_database: Callable[[], Database], make_simple: MakeSimple) -> Pi
     return pipeline
 
 
+@pytest.mark.proof
 def test_a_worker_that_dies_as_it_reads_a_table_in_place_of_comparing_it_leaves_that_to_the_next_one(
     make_database: Callable[[], Database], make_simple: MakeSimple
 ) -> None:

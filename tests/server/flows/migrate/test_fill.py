@@ -103,6 +103,7 @@ HOLDS = {
 }
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("what", HOLDS)
 def test_a_build_that_waits_for_a_transaction_says_for_which_and_stops_nobody(
     what: str, database: Database, make_pipeline: Callable[[str], Pipeline]

@@ -52,6 +52,7 @@ def started(server: Cluster, make_pipeline: Callable[[str], Pipeline], indexes: 
     return pipeline
 
 
+@pytest.mark.proof
 def test_a_start_that_changes_nothing_leaves_an_autovacuum_alone(
     server: Cluster, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

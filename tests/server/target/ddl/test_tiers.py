@@ -46,6 +46,7 @@ async def plan(connection: Connection, query: str) -> str:
     return "\n".join(row[0] for row in await cursor.fetchall())
 
 
+@pytest.mark.proof_from(2)
 @pytest.mark.parametrize(
     ("distance", "vector_type"),
     [("cosine", "vector"), ("l2", "vector"), ("inner_product", "vector"), ("cosine", "halfvec"), ("l2", "halfvec")],
