@@ -1,8 +1,8 @@
 """Runs the benches one after the other, and writes docs/benchmarks.md.
 
 Without names come those that the goals of speed are about, at the goals' sizes as far as 20 minutes go. `more` stands
-for the others that the page has. What was found is kept in docs/benchmarks.json, each bench with the date of its run:
-a bench that is not run again, or fails, keeps its figures and their date. A run is compared with the last one of the
+for the others that the page has. What was found is kept in docs/benchmarks.json, each bench with the date and the
+machine of its run: a bench that is not run again, or fails, keeps all that. A run is compared with the last one of the
 same bench on the same machine, if that was of the same size.
 
     python bench/_all.py [NAME … | more | all]
@@ -64,8 +64,8 @@ HEAD = """\
 `make bench` writes this page. A ratio is better the higher it is. Its other side is named under *against*: a peer, or
 our own work under other conditions, was measured by the same script in the same run; a fixed goal is a number that the
 design asks for, so such a ratio says as much of this machine as of cdcsync. Where a run was smaller than the goal asks
-for, it says so beside the verdict. Each bench has the date of its own run. Each script under `bench/` says at its top
-what it does, and does more when it is run alone.
+for, it says so beside the verdict. Each bench has the date and the machine of its own run. Each script under `bench/`
+says at its top what it does, and does more when it is run alone.
 
 Source, target, worker and writers share one machine, and every server, the peers' included, runs with `fsync = off`
 unless a name says `fsync_on`: a commit waits for no disk, which a durable server's does."""
@@ -115,19 +115,19 @@ def kept(earlier: Found | None, found: Found, run: Found) -> Found:
 
     :param earlier: what is kept of it so far.
     :param found: what it says now; `not_run` instead of figures if it measured nothing.
-    :param run: `at` and the versions of this run.
+    :param run: `at`, machine and versions of this run.
     """
     if why := found.get("not_run"):
         return {**(earlier or {}), "unmeasured": f"Not run on {run['at']}: {why}."}
     before = None
-    if earlier and "at" in earlier and earlier["arguments"] == found["arguments"]:
+    if earlier and all(earlier.get(one) == (found | run)[one] for one in ("machine", "arguments")):
         before = {name: earlier[name] for name in ("at", "ratios", "figures")}
     return {**found, **run, "before": before}
 
 
 def remembered(last: Found) -> dict[str, Found]:
-    """Return the benches of an earlier run; before each had a date of its own, one date was that of all."""
-    all_at = {key: last[key] for key in ("at", "postgresql", "python") if key in last}
+    """Return the benches of an earlier run; before each had a date and a machine of its own, one was that of all."""
+    all_at = {key: last[key] for key in ("at", "machine", "postgresql", "python") if key in last}
     return {name: all_at | found for name, found in last.get("benches", {}).items()}
 
 
@@ -136,9 +136,9 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:,.2f}" if abs(value) >= 1 else f"{value:,.4f}"
 
 
-def written(on: str, benches: dict[str, Found]) -> str:
+def written(benches: dict[str, Found]) -> str:
     """Return the page."""
-    lines = [HEAD, "", f"{on}.", ""]
+    lines = [HEAD, ""]
     for name, found in benches.items():
         lines += [f"## {name}", "", *section(name, found)]
     return "\n".join(lines)
@@ -153,8 +153,8 @@ def section(name: str, found: Found) -> list[str]:
     compared = f" Last time: {before['at']}." if before else ""
     lines += [
         f"`bench/{name}.py` {found['arguments']}".rstrip()
-        + f", {found['at']}, PostgreSQL {found['postgresql']}, Python {found['python']}: {found['seconds']:.0f} s; load"
-        f" average before it {found['load']:.2f}.{compared}",
+        + f", {found['at']}, {found['machine']}, PostgreSQL {found['postgresql']}, Python {found['python']}:"
+        f" {found['seconds']:.0f} s; load average before it {found['load']:.2f}.{compared}",
         "",
     ]
     earlier = before or {"ratios": {}, "figures": {}}
@@ -195,9 +195,12 @@ def main() -> None:
     names = asked(sys.argv[1:])
     store = DOCS / "benchmarks.json"
     last = json.loads(store.read_text()) if store.exists() else {}
-    on = machine()
-    benches = remembered(last) if last.get("machine") == on else {}
-    versions = {"postgresql": str(Programs(embedded_bin_dir()).version), "python": platform.python_version()}
+    benches = remembered(last)
+    this = {
+        "machine": machine(),
+        "postgresql": str(Programs(embedded_bin_dir()).version),
+        "python": platform.python_version(),
+    }
     failed: list[str] = []
     began = time.perf_counter()
     for name in names:
@@ -207,10 +210,10 @@ def main() -> None:
         except (ChildProcessError, subprocess.TimeoutExpired) as error:
             failed.append(str(error))
             found = {"not_run": "it failed"}
-        benches[name] = kept(benches.get(name), found, {"at": at, **versions})
+        benches[name] = kept(benches.get(name), found, {"at": at, **this})
         benches = {one: benches[one] for one in RUNS if one in benches}
-        (DOCS / "benchmarks.md").write_text(written(on, benches))
-        store.write_text(json.dumps({"machine": on, "benches": benches}, indent=1) + "\n")
+        (DOCS / "benchmarks.md").write_text(written(benches))
+        store.write_text(json.dumps({"benches": benches}, indent=1) + "\n")
     print(f"{len(names)} benches in {(time.perf_counter() - began) / 60:.1f} minutes")
     if failed:
         raise SystemExit("\n".join(failed))

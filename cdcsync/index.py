@@ -22,7 +22,7 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Self, TypeVar
 
@@ -402,7 +402,8 @@ class Index:
         :raises EmbedderUnavailable: the model is away.
         :raises TextRejected: the model refuses one of these texts.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        texts = texts if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise UsageError("these are not texts", where="embed", hint='give a list of texts, such as ["a question"]')
         return (await self._embed(texts))[0]
 

@@ -226,8 +226,10 @@ class Settle:
                 with speaking_of("target", where=f"index {spec.name}"):
                     moved = await Rebuild(await session.connection(), self._schema, spec).run()
         except (CdcsyncError, Emptied) as error:
-            self._seen[_place(spec)].not_before = anyio.current_time() + REBUILD_AGAIN_S
-            log.warning("hnsw_rebuild_failed", index=spec.name, error=str(error))
+            seen = self._seen[_place(spec)]
+            seen.not_before, seen.cleared = anyio.current_time() + REBUILD_AGAIN_S, False
+            said = error.with_fix if isinstance(error, CdcsyncError) else str(error)
+            log.warning("hnsw_rebuild_failed", index=spec.name, error=said)
         else:
             self._metrics.settled.labels(spec.name).inc(moved)
             log.info("hnsw_rebuilt", index=spec.name, vectors=moved)

@@ -8,7 +8,7 @@ import pytest
 
 from bench._all import GOALS, MORE, asked, kept, remembered, section, written
 
-RUN = {"at": "2026-11-28 10:04 UTC", "postgresql": "18", "python": "3.11.7"}
+RUN = {"at": "2026-11-28 10:04 UTC", "machine": "2 processors", "postgresql": "18", "python": "3.11.7"}
 LATER = RUN | {"at": "2026-11-29 11:00 UTC"}
 
 
@@ -24,7 +24,7 @@ def test_a_row_names_the_other_side_and_the_last_value() -> None:
     page = section("drain", kept(first, found(1.2), LATER))
 
     assert "| `ours` | 1.20 | 1.00 | met | psycopg2, same run | 0.9000 |" in page
-    assert page[0].startswith("`bench/drain.py` ROUNDS=3, 2026-11-29 11:00 UTC, PostgreSQL 18")
+    assert page[0].startswith("`bench/drain.py` ROUNDS=3, 2026-11-29 11:00 UTC, 2 processors, PostgreSQL 18")
     assert page[0].endswith("Last time: 2026-11-28 10:04 UTC.")
 
 
@@ -32,6 +32,15 @@ def test_a_run_of_another_size_is_not_what_a_run_is_compared_with() -> None:
     first = kept(None, found(0.9, arguments="ROUNDS=1"), RUN)
 
     assert kept(first, found(1.2), LATER)["before"] is None
+
+
+def test_a_run_on_another_machine_is_not_what_a_run_is_compared_with() -> None:
+    first = kept(None, found(0.9), RUN)
+    elsewhere = kept(first, found(1.2), LATER | {"machine": "64 processors"})
+
+    assert elsewhere["before"] is None
+    assert "64 processors" in section("drain", elsewhere)[0]
+    assert kept(elsewhere, {"not_run": "it failed"}, LATER)["machine"] == "64 processors"
 
 
 def test_a_run_below_the_goals_size_says_so_beside_the_verdict() -> None:
@@ -56,19 +65,24 @@ def test_a_bench_that_runs_again_is_no_longer_said_not_to_have_run() -> None:
 
 
 def test_a_bench_that_never_ran_is_named_with_the_reason() -> None:
-    page = written("a machine", {"peers": kept(None, {"not_run": "pgai is not installed here"}, RUN)})
+    page = written({"peers": kept(None, {"not_run": "pgai is not installed here"}, RUN)})
 
     assert page.endswith("## peers\n\nNot run on 2026-11-28 10:04 UTC: pgai is not installed here.\n")
 
 
 def test_the_head_says_what_the_servers_do_without() -> None:
-    assert "`fsync = off`" in written("a machine", {})
+    assert "`fsync = off`" in written({})
 
 
 def test_benches_that_shared_one_date_keep_it() -> None:
     assert remembered({**RUN, "benches": {"drain": {"figures": {}}}}) == {"drain": {"figures": {}, **RUN}}
     assert remembered({**LATER, "benches": {"drain": dict(RUN)}}) == {"drain": RUN}
     assert remembered({}) == {}
+
+
+def test_benches_that_shared_one_machine_keep_it() -> None:
+    drain = {"figures": {}, "at": RUN["at"]}
+    assert remembered({"machine": "m", "benches": {"drain": drain}}) == {"drain": drain | {"machine": "m"}}
 
 
 def test_without_names_the_goals_are_measured() -> None:

@@ -36,7 +36,8 @@ from cdcsync.source.catalog import (
 from cdcsync.source.definitions import definitions_changed_since
 from cdcsync.source.publications import create_publication_statement, mark_statement, publish_statement
 from cdcsync.source.slot import ServerIdentity, SlotConnection
-from cdcsync.target.ddl.shared import create_shared
+from cdcsync.target.ddl.shared import NUMBERED, create_shared
+from cdcsync.target.ddl.standing import continue_numbers
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.session import ApplySession
 
@@ -82,6 +83,8 @@ async def set_up_shared(target: Connection, config: Config) -> None:
                 await target.execute("CREATE EXTENSION vector SCHEMA public")
             await create_shared(target, config.target.schema)
             await _refuse_policies(target, config.target.schema)
+            for table in NUMBERED:
+                await continue_numbers(target, sql.Identifier(config.target.schema, table), "id")
             await Pipelines(config.target.schema, config.source.slot).ensure(target, config.source.publication)
             crash_point("shared tables written")
         crash_point("shared tables committed")

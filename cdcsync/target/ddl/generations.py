@@ -19,7 +19,7 @@ from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.chunks_view import put_chunks_view
-from cdcsync.target.ddl.grants import grants_of, guarded, set_again, settings_kept, succeed
+from cdcsync.target.ddl.grants import grants_of, opens, set_again, settings_kept, succeed
 from cdcsync.target.ddl.marked import describe_again, drop_all, drop_functions, marker, tables_of
 from cdcsync.target.ddl.names import Names, words_name
 from cdcsync.target.ddl.rebuilding import Rebuild
@@ -118,12 +118,14 @@ async def exchange_relations(connection: Connection, schema: str, spec: IndexSpe
     """Have views and search function use the chunks of a spec. The caller's transaction commits.
 
     :param spec: the index as it is to be; those that it is searched by until now stand beside it.
-    :raises SetupError: something is built on the view, whose vectors have another type now; or the chunks are not
-        held to the row-level security that an operator gave those which are searched.
+    :raises SetupError: something is built on the view, whose vectors have another type now; or chunks or vectors are
+        not held to the row-level security that an operator gave those which are searched.
     """
     before = spec.beside
     assert before is not None
-    await _refuse_open(connection, spec, Names(schema, before.relations).chunks, Names(schema, spec.relations).chunks)
+    mine, its = Names(schema, before.relations), Names(schema, spec.relations)
+    for old, new in [(mine.chunks, its.chunks), *_of_vectors(mine, before.generation, its, spec.generation)]:
+        await _refuse_open(connection, spec, old, new)
     await connection.execute(BRIEFLY)
     await _copy_all(connection, schema, before, spec, others_too=True)
     async with settings_kept(connection, schema, spec.name):
@@ -162,19 +164,19 @@ async def _refuse_open(connection: Connection, spec: IndexSpec, old: sql.Identif
 
     :raises SetupError: it is not.
     """
-    if await guarded(connection, old) and not await guarded(connection, new):
+    if await opens(connection, new, old=old):
         raise SetupError(
             f"{old.as_string(connection)} has row-level security of your own, and"
-            f" {new.as_string(connection)} has not: anyone who searches would see every row",
+            f" {new.as_string(connection)} has not: whoever may read it would see every row",
             where=f"index {spec.name}",
-            hint="create the same policies there, and enable row-level security; then activate again",
+            hint="create the same policies there, and enable row-level security; then try again",
         )
 
 
 async def _copy_all(connection: Connection, schema: str, one: IndexSpec, other: IndexSpec, *, others_too: bool) -> None:
     """Grant on the tables of an index what is granted on those of the one that stands beside it."""
     mine, its = Names(schema, one.relations), Names(schema, other.relations)
-    closed = await guarded(connection, mine.chunks) and not await guarded(connection, its.chunks)
+    closed = await opens(connection, its.chunks, old=mine.chunks)
     pairs = [
         (mine.chunks, its.chunks),
         (mine.backlog, its.backlog),
@@ -208,8 +210,7 @@ async def _copy_grants(
 
     :param others_too: whether it keeps the grants that it has besides.
     """
-    closed = await guarded(connection, old) and not await guarded(connection, new)
-    grants = [] if closed else await grants_of(connection, old)
+    grants = [] if await opens(connection, new, old=old) else await grants_of(connection, old)
     if others_too:
         await set_again(connection, [one.on(new) for one in grants])
     else:

@@ -179,6 +179,11 @@ async def guarded(connection: Connection, relation: sql.Identifier) -> bool:
     return await cursor.fetchone() is not None
 
 
+async def opens(connection: Connection, new: sql.Identifier, *, old: sql.Identifier) -> bool:
+    """Say whether a table in the place of another lacks the row-level security that an operator gave that one."""
+    return await guarded(connection, old) and not await guarded(connection, new)
+
+
 async def grants_of(connection: Connection, relation: sql.Identifier) -> list[Grant]:
     """Return what roles other than the owner may do with a relation, or with some of its columns."""
     cursor = await connection.execute(

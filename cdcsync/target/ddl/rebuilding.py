@@ -84,6 +84,7 @@ class Rebuild:
         :raises Emptied: likewise.
         """
         await self.clear()
+        await self._refuse_guarded()
         await self._until_locked(self.record)
         await self._fill()
         await self._build()
@@ -133,7 +134,6 @@ class Rebuild:
         async with self._connection.transaction():
             # Writers commit their work before we get the lock: it will be copied.
             await self._run(BRIEFLY + "; LOCK TABLE {fresh}, {settled} IN SHARE ROW EXCLUSIVE MODE")
-            await self._refuse_guarded()
             await self._run(
                 "CREATE TABLE {copy} (" + COLUMNS + ", CONSTRAINT cdcsync_tier CHECK (tier = {tier}))"
                 " WITH (" + OPTIONS[SETTLED] + ")",

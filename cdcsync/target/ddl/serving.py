@@ -16,6 +16,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target import calls, entries, generations
+from cdcsync.target.ddl.grants import opens
 from cdcsync.target.ddl.names import Names, function_name, words_name
 
 SHARED = (entries.TABLE, "pipelines", generations.TABLE)
@@ -55,7 +56,8 @@ async def grant_serving(connection: Connection, schema: str, spec: IndexSpec, ro
     reads = await fetch_row(connection, may.format(sql.Literal(chunks.as_string(connection)), sql.Literal(role)))
     if reads is None or not (new or reads[0]):
         return
-    needs = _needs(schema, spec)
+    opened = await _opened(connection, schema, spec)
+    needs = [one for one in _needs(schema, spec) if one[1] not in opened]
     asked = [
         sql.SQL(check).format(sql.Literal(role), sql.Literal(on.as_string(connection))) for (check, _), on in needs
     ]
@@ -67,11 +69,26 @@ async def grant_serving(connection: Connection, schema: str, spec: IndexSpec, ro
         await connection.execute(sql.SQL("GRANT " + grant + " {} TO {}").format(on, sql.Identifier(str(role))))
 
 
+async def _opened(connection: Connection, schema: str, spec: IndexSpec) -> list[sql.Identifier]:
+    """Return the vectors that would open to the role what an operator guards in those that are searched."""
+    names = Names(schema, spec.relations)
+    return [
+        new
+        for one in spec.others
+        for old, new in zip(_vectors(names, spec.generation), _vectors(names, one.generation), strict=True)
+        if await opens(connection, new, old=old)
+    ]
+
+
+def _vectors(names: Names, generation: int) -> list[sql.Identifier]:
+    return [names.vectors(generation), *names.tiers(generation).values()]
+
+
 def _needs(schema: str, spec: IndexSpec) -> list[tuple[_Privilege, sql.Identifier]]:
     names = Names(schema, spec.relations)
     tables = [*(sql.Identifier(schema, one) for one in SHARED), names.chunks]
     for one in spec.generations:
-        tables += [names.vectors(one.generation), *names.tiers(one.generation).values()]
+        tables += _vectors(names, one.generation)
     if spec.config.search is not None:
         tables.append(words_name(schema, spec.relations))
     functions = [*(sql.Identifier(schema, one) for one in FUNCTIONS), function_name(schema, spec.name)]

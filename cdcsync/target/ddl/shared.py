@@ -19,7 +19,6 @@ from cdcsync.logs import get_logger
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target import approvals, audits, calls, entries, generations, version
 from cdcsync.target.ddl.names import MAX_ATTEMPTS
-from cdcsync.target.ddl.standing import continue_numbers
 from cdcsync.target.pipelines import waiters_lock
 from cdcsync.target.requests import tables as requests
 
@@ -54,8 +53,6 @@ async def create_shared(connection: Connection, schema: str) -> None:
     for statement in _SHARED:
         if not _done(statement, present, comments):
             await connection.execute(sql.SQL(statement).format(**names))
-    for table in ("backfills", "judged_runs"):
-        await continue_numbers(connection, sql.Identifier(schema, table), "id")
     await version.write_version(connection, schema)
     if before is not None and before.version < version.VERSION:
         log.info("schema_upgraded", schema=schema, before=before.version, now=version.VERSION)
@@ -263,6 +260,9 @@ _STANDING: tuple[LiteralString, ...] = (
 )
 """Runs as the worker's role, as `wait_for` does: every search asks it, and a reader need not see the tables."""
 
+
+NUMBERED = ("backfills", "judged_runs")
+"""The shared tables whose rows are numbered, in a column `id`."""
 
 _SHARED: tuple[LiteralString, ...] = (
     """

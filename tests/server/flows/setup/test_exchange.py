@@ -63,7 +63,7 @@ def test_what_is_built_on_the_tables_is_in_the_way_and_nothing_else_changes(
         execute("ALTER TABLE cdcsync.articles_chunks ENABLE ROW LEVEL SECURITY")
         execute(f"CREATE POLICY few ON cdcsync.articles_chunks TO {reader} USING (id < 10)")
         told = refused(pipeline, "activate")
-        assert 'cdcsync"."articles~2_chunks" has not: anyone who searches would see every row' in told
+        assert 'cdcsync"."articles~2_chunks" has not: whoever may read it would see every row' in told
         assert [one["state"] for one in migrate(pipeline, "status")] == ["live", "ready"]
         pipeline.source.execute("INSERT INTO articles VALUES (21, 'one more')")
         until(lambda: execute("SELECT count(*) FROM mine").fetchone() == (21,), pipeline.tail)

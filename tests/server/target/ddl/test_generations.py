@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from cdcsync.errors import SetupError
-from cdcsync.target.ddl.generations import create_generations, switch_relations
-from tests.support.indexes import SCHEMA, begin_generations, live_index, two_generations
+from cdcsync.target.ddl.generations import create_generations, exchange_relations, open_beside, switch_relations
+from tests.support.indexes import SCHEMA, begin_generations, live_index, make_spec, two_generations
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -51,3 +51,20 @@ async def test_the_vectors_of_another_model_open_nothing_that_an_operator_guards
             async with live.connection.transaction():
                 await switch_relations(live.connection, SCHEMA, other, live.spec.generation)
         assert await live.rows(readable) == [("articles_vectors_2_fresh",)]
+
+
+async def test_other_chunks_open_no_vectors_that_an_operator_guards(database: Database) -> None:
+    searched, hidden = make_spec(), make_spec(name="articles~other")
+    pair = (msgspec.structs.replace(searched, beside=hidden), msgspec.structs.replace(hidden, beside=searched))
+    async with live_index(database, pair[0]) as live, live_index(database, pair[1]) as other:
+        guard = "GRANT SELECT ON cdcsync.articles_vectors_1 TO PUBLIC; ALTER TABLE {} ENABLE ROW LEVEL SECURITY"
+        await live.connection.execute(guard.format("cdcsync.articles_vectors_1").encode())
+
+        await open_beside(live.connection, SCHEMA, pair[0], created=True)
+
+        readable = "SELECT has_table_privilege('pg_monitor', 'cdcsync.\"articles~other_vectors_1\"', 'SELECT')"
+        assert await other.rows(readable) == [(False,)]
+        with pytest.raises(SetupError, match=r"articles~other_vectors_1.* has not"):
+            async with live.connection.transaction():
+                await exchange_relations(live.connection, SCHEMA, pair[1])
+        assert await other.rows(readable) == [(False,)]

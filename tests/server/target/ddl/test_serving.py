@@ -97,3 +97,16 @@ async def test_who_may_read_the_vectors_may_read_both_tiers_of_another_generatio
         await live.connection.execute("DROP TABLE cdcsync.articles_vectors_2 CASCADE")
         await create_generations(live.connection, SCHEMA, live.spec)
         assert await readable(live, role) == LIVE | OTHER
+
+
+async def test_vectors_that_would_open_what_an_operator_guards_are_not_granted(database: Database, role: str) -> None:
+    async with live_index(database, two_generations()) as live:
+        granted = SHARED | LIVE | OTHER | {"articles_words"}
+        await live.connection.execute("ALTER TABLE cdcsync.articles_vectors_1 ENABLE ROW LEVEL SECURITY")
+        await begin_generations(live)
+        for new in (True, False):
+            await grant_serving(live.connection, SCHEMA, live.spec, role, new=new)
+            assert await readable(live, role) == granted - {"articles_vectors_2"}
+        await live.connection.execute("ALTER TABLE cdcsync.articles_vectors_2 ENABLE ROW LEVEL SECURITY")
+        await grant_serving(live.connection, SCHEMA, live.spec, role, new=False)
+        assert await readable(live, role) == granted
