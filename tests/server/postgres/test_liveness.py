@@ -312,10 +312,7 @@ async def test_a_transaction_that_is_left_behind_is_ended_whatever_the_server_wa
     await connection.execute("BEGIN")
     await connection.execute("SELECT pg_advisory_xact_lock(2)")
     silent = anyio.Event()
-    async with (
-        await psycopg.AsyncConnection.connect(database.dsn, autocommit=True) as administrator,
-        anyio.create_task_group() as tasks,
-    ):
+    async with await psycopg.AsyncConnection.connect(database.dsn, autocommit=True) as administrator:
 
         async def fails() -> None:
             with pytest.raises(psycopg.OperationalError):
@@ -332,14 +329,15 @@ async def test_a_transaction_that_is_left_behind_is_ended_whatever_the_server_wa
             return await cursor.fetchone() is None
 
         await administrator.execute("SELECT pg_advisory_lock(3)")
-        tasks.start_soon(fails)
-        await until(has_begun)
-        proxy.freeze()
-        proxy.heal()
-        silent.set()
-        await anyio.wait_all_tasks_blocked()
-        with contextlib.suppress(psycopg.OperationalError):  # who waited may have found out by itself
-            hang_up(connection.pgconn.socket)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(fails)
+            await until(has_begun)
+            proxy.freeze()
+            proxy.heal()
+            silent.set()
+            await anyio.wait_all_tasks_blocked()
+            with contextlib.suppress(psycopg.OperationalError):  # who waited may have found out by itself
+                hang_up(connection.pgconn.socket)
         if leave is _works:
             await anyio.sleep(2 * connection.patience_s)  # it is looked at while it works, and again
         await administrator.execute("SELECT pg_advisory_unlock(3)")
