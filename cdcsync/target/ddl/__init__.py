@@ -7,8 +7,8 @@
     filters           the operators that a filter allows for each column
     nearness          the nearest vectors, as SQL
     policies          row-level security for the tool server's role
-    serving           the privileges of that role
     grants            grants and options, which outlive the relation
+    serving           the privileges of the tool server's role
     views             how views are made and follow their index
     marked            all that is one index's, found by comments
     chunks_view       the view of all chunks
