@@ -402,10 +402,10 @@ class Index:
         :raises EmbedderUnavailable: the model is away.
         :raises TextRejected: the model refuses one of these texts.
         """
-        texts = texts if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        listed = None if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+        if listed is None or not all(isinstance(text, str) for text in listed):
             raise UsageError("these are not texts", where="embed", hint='give a list of texts, such as ["a question"]')
-        return (await self._embed(texts))[0]
+        return (await self._embed(listed))[0]
 
     async def _embed(self, texts: Sequence[str]) -> tuple[Vectors, int]:
         """Embed queries; returns the generation too, which the vectors can be compared with."""

@@ -38,12 +38,12 @@ async def create_generations(connection: Connection, schema: str, spec: IndexSpe
     names = Names(schema, spec.relations)
     created = []
     for one in spec.others:
-        table, tiers = names.vectors(one.generation), names.tiers(one.generation).values()
-        present = [await _exists(connection, relation) for relation in (table, *tiers)]
+        tables = names.all_vectors(one.generation)
+        present = [await _exists(connection, relation) for relation in tables]
         await create_vectors(connection, schema, one)
         if not all(present):
             created.append(one.generation)
-        for old, new in _of_vectors(names, spec.generation, names, one.generation):
+        for old, new in zip(names.all_vectors(spec.generation), tables, strict=True):
             await _copy_grants(connection, old, new, others_too=present[0])
     return created
 
@@ -57,7 +57,7 @@ async def switch_relations(connection: Connection, schema: str, spec: IndexSpec,
     """
     names = Names(schema, spec.relations)
     await connection.execute(BRIEFLY)
-    for old, new in _of_vectors(names, before, names, spec.generation):
+    for old, new in zip(names.all_vectors(before), names.all_vectors(spec.generation), strict=True):
         await _refuse_open(connection, spec, old, new)
         await _copy_grants(connection, old, new)
     async with settings_kept(connection, schema, spec.name):
@@ -124,7 +124,8 @@ async def exchange_relations(connection: Connection, schema: str, spec: IndexSpe
     before = spec.beside
     assert before is not None
     mine, its = Names(schema, before.relations), Names(schema, spec.relations)
-    for old, new in [(mine.chunks, its.chunks), *_of_vectors(mine, before.generation, its, spec.generation)]:
+    vectors = zip(mine.all_vectors(before.generation), its.all_vectors(spec.generation), strict=True)
+    for old, new in [(mine.chunks, its.chunks), *vectors]:
         await _refuse_open(connection, spec, old, new)
     await connection.execute(BRIEFLY)
     await _copy_all(connection, schema, before, spec, others_too=True)
@@ -180,7 +181,7 @@ async def _copy_all(connection: Connection, schema: str, one: IndexSpec, other: 
     pairs = [
         (mine.chunks, its.chunks),
         (mine.backlog, its.backlog),
-        *_of_vectors(mine, one.generation, its, other.generation),
+        *zip(mine.all_vectors(one.generation), its.all_vectors(other.generation), strict=True),
         (words_name(schema, one.relations), words_name(schema, other.relations)),
     ]
     for old, new in pairs:
@@ -189,14 +190,6 @@ async def _copy_all(connection: Connection, schema: str, one: IndexSpec, other: 
                 await _copy_grants(connection, old, new, others_too=others_too)
             elif not others_too:
                 await succeed(connection, new, [])
-
-
-def _of_vectors(mine: Names, generation: int, its: Names, other: int) -> list[tuple[sql.Identifier, sql.Identifier]]:
-    """Return the vectors tables of two generations side by side, with their tiers, which searches read as well."""
-    return [
-        (mine.vectors(generation), its.vectors(other)),
-        *zip(mine.tiers(generation).values(), its.tiers(other).values(), strict=True),
-    ]
 
 
 async def _exists(connection: Connection, relation: sql.Identifier) -> bool:

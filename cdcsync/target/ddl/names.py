@@ -80,6 +80,10 @@ class Names:
         """Return the tables of both tiers, in the order in which they are locked."""
         return {FRESH: self.fresh(generation), SETTLED: self.settled(generation)}
 
+    def all_vectors(self, generation: int) -> list[sql.Identifier]:
+        """Return the vectors table of a generation and its tiers, which searches read as well."""
+        return [self.vectors(generation), *self.tiers(generation).values()]
+
     def key_name(self, generation: int, tier: str) -> str:
         """Return the bare name of a tier's primary key; the settled one's is of the time before there were tiers."""
         return f"{self._prefix[1]}_vectors_{generation}{'' if tier == SETTLED else f'_{tier}'}_pkey"

@@ -75,20 +75,16 @@ async def _opened(connection: Connection, schema: str, spec: IndexSpec) -> list[
     return [
         new
         for one in spec.others
-        for old, new in zip(_vectors(names, spec.generation), _vectors(names, one.generation), strict=True)
+        for old, new in zip(names.all_vectors(spec.generation), names.all_vectors(one.generation), strict=True)
         if await opens(connection, new, old=old)
     ]
-
-
-def _vectors(names: Names, generation: int) -> list[sql.Identifier]:
-    return [names.vectors(generation), *names.tiers(generation).values()]
 
 
 def _needs(schema: str, spec: IndexSpec) -> list[tuple[_Privilege, sql.Identifier]]:
     names = Names(schema, spec.relations)
     tables = [*(sql.Identifier(schema, one) for one in SHARED), names.chunks]
     for one in spec.generations:
-        tables += _vectors(names, one.generation)
+        tables += names.all_vectors(one.generation)
     if spec.config.search is not None:
         tables.append(words_name(schema, spec.relations))
     functions = [*(sql.Identifier(schema, one) for one in FUNCTIONS), function_name(schema, spec.name)]

@@ -157,7 +157,7 @@ async def search(
         arguments: list[object] = [
             text,
             None if vector is None else "[" + ",".join([repr(float(value)) for value in vector]) + "]",
-            int(k),  # a number of numpy has another type, of which there is no search function
+            int(k),  # the driver sends numpy's integers as a type for which there is no search function
             msgspec.json.encode(plain_filter(filter)).decode(),
             mode,
             per_document,
