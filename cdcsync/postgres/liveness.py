@@ -146,6 +146,9 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     _patience_s: float = PATIENCE_S
     used_at: float = 0.0
     """When it was last waited for, by the event loop's clock."""
+    refused_writes: bool = False
+    """Whether the server refused to write in this session. It goes on doing so when the setting of the database or the
+    role that was the reason is gone, which counts for new sessions alone."""
     _look: asyncio.Task[None] | None = None
     _beat: asyncio.Task[None] | None = None
     _beats: bool = False
@@ -171,6 +174,11 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     def patience_s(self) -> float:
         """How long a far end may say nothing before somebody looks whether it is there."""
         return self._patience_s
+
+    @property
+    def reusable(self) -> bool:
+        """Whether it can be lent again: in no transaction, and not refused what another session may be granted."""
+        return self.pgconn.transaction_status == TransactionStatus.IDLE and not self.refused_writes
 
     @property
     def free(self) -> bool:
@@ -220,7 +228,8 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         in_transaction = self.pgconn.transaction_status != TransactionStatus.IDLE
         try:
             return await super().wait(gen, *arguments, **options)
-        except BaseException:
+        except BaseException as error:
+            self.refused_writes |= isinstance(error, psycopg.errors.ReadOnlySqlTransaction)
             if in_transaction and self.pgconn.transaction_status in UNFINISHED:
                 self._end_later()
             raise

@@ -14,6 +14,7 @@ import msgspec
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import quote
 from cdcsync.errors import CdcsyncError
+from cdcsync.postgres.errors import ALLOW_WRITES
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, noting, or_ok
 from cdcsync.source.catalog import SENDS_PREPARED, Catalog, Server, Slot, read_catalog, read_server, read_slot, why_lost
@@ -282,8 +283,8 @@ def read_only_faults(server: Server, catalog: Catalog, tables: Sequence[Qualifie
     yield Finding.error(
         f"publication {name}",
         f"{lack}, and transactions are read-only here, so that run cannot change that",
-        f"ALTER DATABASE {quote(server.database)} RESET default_transaction_read_only, or the same for the role"
-        f" {quote(server.role)}; or, as an owner of the tables: {statement.as_string(None)}",
+        f"{ALLOW_WRITES.format(database=quote(server.database), role=quote(server.role))}; or, after the first of"
+        f" these, as an owner of the tables: {statement.as_string(None)}",
     )
 
 

@@ -14,6 +14,7 @@ import msgspec
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import quote
+from cdcsync.postgres.errors import ALLOW_WRITES
 from cdcsync.postgres.queries import fetch_one, fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, noting, or_ok
@@ -199,8 +200,7 @@ def server_faults(server: Server) -> Iterator[Finding]:
         yield Finding.error(
             "target",
             "transactions are read-only here",
-            f"ALTER DATABASE {quote(server.database)} RESET default_transaction_read_only,"
-            f" or the same for the role {quote(server.role)}",
+            ALLOW_WRITES.format(database=quote(server.database), role=quote(server.role)),
         )
     if server.replica_role:
         yield Finding.error(

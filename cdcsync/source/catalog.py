@@ -95,6 +95,8 @@ class Slot(msgspec.Struct, frozen=True):
     catalog_xmin: int | None = None
     """The oldest transaction (32 bits) whose effect on the catalogs it may still need: of a slot from which nothing was
     read yet, no transaction that ran during its creation or began later is older."""
+    reader: str | None = None
+    """The application_name of the session that reads it, as far as this role may see that."""
 
     @property
     def of(self) -> str:
@@ -285,7 +287,8 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
             SELECT slot_name, plugin, database, active_pid, confirmed_flush_lsn::text, restart_lsn::text, wal_status,
                    pg_wal_lsn_diff(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
                                         ELSE pg_current_wal_lsn() END, restart_lsn)::int8,
-                   safe_wal_size, {}, {}, catalog_xmin::text::bigint, two_phase
+                   safe_wal_size, {}, {}, catalog_xmin::text::bigint, two_phase,
+                   (SELECT application_name FROM pg_stat_activity WHERE pid = active_pid)
             FROM pg_replication_slots WHERE slot_name = %s
             """
         ).format(
@@ -311,6 +314,7 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
         lost_because=row[10],
         catalog_xmin=row[11],
         two_phase=row[12],
+        reader=row[13],
     )
 
 

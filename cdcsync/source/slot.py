@@ -44,6 +44,9 @@ from cdcsync.postgres.errors import connect_error, first_line, passing, translat
 from cdcsync.postgres.interrupts import CANCEL_S
 from cdcsync.postgres.settings import LEAVING, RENDERING, SAFETY, conninfo_for, describe
 
+FOLLOWER = "cdcsync"
+"""The application_name of a session that reads a slot for a worker."""
+
 COMMAND_S = 60.0
 """A command that a server answers at once has been lost if it is not answered within this time."""
 
@@ -90,7 +93,7 @@ class SlotConnection:
         where = f"source ({describe(dsn)})"
         try:
             connection = await psycopg.AsyncConnection.connect(
-                conninfo_for(dsn, application_name="cdcsync", replication="database"), autocommit=True
+                conninfo_for(dsn, application_name=FOLLOWER, replication="database"), autocommit=True
             )
         except psycopg.Error as error:
             # "permission denied to start WAL sender" since 16, "must be superuser or replication role" before.

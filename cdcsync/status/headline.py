@@ -58,9 +58,9 @@ def as_waiting(status: Status, name: str | None, why: str) -> Status:
     """Return the status of a worker that has to wait before it can follow its source.
 
     :param name: the worker's own, which is not stored while it has no lock.
-    :param why: takes the place of what the servers let one suppose, that no worker runs.
+    :param why: takes the place of what the servers let one suppose, such as that no worker runs.
     """
-    guessed = ("no worker runs", f"worker {status.worker.name} runs and is not reading")
+    guessed = ("no worker runs", f"worker {status.worker.name} runs and is not reading", status.worker.waits or why)
     problems = [why, *(one for one in status.problems if not one.startswith(guessed))]
     worker = msgspec.structs.replace(status.worker, name=name, waits=why)
     return msgspec.structs.replace(status, worker=worker, problems=problems)

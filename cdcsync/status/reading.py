@@ -20,12 +20,16 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.status.embedders import read_embedders
 from cdcsync.status.headline import with_headlines
 from cdcsync.status.indexes import Indexes, absent, read_indexes
-from cdcsync.status.model import (
-    VERSION,
-    Status,
-    WorkerStatus,
+from cdcsync.status.model import VERSION, Status
+from cdcsync.status.stream import (
+    read_lag,
+    read_locks,
+    read_source,
+    read_worker,
+    slot_problems,
+    slot_status,
+    worker_problems,
 )
-from cdcsync.status.stream import read_lag, read_locks, read_source, slot_problems, slot_status, worker_problems
 from cdcsync.status.tables import BRIEFLY, relations
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.version import require_upgraded
@@ -53,7 +57,7 @@ async def read_status(config: Config, source: Connection | CdcsyncError | None, 
         state = await pipelines.read(target) if set_up else None
         holder = await pipelines.holder(target)
         now, since = await _clock(target, holder)
-        worker = WorkerStatus(None if state is None else state.worker, holder is not None, since)
+        worker = read_worker(state, slot, locked=holder is not None, since=since)
         stored = Indexes()
         if state is None:
             problems.append(f"schema {schema} of the target holds no pipeline {name}: run `cdcsync run` first")

@@ -17,6 +17,7 @@ from cdcsync.postgres.locking import READERS_WAIT, WRITERS_WAIT, Lock, exclusive
 from cdcsync.postgres.sessions import Connection
 from cdcsync.postgres.settings import Side
 from cdcsync.source.catalog import Slot, current_lsn, read_slot, why_lost
+from cdcsync.source.slot import FOLLOWER
 from cdcsync.status.indexes import Indexes
 from cdcsync.status.model import IndexStatus, SlotStatus, WorkerStatus
 from cdcsync.target.pipelines import PipelineState
@@ -116,6 +117,23 @@ async def _locks(asked: _Asked, problems: list[str]) -> list[Lock]:
         return []
 
 
+def read_worker(
+    state: PipelineState | None, slot: Slot | None, *, locked: bool, since: datetime | None
+) -> WorkerStatus:
+    """Return the worker as the servers show it.
+
+    :param locked: whether a session holds the pipeline's lock, `since` when it exists.
+    """
+    name = None if state is None else state.worker
+    waits = None
+    if not locked and slot is not None and slot.reader == FOLLOWER:
+        waits = (
+            f"a worker reads slot {slot.name} (source pid {slot.active_pid}) and does not hold the pipeline's lock in"
+            " the target, so it writes nothing: its log says why"
+        )
+    return WorkerStatus(name, locked, since, waits)
+
+
 def slot_status(slot: Slot) -> SlotStatus:
     """Return the slot as a status shows it."""
     return SlotStatus(
@@ -130,6 +148,9 @@ def slot_status(slot: Slot) -> SlotStatus:
 
 def worker_problems(config: Config, slot: Slot | None, worker: WorkerStatus) -> Iterator[str]:
     """Yield the problems of a worker that does not run, or does not read the slot."""
+    if worker.waits is not None:
+        yield worker.waits
+        return
     if not worker.running:
         yield f"no worker runs for slot {config.source.slot}: start `cdcsync run`"
     if slot is None:

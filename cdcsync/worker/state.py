@@ -46,7 +46,8 @@ GAUGES_S = 2.0
 """How often the gauges are read from both servers."""
 
 AWAY_S = 10.0
-"""How long the target may leave a reading without an answer before the worker is not ready: longer than a restart."""
+"""How long a server may leave a reading without an answer, or a batch unwritten, before the worker is not ready: longer
+than a restart."""
 
 GAUGES_SHARE = 0.05
 """How much of the time they may be read, which takes the longer the more indexes there are."""
@@ -78,6 +79,7 @@ class WorkerState:
         """The configuration in effect: read again on SIGHUP."""
         self._lag: Lag | None = None
         self._checkpoint: Callable[[], Lsn] = lambda: Lsn(0)
+        self._failing_for: Callable[[float], CdcsyncError | None] = lambda seconds: None
         self.problems: Mapping[str, str] = {}
         """Problems of the application's writes to indexed tables, and of what vectors wait for, by index."""
         self._reconfigure: Callable[[Config], None] = lambda config: None
@@ -109,15 +111,18 @@ class WorkerState:
         self,
         lag: Lag,
         checkpoint: Callable[[], Lsn],
+        failing_for: Callable[[float], CdcsyncError | None],
         dispatchers: Mapping[str, Dispatcher],
         reconfigure: Callable[[Config], None],
     ) -> None:
         """Show these parts of a pipeline from now on.
 
+        :param failing_for: returns why no changes could be applied for so many seconds, if that is so.
         :param reconfigure: tells them of another configuration.
         """
         self._lag = lag
         self._checkpoint = checkpoint
+        self._failing_for = failing_for
         self._dispatchers = dispatchers
         for name, dispatcher in dispatchers.items():
             self.metrics.embedder_problem.labels(name).set_function(partial(_troubled, dispatcher))
@@ -206,7 +211,7 @@ class WorkerState:
             reasons.append("the replication stream is not connected")
         elif self._lag is not None and not self._lag.heard_lately:
             reasons.append("nothing has been heard from the source lately, so the lag is unknown")
-        if (why := self._why_unread) is not None:
+        if (why := self._why_unread or self._why_unapplied) is not None:
             reasons.append(why)
         reasons += [
             f"embedder {name}: {dispatcher.problem}"
@@ -298,6 +303,12 @@ class WorkerState:
         return f"the target does not answer: {error.message}" if error is not None else "the target does not answer"
 
     @property
+    def _why_unapplied(self) -> str | None:
+        """Why no changes can be applied, unless that is likely to pass in a moment."""
+        error = self._failing_for(AWAY_S)
+        return None if error is None else f"changes cannot be applied: {error.with_fix}"
+
+    @property
     def _unheard_bytes(self) -> int:
         """How much WAL the source had at the last look that it had not sent by then; 0 when that is not known."""
         if self._lag is None or not self._lag.heard_lately or self.last is None:
@@ -322,8 +333,9 @@ class WorkerState:
             caught_up = self._lag.caught_up if self._lag.heard_lately else None
             status = msgspec.structs.replace(status, lag_seconds=seconds, caught_up=caught_up)
         by_another = status.worker.running and status.worker.name != worker_name()
-        if self._waits is not None and not by_another:
-            status = as_waiting(status, worker_name(), self._waits)
+        why = self._waits or self._why_unapplied
+        if why is not None and not by_another:
+            status = as_waiting(status, worker_name(), why)
         self._note_unreadable(status)
         self.last = status
         reasons = self.not_ready()

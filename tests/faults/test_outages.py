@@ -289,6 +289,33 @@ def server_version(database: Database) -> int:
         return connection.info.server_version
 
 
+def test_a_target_that_takes_only_reads_for_a_while_is_waited_for_and_the_reason_is_told(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source, target = make_database(), make_database()
+    pipeline = make_simple(source.dsn, target.dsn, slot=source.name)
+    worker = pipeline.start()
+    pipeline.live()
+    with target.server.connect() as administrator:
+        administrator.execute(f"ALTER DATABASE {target.name} SET default_transaction_read_only = on".encode())
+        # Or the setting counts from the next sessions on.
+        ended = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()"
+        administrator.execute(ended.encode(), [target.name])
+        pipeline.connect_target()
+        change(pipeline, "meanwhile")
+        until(lambda: pipeline.get("/readyz")[0] == 503, pipeline.tail)
+        for told in ("changes cannot be applied", "read-only transaction", "RESET default_transaction_read_only"):
+            assert told in pipeline.get("/readyz")[1].decode()
+        assert json.loads(pipeline.get("/status")[1])["worker"]["waits"].startswith("changes cannot be applied")
+        # Who cannot ask the worker sees that one reads the slot.
+        until(lambda: "does not hold the pipeline's lock" in pipeline.command("status").stdout, pipeline.tail)
+        administrator.execute(f"ALTER DATABASE {target.name} RESET default_transaction_read_only".encode())
+    change(pipeline, "after")
+    pipeline.in_step()
+    until(lambda: pipeline.get("/readyz")[0] == 200, pipeline.tail)
+    assert worker.poll() is None
+
+
 def test_a_target_whose_disk_is_full_is_waited_for_and_the_reason_is_told(
     make_cluster: Callable[..., Cluster], make_simple: MakeSimple
 ) -> None:
@@ -306,6 +333,7 @@ def test_a_target_whose_disk_is_full_is_waited_for_and_the_reason_is_told(
         assert "No space left on device" in waits["error"]
         assert waits["side"] == "target"
         until(lambda: metric(pipeline, "cdcsync_lag_seconds") > 0, "the changes to wait")
+        until(lambda: b"No space left on device" in pipeline.get("/readyz")[1], pipeline.tail)
         disk.free()
         pipeline.in_step()
     change(pipeline, "after")

@@ -6,7 +6,8 @@ import anyio
 import pytest
 
 from cdcsync.backoff import Backoff, Cooldown, Failure, backoff_s
-from cdcsync.errors import GapError, SourceUnavailable, TargetUnavailable
+from cdcsync.errors import CdcsyncError, GapError, SourceUnavailable, TargetUnavailable
+from tests.support.virtual import in_virtual_time
 
 pytestmark = pytest.mark.anyio
 
@@ -48,6 +49,20 @@ async def test_success_begins_again_with_the_shortest_wait_whether_noted_or_at_t
                 backoff.succeeded()
                 raise AWAY
         assert backoff.failures == (1 if note else 0)
+
+
+def test_what_failures_in_a_row_end_with_is_told_once_they_have_lasted() -> None:
+    async def main() -> list[CdcsyncError | None]:
+        backoff, told = Backoff(), []
+        for _ in range(3):
+            await backoff.wait(AWAY, asked_s=4.0)
+            told.append(backoff.failing_for(5.0))
+        backoff.succeeded()
+        told.append(backoff.failing_for(5.0))
+        await backoff.wait(AWAY, asked_s=60.0)  # a first one, however long it is waited for
+        return [*told, backoff.failing_for(5.0)]
+
+    assert in_virtual_time(main) == [None, None, AWAY, None, None]
 
 
 async def test_a_wait_ends_early_once_it_is_told_to() -> None:

@@ -105,6 +105,7 @@ HELD = {
         "tests/faults/test_overtaken.py",
         "test_nothing_of_a_frozen_worker_comes_late",
     ),
+    "the target's disk, or its writes": ("tests/faults/test_outages.py", "test_a_target_that_takes_only_reads"),
     "our own old session in the target": (SILENCE, "old_session_ended"),
     "our own old sessions in transactions": ("tests/server/postgres/test_liveness.py", "lost_session_ended"),
     # gaps

@@ -11,10 +11,10 @@ from contextlib import asynccontextmanager
 
 import anyio
 import psycopg
-from psycopg.pq import TransactionStatus
 
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.postgres.temporary import TemporaryTables
@@ -32,7 +32,7 @@ processors gain nothing."""
 class _Session:
     """A connection with the backlogs that it has served."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: WatchedConnection) -> None:
         self.connection = connection
         self.stages = TemporaryTables(connection)
         self._backlogs: dict[tuple[str, int], Backlog] = {}
@@ -90,7 +90,7 @@ class Pool:
                 yield session
             finally:
                 self._idle.append(session)
-                if session.connection.info.transaction_status != TransactionStatus.IDLE:
+                if not session.connection.reusable:
                     # The cause that broke this connection has most likely broken the others.
                     await self.aclose()
 

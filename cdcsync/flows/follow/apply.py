@@ -15,7 +15,7 @@ import psycopg
 import structlog
 
 from cdcsync.backoff import Backoff, Failure
-from cdcsync.errors import SchemaChanged, TargetUnavailable, Unavailable, leading
+from cdcsync.errors import CdcsyncError, SchemaChanged, TargetUnavailable, Unavailable, leading
 from cdcsync.flows.follow.next_batch import NextBatch, nothing_follows
 from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.lsn import Lsn
@@ -76,6 +76,10 @@ class Applier:
         self._tracing = tracing
         self._backoff = Backoff(self._waits, first=first_wait_s, most=10)
         self._next = NextBatch(session, preparers, tracing)
+
+    def failing_for(self, seconds: float) -> CdcsyncError | None:
+        """Return why nothing could be committed for so long, if that is so."""
+        return self._backoff.failing_for(seconds)
 
     @property
     def following(self) -> Batch | None:

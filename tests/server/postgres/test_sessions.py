@@ -37,6 +37,26 @@ async def test_a_session_that_a_time_limit_ended_is_away_and_then_opened_again(
         assert await cursor.fetchone() == (1,)
 
 
+@pytest.mark.parametrize("side", ["source", "target"])
+async def test_a_session_that_may_only_read_is_opened_again_once_it_was_refused_a_write(
+    database: Database, side: Side
+) -> None:
+    limit = f"ALTER DATABASE {database.name} {{}} default_transaction_read_only"
+    database.execute("CREATE TABLE public.written (id int)")
+    database.execute(limit.format("SET") + " = on")
+    async with Session(database.dsn, side, application_name="cdcsync test") as session:
+        first = await session.connection()
+        await first.execute("SELECT FROM public.written")
+        assert await session.connection() is first
+        with pytest.raises(Unavailable, match="read-only"), speaking_of(side):
+            await first.execute("INSERT INTO public.written VALUES (1)")
+        with database.connect() as owner:
+            owner.execute("SET default_transaction_read_only = off")
+            owner.execute(limit.format("RESET").encode())
+        await (await session.connection()).execute("INSERT INTO public.written VALUES (2)")
+    assert database.execute("SELECT id FROM public.written") == [(2,)]
+
+
 async def test_a_replication_connection_that_a_time_limit_ended_is_away(database: Database) -> None:
     slot = await SlotConnection.connect(database.dsn)
     ((pid,),) = await slot._command("SELECT pg_backend_pid()")

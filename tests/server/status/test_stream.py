@@ -11,6 +11,7 @@ from cdcsync.config import Config, HashEmbedder, Source, Target
 from cdcsync.demo.cluster import Cluster
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.sessions import connect
+from cdcsync.source.slot import FOLLOWER
 from cdcsync.status import stream
 from cdcsync.status.stream import FRESH
 from cdcsync.target.pipelines import Pipelines
@@ -108,8 +109,16 @@ async def test_the_lock_of_another_pipeline_is_not_ours(stopped: Pipeline) -> No
         assert not (await stopped.status()).worker.running
 
 
-async def test_a_slot_read_by_others_is_told(stopped: Pipeline) -> None:
-    dsn = f"{stopped.dsn} replication=database"
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("psql", "is read by a process that is not this pipeline's worker"),
+        (FOLLOWER, "does not hold the pipeline's lock in the target"),
+    ],
+    ids=["another program", "a worker"],
+)
+async def test_a_slot_that_is_read_without_the_lock_is_told(stopped: Pipeline, name: str, told: str) -> None:
+    dsn = f"{stopped.dsn} replication=database application_name={name}"
     await stopped.source.execute("CREATE PUBLICATION p")
     walsender = pq.PGconn.connect(dsn.encode())
     try:
@@ -123,7 +132,12 @@ async def test_a_slot_read_by_others_is_told(stopped: Pipeline) -> None:
         walsender.finish()
     assert status.slot is not None
     assert status.slot.active
-    assert problem(status, "is read by a process that is not this pipeline's worker")
+    assert problem(status, told)
+    runs = name == FOLLOWER
+    assert any(one.startswith("no worker runs") for one in status.problems) != runs
+    assert (status.worker.waits is not None) == runs
+    assert status.headline is not None
+    assert (status.headline.words == status.worker.waits) == runs
 
 
 async def test_a_checkpoint_at_the_end_of_the_wal_is_caught_up_without_a_worker(stopped: Pipeline) -> None:

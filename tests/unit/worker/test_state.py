@@ -45,7 +45,7 @@ async def streaming(lag: Lag) -> WorkerState:
     state = WorkerState(CONFIG)
     lag.begin(Lsn(0x100), 60.0)
     lag.note(None, caught_up=True)
-    state.attach(lag, lambda: Lsn(0x100), {}, lambda _: None)
+    state.attach(lag, lambda: Lsn(0x100), lambda _: None, {}, lambda _: None)
     state.connected(True)
     return state
 
@@ -94,6 +94,30 @@ async def test_the_status_says_why_a_worker_waits_unless_another_one_works(
     assert not told or (status.headline is not None and status.headline.words == why)
 
 
+async def test_changes_that_cannot_be_applied_for_some_seconds_are_told_with_the_reason_and_the_fix(
+    streaming: WorkerState, lag: Lag, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lasts = AWAY_S - 1
+    full = TargetUnavailable("the disk is full", where="index articles", hint="free some")
+    streaming.attach(lag, lambda: Lsn(0), lambda seconds: full if lasts >= seconds else None, {}, lambda _: None)
+    assert streaming.not_ready() == []
+    lasts = AWAY_S
+    why = f"changes cannot be applied: {full.with_fix}"
+    assert "free some" in why
+    assert streaming.not_ready() == [why]
+
+    async def read_status(*_: object) -> Status:
+        return msgspec.structs.replace(STATUS, worker=WorkerStatus("host:42", False, None, "it holds no lock"))
+
+    monkeypatch.setattr("cdcsync.worker.state.read_status", read_status)
+    monkeypatch.setattr(streaming, "_target", AsyncMock())
+    monkeypatch.setattr(streaming, "_source", AsyncMock())
+    status = await streaming.status()
+    assert (status.worker.name, status.worker.waits, status.problems[0]) == (worker_name(), why, why)
+    assert status.headline is not None
+    assert status.headline.words == why
+
+
 async def test_a_source_that_is_not_heard_leaves_the_lag_unknown(streaming: WorkerState, lag: Lag) -> None:
     lag.end()
     assert streaming.not_ready() == ["nothing has been heard from the source lately, so the lag is unknown"]
@@ -115,7 +139,7 @@ async def test_wal_that_was_never_sent_is_told_though_the_stream_is_not_late(
 async def test_trouble_of_embedders_and_of_indexes_is_named(streaming: WorkerState, lag: Lag) -> None:
     problem = Problem("nobody is at home", "start it", datetime.now(UTC), None)
     dispatchers: Any = {"e": SimpleNamespace(problem=problem)}
-    streaming.attach(lag, lambda: Lsn(0), dispatchers, lambda _: None)
+    streaming.attach(lag, lambda: Lsn(0), lambda _: None, dispatchers, lambda _: None)
     streaming.problems = {"articles": "its updates fail"}
     paused = msgspec.structs.replace(LIVE, state="paused", reason="its key is gone")
     streaming.last = msgspec.structs.replace(STATUS, indexes={"notes": paused})
@@ -166,7 +190,7 @@ def test_a_query_that_waits_behind_the_workers_own_texts_for_too_long_is_refused
             "busy": SimpleNamespace(problem=None, embedder=busy),
             "idle": SimpleNamespace(problem=None, embedder=hashing),
         }
-        state.attach(Lag(lambda: 0.0, lambda: 0.0), lambda: Lsn(0), dispatchers, lambda _: None)
+        state.attach(Lag(lambda: 0.0, lambda: 0.0), lambda: Lsn(0), lambda _: None, dispatchers, lambda _: None)
         identity, vector = await state.embed_query("idle", "a query")
         assert (identity, len(vector)) == (hashing.identity, 8)
         for name in ("busy", "unknown"):
@@ -196,7 +220,7 @@ async def follow(state: WorkerState) -> None:
     lag = Lag(lambda: 1_000.0, lambda: 0.0)
     lag.begin(Lsn(0x100), 60.0)
     lag.note(None, caught_up=True)
-    state.attach(lag, lambda: Lsn(0x100), {}, lambda _: None)
+    state.attach(lag, lambda: Lsn(0x100), lambda _: None, {}, lambda _: None)
     state.connected(True)
 
 
