@@ -26,13 +26,13 @@ from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.locking import BRIEFLY, until_locked
-from cdcsync.postgres.queries import fetch_one, fetch_value
+from cdcsync.postgres.queries import fetch_one, fetch_rows, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.building import build_settings, hnsw_method
 from cdcsync.target.ddl.grants import grants_of, guarded, succeed
 from cdcsync.target.ddl.names import SETTLED, Names
-from cdcsync.target.ddl.tiers import COLUMNS, OPTIONS, describe_vectors, vector_type
+from cdcsync.target.ddl.tiers import describe_vectors
 
 T = TypeVar("T")
 
@@ -135,9 +135,9 @@ class Rebuild:
             # Writers commit their work before we get the lock: it will be copied.
             await self._run(BRIEFLY + "; LOCK TABLE {fresh}, {settled} IN SHARE ROW EXCLUSIVE MODE")
             await self._run(
-                "CREATE TABLE {copy} (" + COLUMNS + ", CONSTRAINT cdcsync_tier CHECK (tier = {tier}))"
-                " WITH (" + OPTIONS[SETTLED] + ")",
-                vector=await vector_type(self._connection, self._spec),
+                "CREATE TABLE {copy} (LIKE {settled} INCLUDING DEFAULTS INCLUDING STORAGE INCLUDING COMPRESSION,"
+                " CONSTRAINT cdcsync_tier CHECK (tier = {tier})) {options}",
+                options=await self._options(),
             )
             await self._run(
                 # Unlogged, because a publication of all tables would refuse to have rows deleted that have no key.
@@ -155,6 +155,24 @@ class Rebuild:
             self._files = await self._tier_files()
             crash_point("rebuild written")
         crash_point("rebuild begun")
+
+    async def _options(self) -> sql.Composable:
+        """Return the storage parameters of the settled tier, an operator's own among them, as CREATE TABLE has them."""
+        found = await fetch_rows(
+            self._connection,
+            "SELECT toast, option_name, option_value FROM pg_class c CROSS JOIN LATERAL ("
+            " SELECT false AS toast, c.reloptions AS options UNION ALL"
+            " SELECT true, reloptions FROM pg_class WHERE oid = c.reltoastrelid) AS o"
+            " CROSS JOIN pg_options_to_table(o.options) WHERE c.oid = to_regclass(%s)",
+            [self._parts["settled"].as_string(self._connection)],
+        )
+        if not found:
+            return sql.SQL("")
+        options = [
+            sql.SQL("{}{} = {}").format(sql.SQL("toast.") if toast else sql.SQL(""), sql.Identifier(name), value)
+            for toast, name, value in found
+        ]
+        return sql.SQL("WITH ({})").format(sql.SQL(", ").join(options))
 
     async def _fill(self) -> None:
         """Copy both tiers as they are now, but for what is about to be replaced."""

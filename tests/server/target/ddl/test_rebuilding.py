@@ -60,7 +60,10 @@ async def both(open_index: OpenIndex) -> LiveIndex:
 
 async def relations(index: LiveIndex) -> list[tuple[Any, ...]]:
     return await index.rows(
-        "SELECT c.oid::regclass::text, c.reloptions, obj_description(c.oid, 'pg_class'),"
+        "SELECT c.oid::regclass::text, ARRAY(SELECT unnest(c.reloptions) ORDER BY 1),"
+        " (SELECT reloptions FROM pg_class t WHERE t.oid = c.reltoastrelid), obj_description(c.oid, 'pg_class'),"
+        " ARRAY(SELECT (attname, atttypid, atttypmod, attnotnull, attstorage, attcompression)::text"
+        " FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0),"
         " pg_get_expr(c.relpartbound, c.oid), CASE c.relkind WHEN 'i' THEN pg_get_indexdef(c.oid) END"
         " FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
         " WHERE n.nspname = 'cdcsync' AND c.relname LIKE 'articles%' ORDER BY 1"
@@ -72,6 +75,11 @@ async def test_everything_is_settled_afterwards_in_tables_that_are_as_before(
 ) -> None:
     await both.connection.execute("GRANT SELECT ON cdcsync.articles_vectors_1_settled TO PUBLIC")
     await both.connection.execute("GRANT UPDATE (tier) ON cdcsync.articles_vectors_1_settled TO PUBLIC")
+    await both.connection.execute(
+        "ALTER TABLE cdcsync.articles_vectors_1_settled SET (autovacuum_vacuum_scale_factor = 0.4,"
+        " autovacuum_enabled = on, parallel_workers = 2, toast.autovacuum_vacuum_threshold = 7),"
+        " ALTER embedding SET STORAGE PLAIN, ALTER content_hash SET COMPRESSION pglz"
+    )
     before, made = await relations(both), await both.embedded()
 
     assert await Rebuild(await connect_target(), SCHEMA, both.spec).run() == 4
