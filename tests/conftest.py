@@ -37,7 +37,7 @@ from tests.support.relations import create
 from tests.support.roles import Roles
 from tests.support.scenes import MakeScene, scene
 from tests.support.searching import CARRIED, filled_with_rows
-from tests.support.servers import Database, Server, container, docker_answers, fresh_database
+from tests.support.servers import Database, Server, container, docker_answers, fresh_database, with_template
 from tests.support.serving import Office, office, served_in_a_thread
 from tests.support.sessions import SLOT, SPECS
 from tests.support.sessions import Pipeline as Locked
@@ -114,7 +114,7 @@ def server() -> Iterator[Server]:
             level = connection.execute("SHOW wal_level").fetchone()
         if level != ("logical",):
             pytest.fail(f"the server from {found.origin} has wal_level {level}; these tests need logical")
-        yield found
+        yield stack.enter_context(with_template(found))
 
 
 @pytest.fixture
