@@ -70,8 +70,8 @@ class Backoff:
         self._until = until
         self.failures = 0
         """Failures in a row."""
-        self._began_s = self._last_s = 0.0
-        """When the first and the last of them came."""
+        self._began_s = 0.0
+        """When the first of them came."""
         self._error: CdcsyncError | None = None
 
     def succeeded(self) -> None:
@@ -79,8 +79,8 @@ class Backoff:
         self.failures = 0
 
     def failing_for(self, seconds: float) -> CdcsyncError | None:
-        """Return the last error if failures in a row have come for so long: a shorter trouble may pass in a moment."""
-        return self._error if self.failures and self._last_s - self._began_s >= seconds else None
+        """Return the last error if more than one in a row came, the first so long ago: less may pass in a moment."""
+        return self._error if self.failures > 1 and anyio.current_time() - self._began_s >= seconds else None
 
     async def wait(self, error: CdcsyncError | None = None, *, asked_s: float | None = None) -> None:
         """Wait after a failure.
@@ -88,8 +88,8 @@ class Backoff:
         :param asked_s: how long the other side asked us to wait, if it did.
         """
         delay_s = asked_s or backoff_s(self.failures, first=self._first, most=self._most)
-        self._last_s = anyio.current_time()
-        self._began_s = self._last_s if self.failures == 0 else self._began_s
+        if self.failures == 0:
+            self._began_s = anyio.current_time()
         self._error = error
         self.failures += 1
         if error is not None:

@@ -25,16 +25,11 @@ from cdcsync.postgres.settings import Side
 
 _DAMAGE = 'docs/operations.md, "Damaged tables", says how to continue'
 
-ALLOW_WRITES = (
-    "SET default_transaction_read_only = off; ALTER DATABASE {database} RESET default_transaction_read_only; or the"
-    " same for the role {role}"
-)
-"""The fix if transactions are read-only by default. Its first statement lets that session write the second."""
-
 _HINTS: dict[str, tuple[str, str]] = {
     "25006": (
         "the server takes only reads",
-        f"point the DSN at the primary, or there: {ALLOW_WRITES.format(database='…', role='…')}",
+        "point the DSN at the primary; or, if transactions are read-only there by default, change that:"
+        " `cdcsync check` says how",
     ),
     "28P01": ("the password is wrong", "correct the password in the DSN, in PGPASSWORD, or in the password file"),
     "28000": ("the server refuses this role or host", "allow the role in pg_hba.conf, or use another role"),

@@ -47,6 +47,9 @@ TCP_USER_TIMEOUT_MS = 60_000
 PATIENCE_S = TCP_USER_TIMEOUT_MS / 2000
 """How long a far end may say nothing before somebody looks whether it is there, unless the DSN says otherwise."""
 
+REFUSED_S = 10.0
+"""How long a session that was refused a write is used before another one is opened in its place."""
+
 BEATS = 6
 """So many beats in the time after which a session is taken for dead."""
 
@@ -146,9 +149,8 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     _patience_s: float = PATIENCE_S
     used_at: float = 0.0
     """When it was last waited for, by the event loop's clock."""
-    refused_writes: bool = False
-    """Whether the server refused to write in this session. It goes on doing so when the setting of the database or the
-    role that was the reason is gone, which counts for new sessions alone."""
+    _refused_at: float | None = None
+    """When the server first refused to write in this session."""
     _look: asyncio.Task[None] | None = None
     _beat: asyncio.Task[None] | None = None
     _beats: bool = False
@@ -176,9 +178,18 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         return self._patience_s
 
     @property
+    def refused(self) -> bool:
+        """Whether the server has refused to write in this session for some time.
+
+        It goes on doing so when the setting of the database or the role that was the reason is gone, which counts for
+        new sessions alone. Not at once, or each attempt would log in.
+        """
+        return self._refused_at is not None and asyncio.get_running_loop().time() - self._refused_at >= REFUSED_S
+
+    @property
     def reusable(self) -> bool:
         """Whether it can be lent again: in no transaction, and not refused what another session may be granted."""
-        return self.pgconn.transaction_status == TransactionStatus.IDLE and not self.refused_writes
+        return self.pgconn.transaction_status == TransactionStatus.IDLE and not self.refused
 
     @property
     def free(self) -> bool:
@@ -229,7 +240,8 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         try:
             return await super().wait(gen, *arguments, **options)
         except BaseException as error:
-            self.refused_writes |= isinstance(error, psycopg.errors.ReadOnlySqlTransaction)
+            if self._refused_at is None and isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
+                self._refused_at = loop.time()
             if in_transaction and self.pgconn.transaction_status in UNFINISHED:
                 self._end_later()
             raise

@@ -13,11 +13,32 @@ from cdcsync.config import QualifiedName
 from cdcsync.config.names import quote
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
-from cdcsync.source.catalog import REPLICATION_ROLES, read_server
+from cdcsync.source.catalog import REPLICATION_ROLES, Server, read_server
 from cdcsync.source.relations import Table
 
 GENERATED_VERSION = 180000
 """PostgreSQL 18: a publication can send stored generated columns."""
+
+
+_RESETS = {
+    "database": "ALTER DATABASE {database} RESET",
+    "user": "ALTER ROLE {role} RESET",
+    "database user": "ALTER ROLE {role} IN DATABASE {database} RESET",
+}
+"""How a setting is taken back, by where it comes from, as pg_settings has it."""
+
+
+def allow_writes(server: Server) -> str:
+    """Return how the transactions of our sessions become able to write, where by default they are read-only.
+
+    The statement's own transaction has to be begun as one that writes.
+    """
+    if server.read_only_by == "client":
+        return "take default_transaction_read_only out of the DSN's options and of PGOPTIONS"
+    if (reset := _RESETS.get(server.read_only_by or "")) is None:
+        return "ALTER SYSTEM SET default_transaction_read_only = off; then SELECT pg_reload_conf()"
+    of = reset.format(database=quote(server.database), role=quote(server.role))
+    return f"BEGIN READ WRITE; {of} default_transaction_read_only; COMMIT"
 
 
 class Prepared(msgspec.Struct, frozen=True):

@@ -14,8 +14,8 @@ import msgspec
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import quote
 from cdcsync.errors import CdcsyncError
-from cdcsync.postgres.errors import ALLOW_WRITES
 from cdcsync.postgres.sessions import Connection
+from cdcsync.preflight.administration import allow_writes
 from cdcsync.preflight.findings import Finding, named, noting, or_ok
 from cdcsync.source.catalog import SENDS_PREPARED, Catalog, Server, Slot, read_catalog, read_server, read_slot, why_lost
 from cdcsync.source.publications import Publication, create_publication_statement, publish_statement
@@ -272,7 +272,7 @@ def read_only_faults(server: Server, catalog: Catalog, tables: Sequence[Qualifie
     """
     name, publication = catalog.publication_name, catalog.publication
     missing = [one for one in tables if publication is None or one not in publication.tables]
-    if not missing or not server.read_only or server.in_recovery:
+    if not missing or server.read_only_by is None or server.in_recovery:
         return
     statement = (
         create_publication_statement(name, missing, version=server.version)
@@ -283,8 +283,7 @@ def read_only_faults(server: Server, catalog: Catalog, tables: Sequence[Qualifie
     yield Finding.error(
         f"publication {name}",
         f"{lack}, and transactions are read-only here, so that run cannot change that",
-        f"{ALLOW_WRITES.format(database=quote(server.database), role=quote(server.role))}; or, after the first of"
-        f" these, as an owner of the tables: {statement.as_string(None)}",
+        f"{allow_writes(server)}; or, as an owner of the tables: BEGIN READ WRITE; {statement.as_string(None)}; COMMIT",
     )
 
 

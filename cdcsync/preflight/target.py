@@ -14,9 +14,9 @@ import msgspec
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import quote
-from cdcsync.postgres.errors import ALLOW_WRITES
 from cdcsync.postgres.queries import fetch_one, fetch_row
 from cdcsync.postgres.sessions import Connection
+from cdcsync.preflight.administration import allow_writes
 from cdcsync.preflight.findings import Finding, named, noting, or_ok
 from cdcsync.source.catalog import Server, read_server
 from cdcsync.source.slot import MIN_VERSION
@@ -196,11 +196,11 @@ def server_faults(server: Server) -> Iterator[Finding]:
             "the server is a standby: it takes no writes",
             "point target.dsn at the primary; if it names several hosts, add target_session_attrs=read-write",
         )
-    elif server.read_only:
+    elif server.read_only_by is not None:
         yield Finding.error(
             "target",
             "transactions are read-only here",
-            ALLOW_WRITES.format(database=quote(server.database), role=quote(server.role)),
+            allow_writes(server),
         )
     if server.replica_role:
         yield Finding.error(

@@ -65,7 +65,8 @@ class Server(msgspec.Struct, frozen=True):
     encoding: str
     started: str = ""
     may_use_temporary: bool = True
-    read_only: bool = False
+    read_only_by: str | None = None
+    """Where the setting by which transactions are read-only comes from, as pg_settings has it; None if they are not."""
     replica_role: bool = False
     """Whether sessions act as those that apply another server's changes: no trigger and no foreign key acts then."""
 
@@ -96,7 +97,7 @@ class Slot(msgspec.Struct, frozen=True):
     """The oldest transaction (32 bits) whose effect on the catalogs it may still need: of a slot from which nothing was
     read yet, no transaction that ran during its creation or began later is older."""
     reader: str | None = None
-    """The application_name of the session that reads it, as far as this role may see that."""
+    """The application_name of the session that reads it."""
 
     @property
     def of(self) -> str:
@@ -255,7 +256,9 @@ async def read_server(connection: Connection) -> Server:
                    OR EXISTS (SELECT FROM pg_roles WHERE rolname = ANY(%s) AND pg_has_role(oid, 'USAGE')),
                has_database_privilege(current_database(), 'CREATE'),
                current_setting('server_encoding'), pg_postmaster_start_time()::text,
-               has_database_privilege(current_database(), 'TEMPORARY'), current_setting('transaction_read_only')::bool,
+               has_database_privilege(current_database(), 'TEMPORARY'),
+               CASE WHEN current_setting('transaction_read_only')::bool
+                    THEN (SELECT source FROM pg_settings WHERE name = 'default_transaction_read_only') END,
                current_setting('session_replication_role') = 'replica'
         """,
         [list(REPLICATION_ROLES)],

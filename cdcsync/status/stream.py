@@ -126,10 +126,10 @@ def read_worker(
     """
     name = None if state is None else state.worker
     waits = None
-    if not locked and slot is not None and slot.reader == FOLLOWER:
+    if not locked and state is not None and slot is not None and slot.reader == FOLLOWER:
         waits = (
-            f"a worker reads slot {slot.name} (source pid {slot.active_pid}) and does not hold the pipeline's lock in"
-            " the target, so it writes nothing: its log says why"
+            f"a worker reads slot {slot.name} (source pid {slot.active_pid}) without this pipeline's lock: it cannot"
+            " write to the target, or is of a pipeline with another target; its log says which"
         )
     return WorkerStatus(name, locked, since, waits)
 

@@ -181,10 +181,9 @@ class Pipeline:
         )
         self.settle = Settle(target_dsn, schema, specs, lambda: self.config.worker, metrics, self.lag)
         self.spool = Spool(config.source.spool_directory, config.source.spool_bytes)
-        applier = Applier(self.session, specs, preparers, metrics, state.tracing)
         self.stream = Stream(
             specs=specs,
-            applier=applier,
+            applier=Applier(self.session, specs, preparers, metrics, state.tracing),
             accounts=Accounts(metrics, self.embed_loops, self.beside),
             deliveries=self.deliveries,
             page_at=self.backfills.marks.page_at,
@@ -213,7 +212,7 @@ class Pipeline:
         self.stream.described = self.watch.look
         state.problems = ChainMap(self.watch.problems, self.embedding.problems)
         checkpoint = lambda: self.stream.checkpoint  # noqa: E731 - a name for what is asked later
-        state.attach(self.lag, checkpoint, applier.failing_for, self.dispatchers, self.reconfigure)
+        state.attach(self.lag, checkpoint, self.streaming.failing_for, self.dispatchers, self.reconfigure)
 
     def _look_after_others(self, spec: IndexSpec, metrics: Metrics) -> None:
         """Make the flows of an index's generations beside the live one, as far as their embedders are configured."""

@@ -117,7 +117,7 @@ class WorkerState:
     ) -> None:
         """Show these parts of a pipeline from now on.
 
-        :param failing_for: returns why no changes could be applied for so many seconds, if that is so.
+        :param failing_for: returns why no changes came, or none could be applied, for so many seconds, if that is so.
         :param reconfigure: tells them of another configuration.
         """
         self._lag = lag
@@ -208,10 +208,10 @@ class WorkerState:
         elif self.standby:
             reasons.append("standby: another worker holds the pipeline")
         elif not self._connected:
-            reasons.append("the replication stream is not connected")
+            reasons.append(self._why_not_followed or "the replication stream is not connected")
         elif self._lag is not None and not self._lag.heard_lately:
             reasons.append("nothing has been heard from the source lately, so the lag is unknown")
-        if (why := self._why_unread or self._why_unapplied) is not None:
+        if (why := self._why_unread or (self._why_not_followed if self._connected else None)) is not None:
             reasons.append(why)
         reasons += [
             f"embedder {name}: {dispatcher.problem}"
@@ -303,10 +303,11 @@ class WorkerState:
         return f"the target does not answer: {error.message}" if error is not None else "the target does not answer"
 
     @property
-    def _why_unapplied(self) -> str | None:
-        """Why no changes can be applied, unless that is likely to pass in a moment."""
+    def _why_not_followed(self) -> str | None:
+        """Why no changes come, or none can be applied, unless that is likely to pass in a moment."""
         error = self._failing_for(AWAY_S)
-        return None if error is None else f"changes cannot be applied: {error.with_fix}"
+        what = "changes cannot be applied" if self._connected else "the replication stream is not connected"
+        return None if error is None else f"{what}: {error.with_fix}"
 
     @property
     def _unheard_bytes(self) -> int:
@@ -333,7 +334,9 @@ class WorkerState:
             caught_up = self._lag.caught_up if self._lag.heard_lately else None
             status = msgspec.structs.replace(status, lag_seconds=seconds, caught_up=caught_up)
         by_another = status.worker.running and status.worker.name != worker_name()
-        why = self._waits or self._why_unapplied
+        why = self._waits
+        if why is None and (self._connected or not status.worker.running):
+            why = self._why_not_followed
         if why is not None and not by_another:
             status = as_waiting(status, worker_name(), why)
         self._note_unreadable(status)

@@ -13,7 +13,7 @@ import structlog
 
 from cdcsync.backoff import Backoff, Failure
 from cdcsync.config import Config
-from cdcsync.errors import DecodingFailed, SchemaChanged, SpoolUnusable
+from cdcsync.errors import CdcsyncError, DecodingFailed, SchemaChanged, SpoolUnusable
 from cdcsync.flows.backfill.marks import Marks
 from cdcsync.flows.follow.stream import Stream
 from cdcsync.flows.setup.gaps import refuse_moved
@@ -56,6 +56,7 @@ class Streaming:
         self._marks = marks
         self._deliveries = deliveries
         self._spool = spool
+        self._backoff = Backoff(self._stream_waits, until=state.stopping)
         self.begun = anyio.Event()
         """Set once the slot is followed: before that, a mark would never be delivered."""
         self._status_every_s = config.source.feedback_every_s
@@ -71,12 +72,16 @@ class Streaming:
             self._status_every_s = min(self._config.source.feedback_every_s, wal_sender_timeout_s / 3)
             self._silence_s = wal_sender_timeout_s
 
+    def failing_for(self, seconds: float) -> CdcsyncError | None:
+        """Return why no changes came, or none could be applied, for so long, if that is so."""
+        return (self._stream if self._state.streaming else self._backoff).failing_for(seconds)
+
     async def run(self) -> list[SchemaChanged]:
         """Follow the slot over any number of connections until told to stop, or until indexes are paused.
 
         :returns: why they are.
         """
-        backoff = Backoff(self._stream_waits, until=self._state.stopping)
+        backoff = self._backoff
         control = Session(self._config.source.dsn, "source", application_name="cdcsync control")
         followed: int | None = None
         """The timeline that what is remembered of deliveries belongs to."""

@@ -56,11 +56,11 @@ def test_what_failures_in_a_row_end_with_is_told_once_they_have_lasted() -> None
         backoff, told = Backoff(), []
         for _ in range(3):
             await backoff.wait(AWAY, asked_s=4.0)
-            told.append(backoff.failing_for(5.0))
+            told.append(backoff.failing_for(10.0))
         backoff.succeeded()
-        told.append(backoff.failing_for(5.0))
+        told.append(backoff.failing_for(10.0))
         await backoff.wait(AWAY, asked_s=60.0)  # a first one, however long it is waited for
-        return [*told, backoff.failing_for(5.0)]
+        return [*told, backoff.failing_for(10.0)]
 
     assert in_virtual_time(main) == [None, None, AWAY, None, None]
 

@@ -81,6 +81,10 @@ class Applier:
         """Return why nothing could be committed for so long, if that is so."""
         return self._backoff.failing_for(seconds)
 
+    def begin(self) -> None:
+        """Begin anew with a stream: what failed in the one before, which has been let go of, is over."""
+        self._backoff.succeeded()
+
     @property
     def following(self) -> Batch | None:
         """The batch to be applied next, if it was taken while the last one was written."""

@@ -15,7 +15,7 @@ from typing import assert_never
 
 import anyio
 
-from cdcsync.errors import SchemaChanged, SourceUnavailable, leading
+from cdcsync.errors import CdcsyncError, SchemaChanged, SourceUnavailable, leading
 from cdcsync.flows.follow.accounts import Accounts
 from cdcsync.flows.follow.apply import Applier, Outcome
 from cdcsync.flows.follow.open_batch import Limits, OpenBatch, Position
@@ -115,6 +115,10 @@ class Stream:
         """Give up the connection and the current batch: the source waits for both, and they wait for the source."""
         self._leaving.set()
 
+    def failing_for(self, seconds: float) -> CdcsyncError | None:
+        """Return why nothing that was received could be applied for so long, if that is so."""
+        return self._applier.failing_for(seconds)
+
     async def follow(
         self, slot: SlotConnection, checkpoint: Lsn, source_end: Lsn, *, status_every_s: float, silence_s: float
     ) -> list[SchemaChanged]:
@@ -127,6 +131,7 @@ class Stream:
         """
         self._progress = Progress(checkpoint)
         self._lag.begin(checkpoint, silence_s)
+        self._applier.begin()
         self._open = self._new_batch()
         for error in self._pauses_asked.values():
             self._open.pause(error)

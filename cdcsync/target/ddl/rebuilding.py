@@ -16,7 +16,7 @@ Time).
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
@@ -32,7 +32,7 @@ from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.building import build_settings, hnsw_method
 from cdcsync.target.ddl.grants import grants_of, guarded, succeed
 from cdcsync.target.ddl.names import SETTLED, Names
-from cdcsync.target.ddl.tiers import describe_vectors
+from cdcsync.target.ddl.tiers import COLUMN_NAMES, describe_vectors
 
 T = TypeVar("T")
 
@@ -79,12 +79,12 @@ class Rebuild:
     async def run(self) -> int:
         """Rebuild and exchange; returns how many fresh vectors became settled.
 
-        :raises SetupError: an operator gave the settled tier row-level security, which the copy would lack.
+        :raises SetupError: an operator gave the settled tier row-level security or columns, which the copy would lack.
         :raises psycopg.Error: nothing has changed; what is left behind is dropped by the next rebuild or start.
         :raises Emptied: likewise.
         """
         await self.clear()
-        await self._refuse_guarded()
+        await self._refuse_losses()
         await self._until_locked(self.record)
         await self._fill()
         await self._build()
@@ -119,9 +119,15 @@ class Rebuild:
             await self._run(
                 BRIEFLY + "; LOCK TABLE {fresh}, {settled} IN SHARE ROW EXCLUSIVE MODE;"
                 " DROP TRIGGER IF EXISTS {trigger} ON {fresh}; DROP TRIGGER IF EXISTS {trigger} ON {settled};"
-                " DROP FUNCTION IF EXISTS {note}(); DROP TABLE IF EXISTS {copy}; DROP TABLE {changed};"
+                " DROP FUNCTION IF EXISTS {note}(); DROP TABLE {changed};"
                 " ALTER TABLE {settled} RESET (autovacuum_enabled)"
             )
+            for name, value in await self._options("copy"):
+                if name == "autovacuum_enabled":  # an operator's own, which the copy has as settled had it
+                    await self._run(
+                        "ALTER TABLE {settled} SET (autovacuum_enabled = {value})", value=sql.Literal(value)
+                    )
+            await self._run("DROP TABLE IF EXISTS {copy}")
             crash_point("rebuild dropped")
         crash_point("rebuild gone")
 
@@ -137,7 +143,7 @@ class Rebuild:
             await self._run(
                 "CREATE TABLE {copy} (LIKE {settled} INCLUDING DEFAULTS INCLUDING STORAGE INCLUDING COMPRESSION,"
                 " CONSTRAINT cdcsync_tier CHECK (tier = {tier})) {options}",
-                options=await self._options(),
+                options=_clause(await self._options("settled")),
             )
             await self._run(
                 # Unlogged, because a publication of all tables would refuse to have rows deleted that have no key.
@@ -156,23 +162,16 @@ class Rebuild:
             crash_point("rebuild written")
         crash_point("rebuild begun")
 
-    async def _options(self) -> sql.Composable:
-        """Return the storage parameters of the settled tier, an operator's own among them, as CREATE TABLE has them."""
-        found = await fetch_rows(
+    async def _options(self, table: str) -> list[tuple[str, str]]:
+        """Return the storage parameters of a table, an operator's own among them, and their values."""
+        return await fetch_rows(
             self._connection,
-            "SELECT toast, option_name, option_value FROM pg_class c CROSS JOIN LATERAL ("
-            " SELECT false AS toast, c.reloptions AS options UNION ALL"
-            " SELECT true, reloptions FROM pg_class WHERE oid = c.reltoastrelid) AS o"
+            "SELECT o.prefix || option_name, option_value FROM pg_class c CROSS JOIN LATERAL ("
+            " SELECT '' AS prefix, c.reloptions AS options UNION ALL"
+            " SELECT 'toast.', reloptions FROM pg_class WHERE oid = c.reltoastrelid) AS o"
             " CROSS JOIN pg_options_to_table(o.options) WHERE c.oid = to_regclass(%s)",
-            [self._parts["settled"].as_string(self._connection)],
+            [self._parts[table].as_string(self._connection)],
         )
-        if not found:
-            return sql.SQL("")
-        options = [
-            sql.SQL("{}{} = {}").format(sql.SQL("toast.") if toast else sql.SQL(""), sql.Identifier(name), value)
-            for toast, name, value in found
-        ]
-        return sql.SQL("WITH ({})").format(sql.SQL(", ").join(options))
 
     async def _fill(self) -> None:
         """Copy both tiers as they are now, but for what is about to be replaced."""
@@ -222,7 +221,7 @@ class Rebuild:
             await self._run(BRIEFLY + "; LOCK TABLE {fresh}, {settled} IN SHARE ROW EXCLUSIVE MODE")
             if await self._tier_files() != self._files:
                 raise Emptied
-            await self._refuse_guarded()
+            await self._refuse_losses()
             await self._take_out()
             moved = await self._run("DELETE FROM {fresh} AS f USING {copy} AS c WHERE c.chunk_id = f.chunk_id")
             grants = await grants_of(connection, names.settled(spec.generation))
@@ -251,8 +250,22 @@ class Rebuild:
         crash_point("exchange committed")
         return moved.rowcount
 
-    async def _refuse_guarded(self) -> None:
+    async def _refuse_losses(self) -> None:
         settled = self._names.settled(self._spec.generation)
+        columns = await fetch_rows(
+            self._connection,
+            "SELECT attname::text FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attnum > 0"
+            " AND NOT attisdropped AND attname <> ALL (%s) ORDER BY attnum",
+            [settled.as_string(self._connection), list(COLUMN_NAMES)],
+        )
+        if columns:
+            raise SetupError(
+                f"{settled.as_string(self._connection)} has columns of your own"
+                f" ({', '.join(one for (one,) in columns)}), whose values a table in its place would lack",
+                where=f"index {self._spec.name}",
+                hint="vectors are inserted one by one until it has none: drop them, and keep the values in a table of"
+                " yours",
+            )
         if await guarded(self._connection, settled):
             raise SetupError(
                 f"{settled.as_string(self._connection)} has row-level security of your own, which a table in its place"
@@ -275,3 +288,14 @@ class Rebuild:
 
     def _sql(self, statement: LiteralString, **parts: sql.Composable) -> sql.Composed:
         return sql.SQL(statement).format(**self._parts, **parts)
+
+
+def _clause(options: Sequence[tuple[str, str]]) -> sql.Composable:
+    """Return the clause of CREATE TABLE that gives a table these storage parameters."""
+    if not options:
+        return sql.SQL("")
+    named = (
+        sql.SQL("{} = {}").format(sql.SQL(".").join(map(sql.Identifier, name.split("."))), sql.Literal(value))
+        for name, value in options
+    )
+    return sql.SQL("WITH ({})").format(sql.SQL(", ").join(named))

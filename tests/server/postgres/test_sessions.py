@@ -9,7 +9,7 @@ import pytest
 from psycopg import conninfo
 
 from cdcsync.errors import SourceUnavailable, Unavailable
-from cdcsync.postgres import sessions
+from cdcsync.postgres import liveness, sessions
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.sessions import Session, connect
@@ -39,7 +39,7 @@ async def test_a_session_that_a_time_limit_ended_is_away_and_then_opened_again(
 
 @pytest.mark.parametrize("side", ["source", "target"])
 async def test_a_session_that_may_only_read_is_opened_again_once_it_was_refused_a_write(
-    database: Database, side: Side
+    database: Database, monkeypatch: pytest.MonkeyPatch, side: Side
 ) -> None:
     limit = f"ALTER DATABASE {database.name} {{}} default_transaction_read_only"
     database.execute("CREATE TABLE public.written (id int)")
@@ -50,9 +50,9 @@ async def test_a_session_that_may_only_read_is_opened_again_once_it_was_refused_
         assert await session.connection() is first
         with pytest.raises(Unavailable, match="read-only"), speaking_of(side):
             await first.execute("INSERT INTO public.written VALUES (1)")
-        with database.connect() as owner:
-            owner.execute("SET default_transaction_read_only = off")
-            owner.execute(limit.format("RESET").encode())
+        database.execute(f"BEGIN READ WRITE; {limit.format('RESET')}; COMMIT")
+        assert await session.connection() is first  # for a while, or each attempt would log in
+        monkeypatch.setattr(liveness, "REFUSED_S", 0.0)
         await (await session.connection()).execute("INSERT INTO public.written VALUES (2)")
     assert database.execute("SELECT id FROM public.written") == [(2,)]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from psycopg import conninfo
 
 from tests.support.indexes import make_spec
 from tests.support.preflight import ARTICLES, Role, configured, examined, lay_out, the_error
 from tests.support.servers import Database
+from tests.support.workers import until
 
 pytestmark = pytest.mark.server
 
@@ -115,6 +117,36 @@ async def test_a_foreign_relation_where_ours_belong_is_never_touched(database: D
     assert f"cdcsync.{name}" in error.message
 
 
+@pytest.mark.parametrize("limited", ["DATABASE {}", "ROLE CURRENT_USER IN DATABASE {}", "ROLE CURRENT_USER", "SYSTEM"])
+async def test_the_remedy_for_read_only_transactions_works_as_it_is_typed(
+    make_lone_database: Callable[[], Database], limited: str
+) -> None:
+    source, target = make_lone_database(), make_lone_database()
+    source.execute(ARTICLES)
+    writes = conninfo.make_conninfo(source.dsn, options="-c default_transaction_read_only=off")
+    config, altered = configured(writes, target.dsn), f"ALTER {limited.format(target.name)}"
+    with target.connect() as administrator:
+        administrator.execute("SET default_transaction_read_only = off")
+        administrator.execute(f"{altered} SET default_transaction_read_only = on".encode())
+        administrator.execute("SELECT pg_reload_conf()")
+        try:
+            until(lambda: target.execute("SHOW default_transaction_read_only") == [("on",)], "the setting")
+            error = the_error(await examined(config))
+            for query in str(error.hint).split("; then "):
+                target.execute(query)
+            until(lambda: target.execute("SHOW default_transaction_read_only") == [("off",)], "the remedy")
+            assert (await examined(config)).errors == []
+        finally:
+            administrator.execute(f"{altered} RESET default_transaction_read_only".encode())
+            administrator.execute("SELECT pg_reload_conf()")
+
+
+async def test_read_only_transactions_by_the_dsn_s_own_options_are_told_as_such(database: Database) -> None:
+    database.execute(ARTICLES)
+    reads = conninfo.make_conninfo(database.dsn, options="-c default_transaction_read_only=on")
+    assert "out of the DSN's options" in str(the_error(await examined(configured(database.dsn, reads))).hint)
+
+
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
@@ -131,8 +163,3 @@ async def test_a_target_whose_sessions_cannot_do_their_work_is_refused(
     config = configured(source.dsn, target.dsn)
     error = the_error(await examined(config))
     assert told in error.message
-    if "read_only" in setting:
-        with target.connect() as connection:
-            for statement in str(error.hint).split(";")[:2]:
-                connection.execute(statement.encode())
-        assert (await examined(config)).errors == []

@@ -113,7 +113,7 @@ async def test_the_lock_of_another_pipeline_is_not_ours(stopped: Pipeline) -> No
     ("name", "told"),
     [
         ("psql", "is read by a process that is not this pipeline's worker"),
-        (FOLLOWER, "does not hold the pipeline's lock in the target"),
+        (FOLLOWER, "without this pipeline's lock"),
     ],
     ids=["another program", "a worker"],
 )

@@ -10,6 +10,7 @@ import pytest
 import cdcsync.target.locked_session as session_module
 from cdcsync.errors import LeaseLost, RunError, TargetUnavailable
 from cdcsync.lsn import Lsn
+from cdcsync.postgres import liveness
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.locked_session import worker_name
 from cdcsync.target.pipelines import Pipelines
@@ -159,3 +160,17 @@ async def test_a_target_that_is_away_is_waited_for() -> None:
     session = ApplySession("postgresql://postgres@127.0.0.1:1/nowhere", SCHEMA, SLOT)
     with pytest.raises(TargetUnavailable):
         await session.try_open()
+
+
+async def test_a_session_that_was_refused_a_write_is_opened_again(
+    locked: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await locked.open()
+    await session.prepare([])  # all indexes are paused: it makes no tables of its own that would be refused
+    await session.connection.execute("SET default_transaction_read_only = on")
+    with pytest.raises(TargetUnavailable, match="read-only"):
+        await apply(session, Lsn(0x100))
+    monkeypatch.setattr(liveness, "REFUSED_S", 0.0)
+    await session.ensure([])
+    await apply(session, Lsn(0x100))
+    assert await locked.checkpoint() == Lsn(0x100)

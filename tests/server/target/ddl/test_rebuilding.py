@@ -96,6 +96,29 @@ async def test_everything_is_settled_afterwards_in_tables_that_are_as_before(
     assert await both.faults() == []
 
 
+async def test_a_rebuild_that_would_lose_columns_of_an_operator_is_refused(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    await both.connection.execute("ALTER TABLE cdcsync.articles_vectors_1 ADD COLUMN note text")
+    with pytest.raises(SetupError, match=r"columns of your own \(note\)"):
+        await Rebuild(await connect_target(), SCHEMA, both.spec).run()
+    assert [tier for _, tier in await both.rows(TIERS)] == ["settled"] * 4 + ["fresh"] * 4
+
+
+async def test_a_rebuild_that_was_given_up_leaves_storage_parameters_as_they_were(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    await both.connection.execute(
+        "ALTER TABLE cdcsync.articles_vectors_1_settled SET (autovacuum_enabled = false, fillfactor = 80)"
+    )
+    before = await relations(both)
+    rebuild = Rebuild(await connect_target(), SCHEMA, both.spec)
+    await rebuild.record()
+    assert await relations(both) != before
+    await rebuild.clear()
+    assert await relations(both) == before
+
+
 async def make_again(index: LiveIndex) -> None:
     async with index.connection.transaction():
         await discard_vectors(index.connection, SCHEMA, index.spec, [("1",), ("5",)])
