@@ -36,6 +36,7 @@ def reasons(pipeline: Pipeline) -> list[str]:
     return told
 
 
+@pytest.mark.proof
 def test_what_only_looks_at_a_target_ends_no_worker_and_says_what_it_cannot_see(
     make_database: Callable[[], Database], make_cluster: Callable[..., Cluster], make_simple: MakeSimple
 ) -> None:

@@ -150,6 +150,7 @@ def test_vectors_that_cannot_be_stored_are_kept_and_take_no_connection_from_anot
     pipeline.in_step()
 
 
+@pytest.mark.proof
 def test_rows_of_the_backlog_that_another_session_holds_are_waited_for_and_hold_up_nothing_else(
     pipeline: Pipeline, provider: FakeProvider
 ) -> None:

@@ -139,6 +139,7 @@ async def test_actors_come_with_the_queue_and_go_when_idle(rays: RayCluster, pro
         await fleet.aclose()
 
 
+@pytest.mark.proof
 async def test_an_embedder_that_actors_cannot_open_says_why(rays: RayCluster, provider: FakeProvider) -> None:
     fleet = fleet_of(provider, f'address = "{rays.address}"', each='api_key_file = "/nowhere/key"')
     try:

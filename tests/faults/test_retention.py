@@ -91,6 +91,7 @@ def test_a_slot_that_was_given_up_because_nobody_read_it_says_so(
     assert "idle_replication_slot_timeout" in shown
 
 
+@pytest.mark.proof
 def test_a_slot_that_holds_much_of_what_it_may_is_told_of_before_it_is_a_gap(
     make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple
 ) -> None:

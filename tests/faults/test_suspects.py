@@ -154,7 +154,7 @@ def test_texts_that_hang_hold_up_no_other_text_of_any_index(pipeline: Pipeline, 
     assert pipeline.times("embedder_unavailable") == 0
 
 
-@pytest.mark.proof_from(2)
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_text_that_fails_in_any_way_is_found_and_all_others_have_their_vectors(
     pipeline: Pipeline, provider: FakeProvider, fault: str

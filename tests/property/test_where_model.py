@@ -138,6 +138,7 @@ def scene(make_scene: MakeScene) -> Scene:
     )
 
 
+@pytest.mark.proof
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(history=st.lists(transactions, min_size=1, max_size=6))
 @example(

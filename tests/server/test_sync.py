@@ -76,6 +76,7 @@ def in_a_child(use: Callable[[], object]) -> str:
     return raised
 
 
+@pytest.mark.proof
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 async def test_an_index_that_was_opened_before_a_fork_says_so_and_serves_its_own_process(database: Database) -> None:
     async with indexed(database) as (_, config):

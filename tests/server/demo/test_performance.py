@@ -67,6 +67,7 @@ def server_processes(temporary: Path) -> list[str]:
     return found
 
 
+@pytest.mark.proof
 @pytest.mark.server
 @pytest.mark.model
 @pytest.mark.slow

@@ -346,6 +346,7 @@ def problems(pipeline: Pipeline) -> str:
     return " ".join(json.loads(pipeline.get("/status")[1])["problems"])
 
 
+@pytest.mark.proof
 def test_an_index_that_cannot_be_built_says_why_everywhere_and_others_go_live(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

@@ -145,6 +145,7 @@ def test_a_wrong_configuration_has_no_plan(pipeline: Pipeline, database: Databas
     assert pipeline.command("plan", "--approve", "other").returncode == 2
 
 
+@pytest.mark.proof
 def test_a_new_index_and_a_changed_one_wait_for_their_approval_while_another_goes_on(
     pipeline: Pipeline, database: Database
 ) -> None:

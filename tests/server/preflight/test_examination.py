@@ -194,6 +194,7 @@ async def test_a_login_that_fails_says_why(lone_database: Database, settings: di
         assert "wrong" not in error.where
 
 
+@pytest.mark.proof
 async def test_a_session_that_ends_at_any_statement_is_a_finding(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

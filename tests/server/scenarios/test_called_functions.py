@@ -190,6 +190,7 @@ def test_a_function_that_is_replaced_takes_rows_in_and_out(calling: Scene) -> No
     assert not calling.pipeline.times("index_paused")
 
 
+@pytest.mark.proof
 def test_a_text_search_configuration_that_is_altered_takes_rows_in_and_out(calling: Scene) -> None:
     calling.heals(*SEARCHES)
     for _, _, statements in SEARCHES.values():

@@ -44,6 +44,7 @@ def churned(database: Database, make_pipeline: Callable[[str], Pipeline]) -> Pip
     return pipeline
 
 
+@pytest.mark.proof
 def test_a_row_that_was_updated_a_thousand_times_hides_nothing(churned: Pipeline) -> None:
     settled = "cdcsync.articles_vectors_1_settled"
     # What the worker spares the graph, as the row stays fresh while it changes: here each change reaches it.

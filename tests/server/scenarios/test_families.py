@@ -230,6 +230,7 @@ def text_of(scene: Scene, index: str, table: str) -> str:
     return "" if row is None else str(row[0])
 
 
+@pytest.mark.proof
 @HOW
 def test_a_table_that_is_followed_and_can_be_no_longer_pauses_its_index_alone(families: Scene, how: str) -> None:
     if how == "down":

@@ -269,6 +269,7 @@ def test_tables_of_one_index_in_the_target_that_stay_locked_pause_that_index_alo
     assert len(made.pipeline.processes) == 1
 
 
+@pytest.mark.proof
 def test_vectors_that_cannot_be_discarded_for_a_request_pause_that_index_alone_and_are_made_anew_later(
     make_scene: MakeScene,
 ) -> None:

@@ -83,6 +83,7 @@ def test_the_truncation_of_one_table_leaves_the_rows_of_the_others(tenants: Scen
     tenants.follows(*BOTH)
 
 
+@pytest.mark.proof
 def test_tables_that_appear_and_go_are_followed(tenants: Scene) -> None:
     tenants.execute(*tenant("tenant_new"), "UPDATE tenant_new.articles SET title = 'changed' WHERE id = 1")
     tenants.heals("everyones", "published")

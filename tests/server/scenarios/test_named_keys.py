@@ -222,6 +222,7 @@ def changing(make_scene: MakeScene) -> Scene:
     return make_scene(statements, indexes)
 
 
+@pytest.mark.proof
 @HOW
 def test_an_index_goes_by_its_named_key_or_is_paused_whatever_becomes_of_the_table(changing: Scene, how: str) -> None:
     if how == "down":

@@ -159,6 +159,7 @@ def in_a_path(value: Any, type_: str) -> str:
     return quote(text, safe="")
 
 
+@pytest.mark.proof
 async def test_the_key_of_a_hit_fetches_its_document_and_no_other(keyed: Config) -> None:
     # One test of all types: each process that has one of several would load all indexes.
     cases: dict[str, tuple[str, tuple[str, ...], int]] = {
@@ -189,6 +190,7 @@ async def fetches(client: httpx2.AsyncClient, table: str, types: tuple[str, ...]
         assert fetched.get("structuredContent", fetched).get("key") == key, fetched
 
 
+@pytest.mark.proof
 async def test_another_key_fetches_nothing(keyed: Config) -> None:
     changes: list[tuple[dict[str, Any], str]] = [
         ({"words": None}, "none of them null"),

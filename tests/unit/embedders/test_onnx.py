@@ -118,6 +118,7 @@ async def test_a_model_that_reads_the_end_of_a_long_text_reads_the_end(exported:
     assert np.abs(made - await vectors_of(embedder(exported), texts)).max() > 1e-3
 
 
+@pytest.mark.proof
 @pytest.mark.model
 async def test_calls_at_the_same_time_do_not_disturb_each_other(minilm: OnnxEmbedder) -> None:
     alone = await minilm.embed(TEXTS)

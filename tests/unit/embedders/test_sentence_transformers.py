@@ -109,6 +109,7 @@ async def test_order_and_length_of_texts_do_not_matter(minilm: SentenceTransform
     assert (await minilm.embed([])).shape == (0, 384)
 
 
+@pytest.mark.proof
 @pytest.mark.model
 async def test_the_model_reads_chunks_of_the_largest_size_to_their_last_token(
     minilm: SentenceTransformersEmbedder,

@@ -88,6 +88,7 @@ def test_what_differs_is_found_counted_by_kind_and_read_again_and_the_index_is_p
     assert status["indexes"]["articles"]["differed_at"] is not None
 
 
+@pytest.mark.proof
 def test_an_index_is_proven_equal_while_another_that_differs_is_being_read(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
@@ -197,6 +198,7 @@ def test_what_changes_at_every_look_is_left_out_of_the_proof_and_counted_until_i
     until(lambda: left_out() == 0, pipeline.tail)
 
 
+@pytest.mark.proof
 def test_a_comparison_that_a_load_has_overtaken_begins_anew(
     make_database: Callable[[], Database], make_simple: MakeSimple
 ) -> None:

@@ -90,6 +90,7 @@ def test_ctrl_c_withdraws_an_activation_that_waits_for_the_worker(unwatching: Pi
     assert (back["live"], back["before"], back["withdrawn"]) == (1, 2, None)
 
 
+@pytest.mark.proof
 def test_a_rollback_withdraws_an_activation_that_no_command_waits_for_any_more(unwatching: Pipeline) -> None:
     pipeline = unwatching
     ended(pipeline, signal.SIGKILL, "activate")
@@ -112,6 +113,7 @@ def test_a_rollback_withdraws_an_activation_that_no_command_waits_for_any_more(u
     assert states(pipeline) == ["live", "ready"]
 
 
+@pytest.mark.proof
 def test_ctrl_c_withdraws_a_rollback_too_and_a_second_rollback_asks_for_it_again(unwatching: Pipeline) -> None:
     pipeline = unwatching
     pipeline.stop(pipeline.processes[-1])
@@ -126,6 +128,7 @@ def test_ctrl_c_withdraws_a_rollback_too_and_a_second_rollback_asks_for_it_again
     assert (done["live"], done["withdrawn"]) == (1, None)
 
 
+@pytest.mark.proof
 def test_ctrl_c_leaves_a_drop_to_the_worker_and_says_so(unwatching: Pipeline) -> None:
     pipeline = unwatching
     dropping = "SELECT FROM cdcsync.generations WHERE state = 'dropping'"

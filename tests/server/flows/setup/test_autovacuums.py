@@ -65,6 +65,7 @@ def test_a_start_that_changes_nothing_leaves_an_autovacuum_alone(
     assert pipeline.target.execute(AT_WORK, ["cdcsync.articles_chunks"]).fetchone() == (pid,)
 
 
+@pytest.mark.proof
 def test_an_autovacuum_gives_way_to_a_change_of_the_table(
     server: Cluster, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
