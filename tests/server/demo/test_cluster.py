@@ -57,11 +57,18 @@ def gone(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def test_a_cluster_is_ready_for_logical_replication_with_vectors(cluster: Cluster) -> None:
-    assert fetch(cluster.dsn(), "SHOW wal_level") == [("logical",)]
-    execute(cluster.dsn(), "CREATE EXTENSION vector")
-    assert fetch(cluster.dsn(), "SELECT '[3,4]'::vector <-> '[0,0]'") == [(5.0,)]
-    assert fetch(cluster.dsn(), "SELECT lower('ÄÖ')") == [("äö",)]
+@pytest.fixture(scope="module")
+def standing() -> Iterator[Cluster]:
+    """A running cluster, for all tests that leave it as it is."""
+    with Cluster() as cluster:
+        yield cluster
+
+
+def test_a_cluster_is_ready_for_logical_replication_with_vectors(standing: Cluster) -> None:
+    assert fetch(standing.dsn(), "SHOW wal_level") == [("logical",)]
+    execute(standing.dsn(), "CREATE EXTENSION vector")
+    assert fetch(standing.dsn(), "SELECT '[3,4]'::vector <-> '[0,0]'") == [(5.0,)]
+    assert fetch(standing.dsn(), "SELECT lower('ÄÖ')") == [("äö",)]
 
 
 def test_settings_reach_the_server_whatever_characters_they_have(make_cluster: Callable[..., Cluster]) -> None:
@@ -71,15 +78,15 @@ def test_settings_reach_the_server_whatever_characters_they_have(make_cluster: C
     assert fetch(cluster.dsn(), "SHOW max_replication_slots") == [("3",)]
 
 
-def test_a_cluster_listens_on_loopback_only(cluster: Cluster) -> None:
-    assert fetch(cluster.dsn(), "SHOW listen_addresses") == [("127.0.0.1",)]
-    assert fetch(cluster.dsn(), "SHOW unix_socket_directories") == [("",)]
+def test_a_cluster_listens_on_loopback_only(standing: Cluster) -> None:
+    assert fetch(standing.dsn(), "SHOW listen_addresses") == [("127.0.0.1",)]
+    assert fetch(standing.dsn(), "SHOW unix_socket_directories") == [("",)]
 
 
-def test_the_dsn_quotes_what_needs_it(cluster: Cluster) -> None:
-    dsn = cluster.dsn("a b/c?d", user="o'x@y")
+def test_the_dsn_quotes_what_needs_it(standing: Cluster) -> None:
+    dsn = standing.dsn("a b/c?d", user="o'x@y")
     parts = conninfo.conninfo_to_dict(dsn)
-    assert (parts["dbname"], parts["user"], parts["port"]) == ("a b/c?d", "o'x@y", str(cluster.port))
+    assert (parts["dbname"], parts["user"], parts["port"]) == ("a b/c?d", "o'x@y", str(standing.port))
 
 
 @pytest.mark.parametrize("version", OTHER_VERSIONS)
@@ -91,30 +98,30 @@ def test_other_versions_run_as_well(version: int, make_cluster: Callable[..., Cl
     assert fetch(cluster.dsn(), "SELECT current_setting('server_version_num')::int / 10000") == [(version,)]
 
 
-def test_a_restart_keeps_the_data_and_the_address(cluster: Cluster) -> None:
-    dsn, pid = cluster.dsn(), cluster.pid
+def test_a_restart_keeps_the_data_and_the_address(standing: Cluster) -> None:
+    dsn, pid = standing.dsn(), standing.pid
     execute(dsn, "CREATE TABLE kept AS SELECT 1 AS one")
-    cluster.restart()
-    assert cluster.dsn() == dsn
-    assert cluster.pid != pid
+    standing.restart()
+    assert standing.dsn() == dsn
+    assert standing.pid != pid
     assert fetch(dsn, "SELECT one FROM kept") == [(1,)]
 
 
-def test_a_killed_cluster_recovers_what_was_committed(cluster: Cluster) -> None:
-    execute(cluster.dsn(), "CREATE TABLE kept AS SELECT 1 AS one")
-    cluster.kill()
-    assert not cluster.running
-    cluster.start()
-    assert "was not properly shut down" in cluster.log.read_text()
-    assert fetch(cluster.dsn(), "SELECT one FROM kept") == [(1,)]
+def test_a_killed_cluster_recovers_what_was_committed(standing: Cluster) -> None:
+    execute(standing.dsn(), "CREATE TABLE recovered AS SELECT 1 AS one")
+    standing.kill()
+    assert not standing.running
+    standing.start()
+    assert "was not properly shut down" in standing.log.read_text()
+    assert fetch(standing.dsn(), "SELECT one FROM recovered") == [(1,)]
 
 
-def test_a_start_need_not_be_waited_for(cluster: Cluster) -> None:
-    cluster.stop()
-    cluster.start(wait=False)
-    assert cluster.running
-    cluster.wait_until_ready()
-    assert fetch(cluster.dsn(), "SELECT 1") == [(1,)]
+def test_a_start_need_not_be_waited_for(standing: Cluster) -> None:
+    standing.stop()
+    standing.start(wait=False)
+    assert standing.running
+    standing.wait_until_ready()
+    assert fetch(standing.dsn(), "SELECT 1") == [(1,)]
 
 
 def test_a_stop_that_waits_for_a_client_gives_up_in_time(cluster: Cluster) -> None:
@@ -126,9 +133,9 @@ def test_a_stop_that_waits_for_a_client_gives_up_in_time(cluster: Cluster) -> No
     assert not cluster.running
 
 
-def test_starting_twice_is_refused(cluster: Cluster) -> None:
+def test_starting_twice_is_refused(standing: Cluster) -> None:
     with pytest.raises(SetupError, match="running already"):
-        cluster.start()
+        standing.start()
 
 
 def test_starting_before_creating_is_refused() -> None:
@@ -299,6 +306,6 @@ def test_a_standby_can_take_over_a_failover_slot(make_cluster: Callable[..., Clu
         assert fetch(standby.dsn(), "SELECT slot_name, synced FROM pg_replication_slots") == [("kept", True)]
 
 
-def test_promoting_a_primary_is_refused(cluster: Cluster) -> None:
+def test_promoting_a_primary_is_refused(standing: Cluster) -> None:
     with pytest.raises(SetupError, match="pg_ctl failed"):
-        cluster.promote()
+        standing.promote()
