@@ -105,6 +105,7 @@ def test_a_second_change_of_the_same_row_joins_the_request_that_has_not_begun(ti
     until(tickets.in_step_now, lambda: tickets.difference)
 
 
+@pytest.mark.proof
 def test_a_second_change_while_a_request_is_served_asks_only_for_what_that_has_read(tickets: Pipeline) -> None:
     worker = tickets.start()
     tickets.live()

@@ -153,6 +153,7 @@ def few_at_a_time(pipeline: Pipeline, seen: int) -> bool:
     return sum(applied) >= 100 and sum(rows <= 3 for rows in applied) >= 4
 
 
+@pytest.mark.proof
 def test_the_progress_of_a_resync_goes_on_while_it_looks_for_rows_that_are_gone(live: Pipeline) -> None:
     live.target.execute(
         "INSERT INTO cdcsync.articles_chunks"
@@ -242,6 +243,7 @@ def both(database: Database, make_pipeline: Callable[[str], Pipeline]) -> Pipeli
     return pipeline
 
 
+@pytest.mark.proof
 def test_a_replay_gives_way_to_single_documents_of_another_index_and_resumes_after_them(both: Pipeline) -> None:
     slow = both.answer("replay", "articles", "--detach", "--max-rows-per-s", "1")["request"]
     how_far = "SELECT rows_done, state FROM cdcsync.backfills WHERE id = %s"
@@ -261,6 +263,7 @@ def test_a_replay_gives_way_to_single_documents_of_another_index_and_resumes_aft
     assert places == sorted(set(places))
 
 
+@pytest.mark.proof
 def test_no_stream_of_short_requests_of_another_index_holds_a_replay_up(both: Pipeline) -> None:
     with both.target.transaction():
         both.target.execute("INSERT INTO cdcsync.backfills (index_name, kind) VALUES ('articles', 'replay')")

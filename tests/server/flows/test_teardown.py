@@ -133,6 +133,7 @@ def test_a_pipeline_that_was_torn_down_can_be_set_up_again(
     pipeline.compare()
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(("answer", "status"), [("n\n", 1), ("\n", 1), ("", 2)], ids=["no", "empty line", "nobody"])
 def test_without_a_yes_nothing_is_changed(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], answer: str, status: int

@@ -38,6 +38,7 @@ def test_a_publication_that_is_renamed_is_made_again_under_its_name(make_scene: 
     scene.follows()
 
 
+@pytest.mark.proof
 def test_a_partition_that_is_detached_while_others_read_goes_once_it_is_gone(make_scene: MakeScene) -> None:
     scene = make_scene(
         [
@@ -65,6 +66,7 @@ def test_a_partition_that_is_detached_while_others_read_goes_once_it_is_gone(mak
     scene.heals()
 
 
+@pytest.mark.proof
 def test_a_publication_that_stops_sending_generated_columns_pauses_the_index_that_needs_one(
     make_scene: MakeScene, server: Server
 ) -> None:

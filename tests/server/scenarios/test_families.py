@@ -191,6 +191,7 @@ def test_an_index_equals_its_many_tables_whatever_happens_to_one(families: Scene
     assert not paused & set(EVENTS)
 
 
+@pytest.mark.proof
 @HOW
 def test_a_table_unlike_the_others_is_left_out_until_it_is_like_them(families: Scene, how: str) -> None:
     if how == "down":

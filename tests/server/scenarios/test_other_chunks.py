@@ -368,6 +368,7 @@ def test_other_chunks_are_not_begun_while_vectors_are_made_anew(
     ready(pipeline, 2)
 
 
+@pytest.mark.proof
 def test_other_chunks_are_activated_rolled_back_and_dropped_while_the_source_is_away(
     make_cluster: Callable[..., Cluster], database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

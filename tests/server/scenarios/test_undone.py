@@ -178,6 +178,7 @@ CASES += [f"{case}_{how}" for case in OF_NOTES for how in HOW]
 CASES += [f"{kind}_{how}" for kind in MOVED for how in HOW] + [f"tables_{how}_other" for how in HOW]
 
 
+@pytest.mark.proof_from(4)
 @pytest.mark.parametrize("name", CASES)
 def test_an_index_equals_its_table_after_what_was_altered_and_altered_back(undone: Scene, name: str) -> None:
     undone.settle()

@@ -127,6 +127,7 @@ async def called(client: httpx2.AsyncClient, tool: str, **arguments: Any) -> Any
     return answer.json()["result"]["structuredContent"]
 
 
+@pytest.mark.proof_from(12)
 @pytest.mark.parametrize(("number", "case"), list(enumerate(VALUES, 1)), ids=lambda one: str(one)[:40])
 async def test_a_value_is_found_told_and_found_again(odd: Config, number: int, case: tuple[str, str, Any, Any]) -> None:
     type_, _, in_python, in_json = case

@@ -91,6 +91,7 @@ def test_a_worker_that_dies_while_an_index_is_verified_is_stood_in_for(live: Pip
         assert found.result()["differences"] == {"carried": 1}
 
 
+@pytest.mark.proof
 def test_nothing_is_said_of_an_index_that_is_switched_while_it_is_verified(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
@@ -246,6 +247,7 @@ with psycopg.connect({live.config.source.dsn!r}, autocommit=True) as c:
     live.in_step()
 
 
+@pytest.mark.proof
 def test_a_commit_that_waits_for_a_standby_is_no_difference(
     make_cluster: Callable[..., Any], database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

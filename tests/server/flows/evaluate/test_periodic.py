@@ -41,6 +41,7 @@ def metrics(pipeline: Pipeline) -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
 
+@pytest.mark.proof
 def test_the_worker_measures_by_itself_and_the_command_tells(
     database: Database, make_pipeline: Callable[[str], Pipeline], capsys: pytest.CaptureFixture[str]
 ) -> None:

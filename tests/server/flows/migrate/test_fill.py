@@ -37,6 +37,7 @@ CHANGED: dict[str, Section] = {
 }
 
 
+@pytest.mark.proof
 def test_precision_distance_and_graph_change_without_a_text_embedded_again(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
@@ -139,6 +140,7 @@ def test_a_build_that_waits_for_a_transaction_says_for_which_and_stops_nobody(
     assert migrate(pipeline, "status")[1]["reason"] is None
 
 
+@pytest.mark.proof
 def test_a_generation_whose_graph_the_target_refuses_is_tried_again_and_stops_nobody(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

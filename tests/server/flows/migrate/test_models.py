@@ -25,6 +25,7 @@ def live(pipeline: Pipeline) -> tuple[int, str]:
     return generation, state
 
 
+@pytest.mark.proof
 def test_a_generation_that_the_workers_file_has_no_embedder_for_becomes_live_with_a_yes_only(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

@@ -97,6 +97,7 @@ def test_what_is_built_on_the_tables_is_in_the_way_and_nothing_else_changes(
         execute(f"DROP ROLE {reader}")
 
 
+@pytest.mark.proof
 def test_a_reader_in_the_way_holds_up_no_other_index(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

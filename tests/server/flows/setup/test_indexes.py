@@ -14,6 +14,7 @@ from tests.support.workers import Pipeline, until
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
 
+@pytest.mark.proof
 def test_a_session_that_uses_a_view_keeps_neither_searches_nor_other_indexes_from_going_on(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
