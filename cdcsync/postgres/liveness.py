@@ -178,23 +178,15 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         return self._patience_s
 
     @property
-    def refused(self) -> bool:
-        """Whether the server has refused to write in this session for some time.
-
-        It goes on doing so when the setting of the database or the role that was the reason is gone, which counts for
-        new sessions alone. Not at once, or each attempt would log in.
-        """
-        return self._refused_at is not None and asyncio.get_running_loop().time() - self._refused_at >= REFUSED_S
-
-    @property
-    def reusable(self) -> bool:
-        """Whether it can be lent again: in no transaction, and not refused what another session may be granted."""
-        return self.pgconn.transaction_status == TransactionStatus.IDLE and not self.refused
-
-    @property
     def free(self) -> bool:
-        """Whether it is in no transaction, and does nothing but beat: what is asked of it now comes next."""
-        return self._beats or self.pgconn.transaction_status == TransactionStatus.IDLE
+        """Whether it can be used again: it is in no transaction, does nothing but beat, and may write.
+
+        A session that was refused a write stays refused after the setting of the database or the role is removed,
+        because the server applies that only to new sessions. It is given up after a while, not at the first refusal:
+        otherwise every attempt would log in again.
+        """
+        refused = self._refused_at is not None and asyncio.get_running_loop().time() - self._refused_at >= REFUSED_S
+        return not refused and (self._beats or self.pgconn.transaction_status == TransactionStatus.IDLE)
 
     def beat(self) -> None:
         """Show the server that we are there, from now on until the connection closes."""

@@ -166,7 +166,7 @@ class Session:
 
         :raises SourceUnavailable, TargetUnavailable, SetupError: as `connect`.
         """
-        if self._connection is None or not self._connection.reusable:
+        if self._connection is None or not self._connection.free:
             await self.aclose()
             self._connection = await connect(
                 self._dsn,

@@ -19,7 +19,6 @@ from cdcsync.source.relations import Table
 GENERATED_VERSION = 180000
 """PostgreSQL 18: a publication can send stored generated columns."""
 
-
 _RESETS = {
     "database": "ALTER DATABASE {database} RESET",
     "user": "ALTER ROLE {role} RESET",
@@ -29,9 +28,9 @@ _RESETS = {
 
 
 def allow_writes(server: Server) -> str:
-    """Return how the transactions of our sessions become able to write, where by default they are read-only.
+    """Return the fix for transactions that are read-only by default.
 
-    The statement's own transaction has to be begun as one that writes.
+    The fix itself has to begin its transaction as READ WRITE: ALTER DATABASE and ALTER ROLE are writes.
     """
     if server.read_only_by == "client":
         return "take default_transaction_read_only out of the DSN's options and of PGOPTIONS"

@@ -197,11 +197,7 @@ def server_faults(server: Server) -> Iterator[Finding]:
             "point target.dsn at the primary; if it names several hosts, add target_session_attrs=read-write",
         )
     elif server.read_only_by is not None:
-        yield Finding.error(
-            "target",
-            "transactions are read-only here",
-            allow_writes(server),
-        )
+        yield Finding.error("target", "transactions are read-only here", allow_writes(server))
     if server.replica_role:
         yield Finding.error(
             "target",

@@ -161,7 +161,7 @@ class LockedSession:
 
     @property
     def _usable(self) -> bool:
-        return self._connection is not None and self._connection.free and not self._connection.refused
+        return self._connection is not None and self._connection.free
 
     async def state(self) -> PipelineState:
         """Return the stored state of the pipeline."""

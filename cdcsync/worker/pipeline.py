@@ -211,8 +211,13 @@ class Pipeline:
         )
         self.stream.described = self.watch.look
         state.problems = ChainMap(self.watch.problems, self.embedding.problems)
-        checkpoint = lambda: self.stream.checkpoint  # noqa: E731 - a name for what is asked later
-        state.attach(self.lag, checkpoint, self.streaming.failing_for, self.dispatchers, self.reconfigure)
+        state.attach(
+            self.lag,
+            lambda: self.stream.checkpoint,
+            self.streaming.failing_for,
+            self.dispatchers,
+            self.reconfigure,
+        )
 
     def _look_after_others(self, spec: IndexSpec, metrics: Metrics) -> None:
         """Make the flows of an index's generations beside the live one, as far as their embedders are configured."""

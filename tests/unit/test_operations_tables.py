@@ -105,7 +105,10 @@ HELD = {
         "tests/faults/test_overtaken.py",
         "test_nothing_of_a_frozen_worker_comes_late",
     ),
-    "the target's disk, or its writes": ("tests/faults/test_outages.py", "test_a_target_that_takes_only_reads"),
+    "the target's disk, which is full, or its writes": (
+        "tests/faults/test_outages.py",
+        "test_a_target_that_takes_only_reads",
+    ),
     "our own old session in the target": (SILENCE, "old_session_ended"),
     "our own old sessions in transactions": ("tests/server/postgres/test_liveness.py", "lost_session_ended"),
     # gaps

@@ -90,7 +90,7 @@ class Pool:
                 yield session
             finally:
                 self._idle.append(session)
-                if not session.connection.reusable:
+                if not session.connection.free:
                     # The cause that broke this connection has most likely broken the others.
                     await self.aclose()
 

@@ -122,11 +122,9 @@ class Rebuild:
                 " DROP FUNCTION IF EXISTS {note}(); DROP TABLE {changed};"
                 " ALTER TABLE {settled} RESET (autovacuum_enabled)"
             )
-            for name, value in await self._options("copy"):
-                if name == "autovacuum_enabled":  # an operator's own, which the copy has as settled had it
-                    await self._run(
-                        "ALTER TABLE {settled} SET (autovacuum_enabled = {value})", value=sql.Literal(value)
-                    )
+            # The copy has an operator's own value as settled had it.
+            if own := dict(await self._options("copy")).get("autovacuum_enabled"):
+                await self._run("ALTER TABLE {settled} SET (autovacuum_enabled = {own})", own=sql.Literal(own))
             await self._run("DROP TABLE IF EXISTS {copy}")
             crash_point("rebuild dropped")
         crash_point("rebuild gone")

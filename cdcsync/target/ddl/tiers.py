@@ -46,6 +46,7 @@ COLUMNS: LiteralString = """
 """`stored_at` says when the vector was made, not when it was moved: with the chunk and the hash it identifies it."""
 
 COLUMN_NAMES = ("chunk_id", "content_hash", "embedding", "tier", "stored_at")
+"""The names of `COLUMNS`."""
 
 DISCARDED = sql.SQL("''::bytea")
 """The content hash of a vector that is to be made anew: no text has it, so the vector is searched, and not reused."""
