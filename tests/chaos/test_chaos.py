@@ -32,6 +32,7 @@ def sides() -> Iterator[tuple[Side, Side]]:
         target.close()
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.server
 @pytest.mark.faults
 @pytest.mark.timeout(900)

@@ -108,6 +108,7 @@ def test_a_refusal_that_stays_the_same_ends_the_worker_with_its_reason(pipeline:
     assert "error: not today\n" in pipeline.tail()
 
 
+@pytest.mark.proof
 def test_refusals_for_ever_new_reasons_end_no_worker(pipeline: Pipeline) -> None:
     refuse(pipeline, "'number ' || nextval('public.refusals')")
     worker = pipeline.start()

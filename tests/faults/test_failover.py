@@ -138,6 +138,7 @@ def test_a_promoted_standby_without_the_slot_is_a_gap(
     stops_at_the_gap_and_heals(pipeline, "the replication slot is gone")
 
 
+@pytest.mark.proof
 def test_a_promoted_standby_that_lacks_what_is_indexed_is_a_gap(
     make_pair: MakePair, database: Database, make_simple: MakeSimple
 ) -> None:
@@ -185,6 +186,7 @@ def test_a_worker_waits_for_the_promotion_of_a_standby_that_its_address_leads_to
         pipeline.stop(worker)
 
 
+@pytest.mark.proof
 def test_a_backfill_does_not_wait_for_transactions_that_a_failover_lost(
     make_pair: MakePair, database: Database, make_simple: MakeSimple
 ) -> None:
@@ -234,6 +236,7 @@ def test_a_backfill_does_not_wait_for_transactions_that_a_failover_lost(
     pipeline.in_step()
 
 
+@pytest.mark.proof
 def test_a_failover_that_loses_a_transaction_that_was_applied_in_part_is_a_gap(
     make_pair: MakePair, database: Database, make_simple: MakeSimple
 ) -> None:

@@ -289,6 +289,7 @@ def server_version(database: Database) -> int:
         return connection.info.server_version
 
 
+@pytest.mark.proof
 def test_a_target_that_takes_only_reads_for_a_while_is_waited_for_and_the_reason_is_told(
     make_database: Callable[[], Database], make_simple: MakeSimple
 ) -> None:

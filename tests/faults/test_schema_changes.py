@@ -51,6 +51,7 @@ def state(pipeline: Pipeline, index: str) -> tuple[str, str | None]:
     return row[0], row[1]
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("gap", ["slot dropped", "slot advanced"])
 def test_after_a_gap_resync_heals_updates_inserts_and_deletes_alike(
     pipeline: Pipeline, make_pipeline: Callable[[str], Pipeline], gap: str
@@ -109,6 +110,7 @@ def test_what_happened_to_a_table_while_nobody_looked_is_made_up_for(pipeline: P
     until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
 
 
+@pytest.mark.proof
 def test_a_row_filter_that_changes_is_followed(pipeline: Pipeline) -> None:
     if pipeline.source.info.server_version < 150000:
         pytest.skip("PostgreSQL 14 has no row filters")
@@ -158,6 +160,7 @@ def test_an_initial_load_that_was_cancelled_leaves_no_live_index_of_half_the_row
     until(lambda: pipeline.in_step_now() and state(pipeline, "articles")[0] == "live", pipeline.tail)
 
 
+@pytest.mark.proof
 def test_a_slot_that_is_dropped_in_the_middle_of_the_initial_load_is_healed_by_a_resync(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

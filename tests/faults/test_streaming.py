@@ -209,6 +209,7 @@ def test_a_transaction_with_very_many_subtransactions_is_applied_but_for_those_r
     assert streamed(pipeline) > 0
 
 
+@pytest.mark.proof
 def test_what_was_spooled_goes_with_the_connection_and_with_the_worker(pipeline: Pipeline) -> None:
     if not Path("/proc/self/fd").exists():
         pytest.skip("open files are read from /proc")

@@ -32,7 +32,6 @@ def one_not_a_number(exchange: Any, texts: list[str]) -> None:
 
 
 FAULTS: Mapping[str, Misdeed] = {
-    "silence": silent,
     "400": status(400, {"error": {"message": "no"}}),
     "500": status(500, {"error": {"message": "no"}}),
     "a connection that is cut": cut,
@@ -40,6 +39,7 @@ FAULTS: Mapping[str, Misdeed] = {
     "vectors that are too long": wrong_dimension,
     "vectors of NaN": not_a_number,
     "one vector of zeros": one_not_a_number,
+    "silence": silent,
 }
 
 

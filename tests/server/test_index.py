@@ -359,6 +359,7 @@ async def test_a_position_is_reached_by_the_server_that_answers(make_cluster: Ca
                 await articles.search("whale", after_lsn="here")
 
 
+@pytest.mark.proof
 async def test_what_is_told_of_a_search_is_of_the_server_that_answered(
     make_cluster: Callable[..., Cluster],
 ) -> None:

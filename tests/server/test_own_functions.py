@@ -248,6 +248,7 @@ def test_a_function_that_is_not_there_is_a_wrong_configuration(
     assert "PYTHONPATH" in said
 
 
+@pytest.mark.proof
 def test_a_function_is_called_once_for_each_row_however_long_the_rows_of_a_batch_take(
     make_pipeline: Callable[[str], Pipeline], database: Database, tmp_path: Path
 ) -> None:

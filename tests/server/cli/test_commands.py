@@ -184,6 +184,7 @@ def test_a_wrong_condition_is_a_usage_error(database: Database, environment: dic
     assert "c.tenant" in fix
 
 
+@pytest.mark.proof
 def test_a_query_by_another_model_than_the_index_is_refused(
     database: Database, config_file: Path, environment: dict[str, str]
 ) -> None:
@@ -279,6 +280,7 @@ class Screen:
         os.close(self._ours)
 
 
+@pytest.mark.proof
 def test_a_watched_status_stays_on_the_screen_through_an_outage_and_gives_the_terminal_back(
     database: Database, environment: dict[str, str]
 ) -> None:

@@ -84,6 +84,7 @@ def test_the_walk_works_as_it_is_written(database: Database, make_pipeline: Call
     pipeline.in_step()
 
 
+@pytest.mark.proof
 @pytest.mark.timeout(180)
 def test_the_walk_to_other_chunks_works_as_it_is_written(
     database: Database, make_pipeline: Callable[[str], Pipeline]

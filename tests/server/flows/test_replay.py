@@ -109,6 +109,7 @@ def test_keys_are_found_however_they_are_written(
     assert held.fetchone() == (["1.00", "2.0", "3.0"],)
 
 
+@pytest.mark.proof
 def test_force_embed_makes_vectors_again_of_what_it_touches_and_of_nothing_else(live: Pipeline) -> None:
     live.target.execute("UPDATE cdcsync.articles_vectors_1 SET embedding = array_fill(1.0, '{16}')::vector")
     live.answer("replay", "articles", "--where", "id <= 50")
@@ -324,6 +325,7 @@ def test_ctrl_c_leaves_the_request_or_cancels_it_as_asked(live: Pipeline, choice
     assert live.target.execute(latest).fetchone() == (state,)
 
 
+@pytest.mark.proof
 def test_ctrl_c_needs_no_answer_from_the_target_to_leave_a_request(
     make_cluster: Callable[..., Cluster], make_simple: MakeSimple
 ) -> None:

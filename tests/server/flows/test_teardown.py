@@ -122,6 +122,7 @@ def test_a_purge_leaves_nothing_behind_and_can_be_repeated(
     assert database.execute("SELECT count(*) FROM articles") == [(20,)]
 
 
+@pytest.mark.proof
 def test_a_pipeline_that_was_torn_down_can_be_set_up_again(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
@@ -185,6 +186,7 @@ def test_what_a_user_built_on_the_index_is_not_dropped_with_it(
     assert slots(database) == [f"s_{database.name}"]
 
 
+@pytest.mark.proof
 def test_the_other_pipeline_of_the_schema_goes_on(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:

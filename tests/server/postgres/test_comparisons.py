@@ -44,6 +44,7 @@ async def test_only_types_with_operators_elsewhere_are_not_plain(typed: Database
     assert [name for name, is_plain in plain.items() if not is_plain] == ["other.citext", "other.ltree", "other.label"]
 
 
+@pytest.mark.proof_from(4)
 @pytest.mark.parametrize("types", [[name] for name in TYPES] + [["other.citext", "bigint"], ["text", "other.ltree"]])
 async def test_a_key_follows_another_exactly_if_the_server_sorts_it_after(typed: Database, types: list[str]) -> None:
     columns = [sql.Identifier(f"c{at}") for at in range(len(types))]

@@ -66,6 +66,7 @@ async def test_another_type_of_the_same_name_is_not_taken_for_the_columns(
     assert report.specs[0].carried_types == ("text",)
 
 
+@pytest.mark.proof_from(3)
 @pytest.mark.parametrize("type_", ["regclass", "regrole", "regprocedure[]", "aclitem[]", "relation"])
 @pytest.mark.parametrize("paused", [False, True], ids=["new", "paused with it"])
 async def test_names_of_what_the_source_has_are_text_in_another_database_and_an_index_gives_up_their_type(

@@ -27,6 +27,7 @@ def writes(scene: Scene, table: str) -> None:
     scene.execute(*(one.format(t=table) for one in WRITE))
 
 
+@pytest.mark.proof
 def test_a_publication_that_is_renamed_is_made_again_under_its_name(make_scene: MakeScene) -> None:
     scene = make_scene([one.format(t="named") for one in (TABLE, ROWS)], {"named": Followed("named")})
     if scene.pipeline.source.info.server_version < 180000:
@@ -124,6 +125,7 @@ def test_a_database_that_is_renamed_is_told_by_name(make_scene: MakeScene) -> No
     scene.follows()
 
 
+@pytest.mark.proof
 def test_a_source_whose_transactions_are_read_only_is_followed_and_what_it_cannot_do_is_told(
     make_database: Callable[[], Database], make_simple: MakeSimple
 ) -> None:
@@ -150,6 +152,7 @@ def test_a_source_whose_transactions_are_read_only_is_followed_and_what_it_canno
     assert worker.poll() is None
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("by", ["dump", "logical replication"])
 def test_a_target_that_was_moved_to_another_database_goes_on_where_it_was(
     make_database: Callable[[], Database], make_simple: MakeSimple, tmp_path: Path, by: str

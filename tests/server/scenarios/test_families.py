@@ -263,6 +263,7 @@ def test_a_worker_that_is_killed_while_tables_appear_and_go_reads_them_when_it_c
     families.heals("appears", "beside")
 
 
+@pytest.mark.proof
 def test_other_indexes_go_on_while_a_table_that_appeared_is_examined(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

@@ -262,6 +262,7 @@ def test_an_index_migrates_from_words_to_a_real_model_of_as_many_dimensions(
     pipeline.in_step()
 
 
+@pytest.mark.proof
 def test_vectors_that_are_to_be_made_anew_are_made_anew_in_every_generation(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

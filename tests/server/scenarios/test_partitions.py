@@ -97,6 +97,7 @@ def test_rows_come_with_a_partition_that_is_attached_and_go_with_one_that_is_det
     parted.heals("attached")
 
 
+@pytest.mark.proof
 def test_a_partition_may_be_emptied_by_itself(parted: Scene) -> None:
     parted.execute("TRUNCATE emptied_2025", "INSERT INTO emptied VALUES (300, '2025-02-03', 'came after')")
     parted.heals("emptied")

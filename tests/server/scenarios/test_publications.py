@@ -102,6 +102,7 @@ def test_a_row_filter_holds_for_the_load_the_stream_and_what_is_read_again(make_
     scene.follows()
 
 
+@pytest.mark.proof
 def test_a_row_filter_that_fails_for_a_row_is_a_gap_and_after_it_costs_that_row_alone(make_scene: MakeScene) -> None:
     scene = make_scene(
         [

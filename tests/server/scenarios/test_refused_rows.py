@@ -31,6 +31,7 @@ def latin(database: Database) -> Iterator[str]:
         admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(identifier))
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("role", ["text", "carried", "both"])
 def test_rows_with_characters_that_the_target_lacks_are_listed_and_the_others_are_loaded(
     database: Database, latin: str, make_pipeline: Callable[[str], Pipeline], role: str

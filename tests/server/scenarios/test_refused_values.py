@@ -157,6 +157,7 @@ CONVERSIONS = {
 }
 
 
+@pytest.mark.proof
 def test_a_key_that_cannot_be_converted_is_a_new_load_that_embeds_nothing_again(make_scene: MakeScene) -> None:
     names = {f"c{at}": case for at, case in enumerate(CONVERSIONS.values())}
     scene = make_scene(
@@ -201,6 +202,7 @@ DROPPED = {
 DROPS = {what.replace(" ", "_").replace("-", "_"): drop for what, drop in DROPPED.items()}
 
 
+@pytest.mark.proof
 def test_what_somebody_dropped_in_the_target_comes_back_with_a_start(make_scene: MakeScene) -> None:
     scene = make_scene(
         [

@@ -201,6 +201,7 @@ def test_documents_whose_related_tables_are_truncated_are_made_again_and_not_com
     restore(orders, before)
 
 
+@pytest.mark.proof
 def test_documents_are_compared_if_one_partition_of_a_related_table_is_truncated(orders: Scene) -> None:
     """The stream does not bring that, where the publication sends the root."""
     before, compared = rows(orders), orders.compared("orders")
@@ -481,6 +482,7 @@ where = 'WHERE'
 """
 
 
+@pytest.mark.proof
 def test_a_related_row_moves_although_a_column_of_its_link_is_not_sent_and_conditions_may_be_written_in_any_way(
     make_scene: MakeScene,
 ) -> None:

@@ -64,6 +64,7 @@ WRONG = """
 """
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize("number", [3, 25, 60], ids=["first page", "a page", "last page"])
 def test_a_document_that_comes_between_those_of_a_page_under_way_is_rebuilt_with_them(
     database: Database,

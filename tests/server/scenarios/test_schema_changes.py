@@ -229,6 +229,7 @@ def test_an_index_that_cannot_follow_is_paused_alone_until_its_table_is_fit_agai
     until(lambda: pipeline.get("/readyz")[0] == 200, "the page to say so")
 
 
+@pytest.mark.proof
 def test_a_publication_that_stops_sending_updates_pauses_its_indexes_until_it_sends_them_again(
     make_scene: MakeScene,
 ) -> None:
@@ -281,6 +282,7 @@ def test_a_publication_that_somebody_drops_comes_back(make_scene: MakeScene, dow
     scene.follows()
 
 
+@pytest.mark.proof
 def test_writes_that_the_publication_makes_fail_are_told_until_they_succeed(make_scene: MakeScene) -> None:
     scene = make_scene([one.format(t="failing") for one in (TABLE, ROWS)], {"failing": Followed("failing")})
     if scene.pipeline.source.info.server_version < 180000:
@@ -300,6 +302,7 @@ def test_writes_that_the_publication_makes_fail_are_told_until_they_succeed(make
     scene.follows("beat", "failing")
 
 
+@pytest.mark.proof
 def test_a_view_that_others_are_built_on_keeps_its_types_and_its_index_is_followed(make_scene: MakeScene) -> None:
     scene = make_scene(
         [one.format(t="dependent") for one in (TABLE, ROWS)], {"dependent": Followed("dependent", columns=CARRIED)}

@@ -101,6 +101,7 @@ def test_case_tells_tables_and_columns_apart(tables: Scene) -> None:
     tables.follows("plain", "quoted")
 
 
+@pytest.mark.proof
 def test_a_table_may_have_as_many_columns_as_there_can_be(tables: Scene) -> None:
     tables.execute(
         "INSERT INTO wide (id, title, c0, c1597) VALUES (1, 'wide', 1, 2), (2, 'wider', NULL, 4)",

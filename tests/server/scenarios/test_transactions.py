@@ -182,6 +182,7 @@ def test_rows_that_came_by_replication_from_elsewhere_are_indexed(
     ).fetchone() == (3,)
 
 
+@pytest.mark.proof_from(1)
 def test_the_index_does_not_follow_its_own_writes(notes: Scene) -> None:
     """With a publication of all tables the stream brings what apply wrote: the worker has to come to rest."""
     notes.execute("UPDATE notes SET title = title || '.'")

@@ -147,6 +147,7 @@ def test_a_row_that_the_source_fails_to_read_is_listed_and_the_others_stay_right
     assert not scene.pipeline.times("index_paused")
 
 
+@pytest.mark.proof
 def test_a_restart_does_not_refuse_a_condition_that_fails_for_a_row(failing: Scene) -> None:
     scene = failing
     scene.execute("UPDATE again SET note = 'none' WHERE id = 1")

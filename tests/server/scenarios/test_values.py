@@ -187,6 +187,7 @@ def test_names_of_what_only_the_source_has_arrive_in_another_database(make_scene
         until(partial(scene.equal, name), scene.pipeline.tail)
 
 
+@pytest.mark.proof
 def test_a_key_that_the_target_cannot_take_pauses_its_index_and_names_the_row_where_no_log_does(
     make_scene: MakeScene,
 ) -> None:

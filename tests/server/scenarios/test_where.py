@@ -114,6 +114,7 @@ def test_rows_of_partitions_keep_to_the_condition(some: Scene) -> None:
     some.follows("parted")
 
 
+@pytest.mark.proof_from(1)
 @EACH
 def test_commands_keep_to_the_condition(some: Scene, name: str) -> None:
     some.execute(f"INSERT INTO {name} VALUES (70, 'in', 'open', NULL, true), (71, 'out', 'spam', now(), false)")

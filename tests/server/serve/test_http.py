@@ -528,6 +528,7 @@ SENT = ("Authorization", "Content-Type", "If-None-Match", "traceparent", "traces
 SENT_BY_MCP = ("MCP-Protocol-Version", "Mcp-Session-Id", "Last-Event-ID", "Mcp-Method", "Mcp-Name")
 
 
+@pytest.mark.proof_from(12)
 @pytest.mark.parametrize("origin", ["https://app.example.org", "https://elsewhere.example.org"])
 @pytest.mark.parametrize(
     ("path", "method", "header"),

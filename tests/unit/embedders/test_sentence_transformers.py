@@ -613,6 +613,7 @@ async def test_an_accelerator_that_is_known_only_once_the_model_is_loaded_gets_t
     assert max(seen) == 2
 
 
+@pytest.mark.proof
 @pytest.mark.model
 async def test_calls_at_the_same_time_give_each_text_its_own_vector(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "4")

@@ -118,6 +118,7 @@ def audited_slowly(make_database: Callable[[], Database], make_simple: MakeSimpl
     return pipeline, worker
 
 
+@pytest.mark.proof
 def test_an_audit_whose_worker_is_killed_goes_on_where_it_was(
     make_database: Callable[[], Database], make_simple: MakeSimple
 ) -> None:

@@ -79,6 +79,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.proof
 def test_a_worker_that_dies_while_an_index_is_verified_is_stood_in_for(live: Pipeline) -> None:
     (worker,) = live.processes
     worker.send_signal(signal.SIGSTOP)  # it has the lock, and serves nothing
@@ -282,6 +283,7 @@ def test_a_commit_that_waits_for_a_standby_is_no_difference(
         pipeline.in_step()
 
 
+@pytest.mark.proof
 def test_the_worker_verifies_on_a_schedule_and_shows_the_outcome(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:

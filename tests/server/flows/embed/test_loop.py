@@ -55,6 +55,7 @@ def stored(pipeline: Pipeline) -> int:
     return int(row[0])
 
 
+@pytest.mark.proof
 def test_a_killed_worker_loses_no_more_than_the_calls_in_flight_and_one_that_is_being_stored(
     pipeline: Pipeline, provider: FakeProvider
 ) -> None:

@@ -134,6 +134,7 @@ async def test_no_search_goes_by_hnsw_while_nothing_has_settled(database: Databa
     assert (one.recall, one.by_hnsw, one.settled_recall) == (1.0, False, None)
 
 
+@pytest.mark.proof_from(2)
 @pytest.mark.parametrize("quantise", ["none", "binary"])
 @pytest.mark.parametrize(("k", "where"), [(10, None), (3, "tenant = 3"), (100, None)])
 async def test_what_is_measured_is_what_the_search_function_finds(

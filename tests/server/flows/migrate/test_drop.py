@@ -22,6 +22,7 @@ from tests.support.workers import Pipeline
 pytestmark = pytest.mark.server
 
 
+@pytest.mark.proof
 def test_a_generation_never_gets_the_number_of_one_that_was_dropped(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

@@ -72,6 +72,7 @@ def test_precision_distance_and_graph_change_without_a_text_embedded_again(
     assert "(((binary_quantize(embedding))::bit(8)) bit_hamming_ops)" in definition("signs")
 
 
+@pytest.mark.proof
 def test_texts_that_are_discarded_during_a_fill_do_not_begin_it_again(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

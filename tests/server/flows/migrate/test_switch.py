@@ -29,6 +29,7 @@ from tests.support.workers import Pipeline, until
 pytestmark = pytest.mark.server
 
 
+@pytest.mark.proof
 def test_a_generation_that_lacks_more_vectors_becomes_live_with_a_yes_only(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
@@ -62,6 +63,7 @@ def test_a_generation_that_lacks_more_vectors_becomes_live_with_a_yes_only(
     assert migrate(pipeline, "rollback")["live"] == 1
 
 
+@pytest.mark.proof
 def test_a_generation_whose_embedder_has_no_section_does_not_become_live(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

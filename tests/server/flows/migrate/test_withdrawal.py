@@ -77,6 +77,7 @@ def ended(pipeline: Pipeline, number: signal.Signals, *arguments: str, once: str
     return status, " ".join(path.read_text().split())
 
 
+@pytest.mark.proof
 def test_ctrl_c_withdraws_an_activation_that_waits_for_the_worker(unwatching: Pipeline) -> None:
     pipeline = unwatching
     status, said = ended(pipeline, signal.SIGINT, "activate")

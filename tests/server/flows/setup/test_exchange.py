@@ -116,6 +116,7 @@ def test_a_reader_in_the_way_holds_up_no_other_index(
     assert migrate(pipeline, "activate")["live"] == 2
 
 
+@pytest.mark.proof
 def test_what_is_wrong_with_the_table_of_both_sides_is_said_once(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

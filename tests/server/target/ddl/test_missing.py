@@ -81,6 +81,7 @@ async def test_of_a_whole_index_nothing_is_missing(loaded: LiveIndex) -> None:
     assert not missing
 
 
+@pytest.mark.proof_from(6)
 @pytest.mark.parametrize("statement", DROPPED)
 async def test_what_was_dropped_or_is_invalid_is_named(loaded: LiveIndex, statement: str) -> None:
     await loaded.connection.execute(statement.encode())
