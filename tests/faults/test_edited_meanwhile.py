@@ -38,7 +38,7 @@ def pipeline(database: Database, make_pipeline: Callable[[str], Pipeline]) -> Pi
     return pipeline
 
 
-@pytest.mark.proof_from(3)
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(
     ("before", "meanwhile"),
     [

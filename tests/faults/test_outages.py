@@ -66,7 +66,7 @@ def waits_for_a_lock(pipeline: Pipeline) -> bool:
     return row != (0,)
 
 
-@pytest.mark.proof_from(1)
+@pytest.mark.proof
 @pytest.mark.parametrize("waits_for", ["source", "target", "silent target"])
 def test_a_source_can_be_shut_down_while_changes_that_it_has_sent_wait_for_it_or_for_the_target(
     make_cluster: Callable[..., Cluster],
@@ -181,7 +181,7 @@ def sender(pipeline: Pipeline) -> tuple[int, datetime]:
     return row[0], row[1]
 
 
-@pytest.mark.proof_from(1)
+@pytest.mark.proof
 @pytest.mark.timeout(120 + 2 * OUTAGE_S)
 @pytest.mark.parametrize("mode", ["frozen", "down"])
 def test_the_source_hears_of_the_worker_all_the_time_that_the_target_is_away(

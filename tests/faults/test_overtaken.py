@@ -49,6 +49,7 @@ def cut_off(pipeline: Pipeline, *databases: Database) -> Iterator[None]:
     assert pipeline.times("index_paused") == 0
 
 
+@pytest.mark.proof
 def test_a_worker_that_a_repair_overtook_stands_by_and_continues(
     make_database: Callable[[], Database], make_simple: MakeSimple
 ) -> None:
@@ -64,6 +65,7 @@ def test_a_worker_that_a_repair_overtook_stands_by_and_continues(
     pipeline.in_step()
 
 
+@pytest.mark.proof
 def test_a_worker_whose_vectors_were_dropped_meanwhile_stands_by_and_continues(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:

@@ -109,7 +109,7 @@ def waiting_for_vectors(pipeline: Pipeline, provider: FakeProvider) -> None:
     pipeline.in_step(vectors=False)
 
 
-@pytest.mark.proof_from(1)
+@pytest.mark.proof
 @pytest.mark.parametrize(("table", "mode"), [("vectors_1_fresh", "SHARE"), ("backlog", "ACCESS EXCLUSIVE")])
 def test_vectors_that_cannot_be_stored_are_kept_and_take_no_connection_from_another_index(
     pipeline: Pipeline, provider: FakeProvider, table: str, mode: str

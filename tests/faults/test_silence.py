@@ -89,7 +89,7 @@ def test_a_connection_that_falls_silent_is_noticed_told_of_and_made_again(
         assert pipeline.times("old_session_ended") > 0
 
 
-@pytest.mark.proof_from(1)
+@pytest.mark.proof
 @pytest.mark.parametrize("how", ["the process stands still", "the host is cut off"])
 def test_a_standby_takes_over_from_a_worker_whose_sessions_nobody_has_any_more(
     make_cluster: Callable[..., Cluster],
@@ -216,6 +216,7 @@ def test_a_start_waits_no_longer_than_it_may(
     assert "fix: " in pipeline.tail()
 
 
+@pytest.mark.proof
 def test_a_publication_that_was_made_again_on_15_is_a_gap_that_heals(
     make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple
 ) -> None:

@@ -81,6 +81,7 @@ def test_a_worker_whose_apply_waits_for_a_lock_ends_in_time_and_leaves_nothing_h
     pipeline.in_step()
 
 
+@pytest.mark.proof
 def test_a_worker_that_is_killed_while_it_waits_for_a_lock_leaves_no_session_in_the_queue(
     make: Callable[[str], Pipeline],
 ) -> None:

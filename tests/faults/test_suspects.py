@@ -184,6 +184,7 @@ def test_a_text_that_fails_in_any_way_is_found_and_all_others_have_their_vectors
     assert vectors(pipeline, "articles") == 20
 
 
+@pytest.mark.proof
 def test_a_restart_loses_no_attempt_and_finds_those_that_hang_again(pipeline: Pipeline, provider: FakeProvider) -> None:
     poisoned = Poisoned(provider, cut)
     worker = pipeline.start()

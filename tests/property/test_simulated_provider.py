@@ -122,6 +122,7 @@ def check(kind: str, seed: int, concurrency: int = 4, temper: Temper | None = No
     return provider
 
 
+@pytest.mark.proof_from(8)
 @pytest.mark.parametrize("seed", range(20))
 def test_every_good_text_gets_its_vector_and_every_bad_one_its_reason(seed: int) -> None:
     check(KINDS[seed % len(KINDS)], seed)

@@ -332,6 +332,7 @@ def test_colours_in_a_terminal_go_with_no_color(environment: dict[str, str]) -> 
             screen.close()
 
 
+@pytest.mark.proof
 def test_a_worker_on_a_terminal_shows_its_first_load_and_then_where_to_look(
     database: Database, environment: dict[str, str]
 ) -> None:

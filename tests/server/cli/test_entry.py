@@ -101,6 +101,7 @@ TYPED = [
 ]
 
 
+@pytest.mark.proof_from(14)
 @pytest.mark.parametrize(
     ("command", "mistake", "words"), [pytest.param(*one, id=f"{one[0]}-{one[1].__name__}") for one in TYPED]
 )

@@ -133,6 +133,7 @@ def test_what_cannot_be_indexed_is_refused_and_nothing_is_written(
 MANY = ", ".join(f"n{number} int" for number in range(58))
 
 
+@pytest.mark.proof_from(3)
 @pytest.mark.parametrize(
     ("created", "table", "text", "columns"),
     [

@@ -196,6 +196,7 @@ def test_a_new_index_and_a_changed_one_wait_for_their_approval_while_another_goe
     until(lambda: state(pipeline, "articles")[0] == "paused", pipeline.tail)
 
 
+@pytest.mark.proof
 def test_an_approval_of_a_first_load_outlasts_a_start_that_did_not_get_to_it(
     pipeline: Pipeline, database: Database
 ) -> None:

@@ -219,6 +219,7 @@ async def test_a_server_that_was_started_again_has_lost_every_statement(cluster:
 # -- sessions that are left behind -----------------------------------------------------------------------------------
 
 
+@pytest.mark.proof_from(2)
 @pytest.mark.parametrize("how", ["given up", "cancelled"])
 @pytest.mark.parametrize("kind", ["plain", "switched", "pooled"])
 async def test_a_session_that_is_left_behind_in_a_transaction_is_ended_on_the_server_with_its_locks(

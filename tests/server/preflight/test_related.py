@@ -35,6 +35,7 @@ async def test_related_tables_that_have_all_they_need_pass(database: Database) -
     assert report.specs[0].tables == report.specs[0].config.followed
 
 
+@pytest.mark.proof_from(8)
 @pytest.mark.parametrize(
     ("lines", "sign", "hint"),
     [

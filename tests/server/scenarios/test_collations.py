@@ -90,7 +90,7 @@ def test_rows_of_many_tables_are_chosen_by_the_collation_of_each(collated: tuple
     scene.follows()
 
 
-@pytest.mark.proof_from(2)
+@pytest.mark.proof_from(1)
 @pytest.mark.parametrize(("index", "table"), [("one", "one"), ("many", "m_2.rows")])
 def test_a_column_that_gets_another_collation_has_its_rows_chosen_by_that(
     collated: tuple[Scene, Way], index: str, table: str

@@ -128,6 +128,7 @@ CASES = {
 }
 
 
+@pytest.mark.proof_from(3)
 @pytest.mark.parametrize("case", CASES)
 def test_the_stream_goes_on_without_what_is_to_be_read_from_a_locked_table(locked: Scene, case: str) -> None:
     index, table, changes = CASES[case]
@@ -335,7 +336,7 @@ def test_requests_and_audits_of_the_others_go_on_beside_an_index_whose_tables_in
     until(partial(answered, "chosen"), pipeline.tail)
 
 
-@pytest.mark.proof_from(1)
+@pytest.mark.proof
 @pytest.mark.parametrize("mode", ["ACCESS EXCLUSIVE", "SHARE UPDATE EXCLUSIVE"])
 def test_a_first_start_whose_only_table_is_locked_follows_it_once_it_is_free(
     make_pipeline: Callable[[str], Pipeline], database: Database, mode: str

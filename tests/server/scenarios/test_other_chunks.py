@@ -300,6 +300,7 @@ def test_chunks_that_are_given_up_are_not_made_in_place(
     assert belongings(pipeline, "articles") | belongings(pipeline, "articles~4") == set()
 
 
+@pytest.mark.proof
 def test_rows_that_no_document_of_the_other_chunks_is_made_of_are_listed_counted_and_read_again(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
@@ -350,6 +351,7 @@ def test_texts_that_both_have_are_not_embedded_again(
     assert (done.returncode, "cdcsync migrate articles drop" in done.stderr) == (2, True), done.stderr
 
 
+@pytest.mark.proof
 def test_other_chunks_are_not_begun_while_vectors_are_made_anew(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

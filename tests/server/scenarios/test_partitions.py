@@ -298,6 +298,7 @@ def test_rows_of_a_partition_that_went_before_they_arrived_leave_the_index(passi
     passing.follows("beside")
 
 
+@pytest.mark.proof
 def test_a_worker_that_is_killed_before_it_looks_finds_what_came_and_went(passing: Scene) -> None:
     pipeline = passing.pipeline
     pipeline.stop(pipeline.processes[-1])

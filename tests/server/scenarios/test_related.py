@@ -175,6 +175,7 @@ def test_each_document_is_read_once_however_many_of_its_rows_change(
     restore(tickets, before)
 
 
+@pytest.mark.proof_from(1)
 @pytest.mark.proof_from(2)
 @pytest.mark.parametrize(
     "statements",

@@ -70,7 +70,7 @@ def test_a_truncate_that_the_stream_carries_has_nothing_compared_and_whatever_ma
     assert scene.pipeline.times("index_paused") == 0
 
 
-@pytest.mark.proof_from(1)
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("statements", "kinds"),
     [

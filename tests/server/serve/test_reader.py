@@ -134,7 +134,7 @@ async def told(config: Any) -> AsyncIterator[tuple[httpx2.AsyncClient, list[Any]
             yield client, logs
 
 
-@pytest.mark.proof_from(6)
+@pytest.mark.proof_from(3)
 @pytest.mark.parametrize("held", [True, False], ids=["with a role", "without one"])
 @pytest.mark.parametrize("index", KINDS)
 async def test_every_tool_finds_the_same_rows_for_a_claim_however_it_is_written(

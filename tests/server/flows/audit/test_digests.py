@@ -98,6 +98,7 @@ DIFFERENCES = {
 }
 
 
+@pytest.mark.proof_from(3)
 @pytest.mark.parametrize("what", DIFFERENCES)
 async def test_a_document_that_differs_has_another_digest(sides: Sides, what: str) -> None:
     sides.database.execute(DIFFERENCES[what])

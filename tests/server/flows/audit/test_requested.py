@@ -18,7 +18,7 @@ pytestmark = pytest.mark.server
 ROWS = MANY + 500
 
 
-@pytest.mark.proof_from(1)
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("using", "whole"), [("upper(title)", True), ("CASE WHEN id < 30 THEN upper(title) ELSE title END", False)]
 )

@@ -143,6 +143,7 @@ def test_an_audit_whose_worker_is_killed_goes_on_where_it_was(
     until(pipeline.in_step_now, pipeline.tail)
 
 
+@pytest.mark.proof
 def test_a_text_that_was_given_up_is_not_tried_again_and_the_index_is_proven_equal_beside_it(
     make_database: Callable[[], Database], make_simple: MakeSimple
 ) -> None:
@@ -167,6 +168,7 @@ def test_a_text_that_was_given_up_is_not_tried_again_and_the_index_is_proven_equ
     until(lambda: (proven(pipeline) or first) != first, pipeline.tail)
 
 
+@pytest.mark.proof
 def test_what_changes_at_every_look_is_left_out_of_the_proof_and_counted_until_it_can_be_judged(
     make_database: Callable[[], Database], make_simple: MakeSimple
 ) -> None:

@@ -189,6 +189,7 @@ def test_a_place_in_the_backlog_of_a_chunk_that_is_gone_is_found_and_given_up(li
     assert live.target.execute("SELECT count(*) FROM cdcsync.articles_backlog").fetchone() == (0,)
 
 
+@pytest.mark.proof
 def test_a_repair_does_not_call_equal_what_still_lacks_its_view(live: Pipeline) -> None:
     live.stop(live.processes[-1])
     live.hurry |= {"cdcsync.flows.watch.WATCH_S": 600.0}  # it makes the view again only then
@@ -209,6 +210,7 @@ def test_a_repair_does_not_call_equal_what_still_lacks_its_view(live: Pipeline) 
     until(lambda: live.command("verify", "articles").returncode == 0, live.tail)
 
 
+@pytest.mark.proof
 def test_without_a_worker_what_was_not_applied_yet_is_no_difference(live: Pipeline) -> None:
     live.stop(live.processes[-1])
     live.source.execute("UPDATE articles SET title = 'changed while nothing ran' WHERE id < 9")

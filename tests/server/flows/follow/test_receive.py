@@ -32,6 +32,7 @@ LOST_S = 10.0
 """A commit that has not come by then would come with the server's own next record, which it writes each 15 s."""
 
 
+@pytest.mark.proof
 async def test_what_a_walsender_misses_as_it_goes_to_sleep_comes_all_the_same(
     make_cluster: Callable[..., Cluster], tmp_path: Path
 ) -> None:

@@ -87,7 +87,7 @@ def test_a_generation_whose_embedder_has_no_section_does_not_become_live(
     assert migrate(pipeline, "rollback")["live"] == 1
 
 
-@pytest.mark.proof_from(1)
+@pytest.mark.proof
 def test_a_view_that_a_transaction_has_read_is_not_waited_for_without_an_end(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.server, pytest.mark.anyio]
 Wanted = dict[str, Any]
 
 
+@pytest.mark.proof_from(8)
 @pytest.mark.parametrize(
     ("wanted", "found"),
     [

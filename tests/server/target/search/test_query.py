@@ -132,6 +132,7 @@ async def test_the_nearest_vector_comes_first(database: Database) -> None:
     assert [hit.text_rank for hit in hits] == [None, None, None]
 
 
+@pytest.mark.proof_from(3)
 @pytest.mark.parametrize("vector_type", ["vector", "halfvec"])
 @pytest.mark.parametrize("distance", ["cosine", "l2", "inner_product"])
 async def test_every_distance_and_type_of_vector_is_served_by_its_index(

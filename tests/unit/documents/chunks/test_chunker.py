@@ -53,6 +53,7 @@ def words(number: int, first: int = 0) -> str:
     return " ".join(f"w{place}" for place in range(first, first + number))
 
 
+@pytest.mark.proof_from(10)
 @pytest.mark.parametrize("kind", list(TOKENIZERS))
 @pytest.mark.parametrize("strategy", ["tokens", "characters", "markdown", "code"])
 @settings(max_examples=40)

@@ -38,6 +38,7 @@ def texts(made: Chunker, document: Rendering) -> list[str]:
     return [chunk.text for chunk in made.split(document)]
 
 
+@pytest.mark.proof_from(3)
 @pytest.mark.parametrize("strategy", ["tokens", "markdown", "code", "characters"])
 @pytest.mark.parametrize("title", ["Slots", "How a replication slot holds back what the server would like to remove"])
 def test_each_chunk_has_the_line_and_none_is_longer_than_the_capacity(strategy: str, title: str) -> None:
