@@ -176,7 +176,6 @@ def test_each_document_is_read_once_however_many_of_its_rows_change(
 
 
 @pytest.mark.proof_from(1)
-@pytest.mark.proof_from(2)
 @pytest.mark.parametrize(
     "statements",
     [
