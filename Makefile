@@ -10,6 +10,9 @@ JOBS ?= 4
 # How many histories `make chaos` runs.
 SEEDS ?= 200
 
+# Bytecode that is not kept is compiled again by every process: half a second for each of the hundreds that tests start.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := .venv/bin
 STAMP := .venv/.cdcsync-setup
 

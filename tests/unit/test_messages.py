@@ -6,6 +6,7 @@ They are read from the code, with the names of expressions in place of what they
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 from collections.abc import Iterator
@@ -84,19 +85,25 @@ def messages() -> Iterator[Message]:
             yield Message(place, ast.unparse(function), message, None if fix is None else rendered(fix) or "{…}")
 
 
-ALL = list(messages())
+@functools.cache
+def every() -> tuple[Message, ...]:
+    """Return them, read once: not while tests are collected, which each of the processes does that run tests."""
+    return tuple(messages())
 
 
 def test_every_message_is_printed_in_one_place() -> None:
-    assert len(ALL) > 150
-    for one in ALL:
+    assert len(every()) > 150
+    for one in every():
         print(f"{one.place}  {one.kind}\n  error: {one.message}" + (f"\n  fix:   {one.fix}" if one.fix else ""))
 
 
 @pytest.mark.parametrize("pattern", TRANSLATED)
 def test_no_message_has_words_that_read_as_translated_or_are_another_librarys(pattern: str) -> None:
     found = [
-        f"{one.place}: {text}" for one in ALL for text in (one.message, one.fix) if text and re.search(pattern, text)
+        f"{one.place}: {text}"
+        for one in every()
+        for text in (one.message, one.fix)
+        if text and re.search(pattern, text)
     ]
     assert found == []
 
@@ -104,7 +111,7 @@ def test_no_message_has_words_that_read_as_translated_or_are_another_librarys(pa
 def test_a_message_is_one_sentence_without_a_full_stop_and_begins_small() -> None:
     wrong = [
         f"{one.place}: {one.message}"
-        for one in ALL
+        for one in every()
         if one.message.endswith(".")
         or (re.match(r"[A-Z][a-z]+ [a-z]", one.message) and not one.message.startswith("PostgreSQL"))
     ]
@@ -114,7 +121,7 @@ def test_a_message_is_one_sentence_without_a_full_stop_and_begins_small() -> Non
 def test_whoever_can_act_is_told_how() -> None:
     lacking = [
         f"{one.place}: {one.message}"
-        for one in ALL
+        for one in every()
         if one.fix is None and one.kind in ("ConfigError", "UsageError", "EmbedderSetupError", "Finding.error")
     ]
     assert len(lacking) < 12, lacking
