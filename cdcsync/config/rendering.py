@@ -28,16 +28,17 @@ def _section_lines(key_path: str, section: Mapping[str, Any]) -> Iterator[str]:
     values = {key: value for key, value in section.items() if not isinstance(value, dict)}
     if values:
         yield f"\n[{key_path}]"
-    hidden = key_path.endswith(".headers")
+    # Each header may be a secret. Nothing of an index is one: it names columns, such as `key` and `token_id`.
+    same = "secret" if key_path.endswith(".headers") else "" if key_path.startswith("indexes.") else None
     for key, value in values.items():
-        yield f"{_key(key)} = {_toml('secret' if hidden else key, value)}"
+        yield f"{_key(key)} = {_toml(key if same is None else same, value)}"
     for key, value in section.items():
         if key not in values:
             yield from _section_lines(join(key_path, key), value)
 
 
 def _key(key: str) -> str:
-    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else toml_text(key)
+    return key if re.fullmatch("[A-Za-z0-9_-]+", key) else _quoted(key)
 
 
 def _toml(key: str, value: Any) -> str:
@@ -64,8 +65,13 @@ def _shown(key: str, text: str) -> str:
 
 
 def toml_text(text: str) -> str:
-    """Quote a text: JSON's escapes are TOML's too, DEL needs one more, and `$` must not become a reference."""
-    return json.dumps(text.replace("$", "$$"), ensure_ascii=False).replace("\x7f", "\\u007f")
+    """Quote a text, in which `$` must not become a reference."""
+    return _quoted(text.replace("$", "$$"))
+
+
+def _quoted(text: str) -> str:
+    """Quote a text as it is: JSON's escapes are TOML's too, and DEL needs one more."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def schema() -> dict[str, Any]:

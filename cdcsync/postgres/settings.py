@@ -31,16 +31,18 @@ standard."""
 
 SAFETY: LiteralString = (
     "SELECT set_config(name, setting, false) FROM (VALUES ('statement_timeout', '0'), ('lock_timeout', '0'),"
-    " ('transaction_timeout', '0'), ('idle_in_transaction_session_timeout', '0'), ('idle_session_timeout', '0'),"
+    " ('transaction_timeout', '0'), ('idle_in_transaction_session_timeout', '120s'), ('idle_session_timeout', '0'),"
     " ('tcp_keepalives_idle', '30'), ('tcp_keepalives_interval', '10'), ('tcp_keepalives_count', '3'),"
     " ('tcp_user_timeout', '60000'), ('default_transaction_isolation', 'read committed'), ('jit', 'off'))"
     " AS ours (name, setting)"
     " WHERE current_setting(name, true) IS NOT NULL"
 )
 """A role's own limits are for its queries: a build, a slot or a large page takes the time that it takes. And a server
-whose client is gone without a word ends the session within a minute, rather than keep its locks for two hours. Each
-statement is planned anew for the rows of its batch or page, and compiling it would take longer than running it. Not
-every version has all of these."""
+whose client is gone without a word ends the session within a minute, rather than keep its locks for two hours. If the
+client's machine still answers, because the process is frozen or a proxy keeps its session open, what was begun ends
+after two minutes, and with it locks and the horizon of vacuum: no transaction of ours waits for anything but a server.
+Each statement is planned anew for the rows of its batch or page, and compiling it would take longer than running it.
+Not every version has all of these."""
 
 LEAVING: LiteralString = (
     "SELECT set_config('client_connection_check_interval', '1s', false)"
@@ -65,11 +67,9 @@ DURABILITY: dict[Side, LiteralString] = {
     # Our writes on the source are marks and publications: flushed at commit, waiting for no standby.
     # And a table of an application may be locked for hours, which must not hold up what is for another index.
     "source": "SET synchronous_commit = local; " + ALWAYS_BRIEFLY,
-    # Changes acknowledged to the source must survive a crash of the target, whatever the role's default is. And if a
-    # proxy keeps a session open whose process has ended in the middle of a transaction, its locks must not stay: none
-    # of our transactions there waits for anything but the server.
+    # Changes acknowledged to the source must survive a crash of the target, whatever the role's default is.
     # PostgreSQL creates no partitioned table if `default_tablespace` names what is the database's tablespace anyway.
-    "target": "SET synchronous_commit = on; SET idle_in_transaction_session_timeout = '120s';"
+    "target": "SET synchronous_commit = on;"
     " SELECT set_config('default_tablespace', '', false) FROM pg_database AS d JOIN pg_tablespace AS t"
     " ON t.oid = d.dattablespace WHERE d.datname = current_database()"
     " AND t.spcname = current_setting('default_tablespace')",

@@ -344,7 +344,7 @@ def unsent_faults(table: Table, unsent: Sequence[Partition]) -> Iterator[Finding
         yield Finding.error(
             str(table.name),
             f"the changes of foreign and unlogged partitions are not sent: {named(str(one.name) for one in unsent)}",
-            f"ALTER TABLE {table.name} DETACH PARTITION {unsent[0].name} and so on, or make them ordinary tables",
+            f"ALTER TABLE {unsent[0].parent} DETACH PARTITION {unsent[0].name} and so on, or make them ordinary tables",
         )
 
 

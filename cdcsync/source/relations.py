@@ -36,6 +36,7 @@ class Partition(msgspec.Struct, frozen=True):
     :ivar attached: the transactions that attached it and its ancestors.
     :ivar bounds: the condition that its rows fulfil; None if it takes all, or cannot be asked because it is locked.
     :ivar written_by: the transaction that last wrote its entry in pg_class, as 32 bits.
+    :ivar parent: what it is a partition of, which may be one itself.
     :ivar columns: of one of many equal tables, which has columns of its own: attribute number, type, modifier, and the
         OID of the expression.
     :ivar collations: of the same, the collations of its columns.
@@ -52,6 +53,7 @@ class Partition(msgspec.Struct, frozen=True):
     attached: str = ""
     bounds: str | None = None
     written_by: int = 0
+    parent: QualifiedName | None = None
     columns: dict[str, tuple[int, int, int, int | None]] = {}
     collations: dict[str, str] = {}
     columns_written: dict[str, int] = {}
@@ -288,13 +290,14 @@ async def _leaves(connection: Connection, roots: Collection[int]) -> dict[int, t
         return {}
     cursor = await connection.execute(
         f"""
-        WITH RECURSIVE tree (root, oid) AS (
-            SELECT root, root FROM unnest(%s::int8[]::oid[]) AS root
-            UNION ALL SELECT t.root, i.inhrelid FROM tree AS t JOIN pg_inherits AS i ON i.inhparent = t.oid
+        WITH RECURSIVE tree (root, oid, parent) AS (
+            SELECT root, root, NULL::oid FROM unnest(%s::int8[]::oid[]) AS root
+            UNION ALL SELECT t.root, i.inhrelid, i.inhparent FROM tree AS t JOIN pg_inherits AS i ON i.inhparent = t.oid
             WHERE NOT i.inhdetachpending
         ), locked (oids) AS MATERIALIZED (SELECT {LOCKED})
-        SELECT tree.root::int8, n.nspname, c.relname, c.relkind::text, c.relpersistence::text, c.relreplident::text,
-               {_IDENTITY}, c.oid::int8, c.relfilenode::int8,
+        SELECT tree.root::int8, n.nspname, c.relname, above.nspname, parent.relname,
+               c.relkind::text, c.relpersistence::text, c.relreplident::text, {_IDENTITY},
+               c.oid::int8, c.relfilenode::int8,
                (SELECT string_agg(i.xmin::text, ' ' ORDER BY a.place)
                 FROM pg_partition_ancestors(c.oid) WITH ORDINALITY AS a (relid, place)
                 JOIN pg_inherits AS i ON i.inhrelid = a.relid),
@@ -302,12 +305,15 @@ async def _leaves(connection: Connection, roots: Collection[int]) -> dict[int, t
                                      WHERE a.oid = ANY(locked.oids)) THEN pg_get_partition_constraintdef(c.oid) END,
                c.xmin::text::int8
         FROM tree JOIN pg_class c ON c.oid = tree.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+             JOIN pg_class AS parent ON parent.oid = tree.parent
+             JOIN pg_namespace AS above ON above.oid = parent.relnamespace
         WHERE c.relkind <> 'p' ORDER BY 2, 3
         """,
         [list(roots)],
     )
     leaves: dict[int, list[Partition]] = {}
-    for root, schema, name, kind, persistence, mode, identity, oid, file, attached, *rest in await cursor.fetchall():
+    for row in await cursor.fetchall():
+        root, schema, name, above, parent, kind, persistence, mode, identity, oid, file, attached, bounds, xmin = row
         leaf = Partition(
             QualifiedName(schema, name),
             kind,
@@ -317,7 +323,9 @@ async def _leaves(connection: Connection, roots: Collection[int]) -> dict[int, t
             oid,
             file,
             attached or "",
-            *rest,
+            bounds,
+            xmin,
+            QualifiedName(above, parent),
         )
         leaves.setdefault(root, []).append(leaf)
     return {root: tuple(found) for root, found in leaves.items()}

@@ -327,7 +327,8 @@ class SlotConnection:
                 raise failure
             for row in range(result.ntuples):
                 values = [result.get_value(row, column) for column in range(result.nfields)]
-                rows.append(tuple(None if value is None else value.decode() for value in values))
+                # The file of a timeline is sent as it was written, in whatever encoding a restore point was named in.
+                rows.append(tuple(None if value is None else value.decode(errors="replace") for value in values))
         return rows
 
     def _failure(self, result: pq.abc.PGresult | None, *, slot: str | None = None, decoding: bool = False) -> Exception:

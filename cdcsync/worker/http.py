@@ -236,7 +236,10 @@ def make_app(view: WorkerView, *, embed: EmbedQuery | None = None, hosts: Sequen
 
 
 def _is_local(request: Request) -> bool:
-    """Whether a program on this machine asks, and neither a page in a browser nor a name that leads here by DNS."""
+    """Whether a program on this machine asks: no page in a browser, no name that leads here by DNS, no proxy.
+
+    A proxy passes on who asked, or speaks HTTP/1.0 as nginx long did: one that does neither cannot be told apart.
+    """
     host = (request.url.hostname or "").strip("[]")
     peer = request.client.host if request.client is not None else ""
     headers = request.headers
@@ -244,7 +247,10 @@ def _is_local(request: Request) -> bool:
         is_loopback(peer)
         and is_loopback(host)
         and headers.get("content-type") == "application/json"
-        and "origin" not in headers
+        and request.scope["http_version"] != "1.0"
+        and not any(
+            name in ("origin", "via", "forwarded", "x-real-ip") or name.startswith("x-forwarded-") for name in headers
+        )
     )
 
 

@@ -50,6 +50,7 @@ async def test_a_role_that_may_use_no_language_has_sessions_that_end_with_their_
         database.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
 
 
+SIDES: dict[Side, dict[str, str]] = {"source": {"lock_timeout": "400ms"}, "target": {}}
 LIMITS = (
     "statement_timeout",
     "lock_timeout",
@@ -68,14 +69,15 @@ async def test_texts_are_utf8_whatever_encoding_the_dsn_asks_for(database: Datab
 async def test_a_roles_own_time_limits_do_not_hold_for_our_sessions(database: Database) -> None:
     known = {name for (name,) in database.execute("SELECT name FROM pg_settings WHERE name = ANY(%s)", [list(LIMITS)])}
     dsn = conninfo.make_conninfo(database.dsn, options=" ".join(f"-c {name}=20000" for name in sorted(known)))
-    connection = await connect(dsn, "target")
     slot = await SlotConnection.connect(dsn)
-    for name in known:
-        cursor = await connection.execute(f"SHOW {name}".encode())
-        assert await cursor.fetchone() == ("2min" if name == "idle_in_transaction_session_timeout" else "0",)
-        assert await slot._command(f"SHOW {name}") == [("0",)]
+    ours = {name: "2min" if name == "idle_in_transaction_session_timeout" else "0" for name in known}
+    assert {name: await slot._command(f"SHOW {name}") for name in known} == {name: [(ours[name],)] for name in known}
     await slot.aclose()
-    await connection.close()
+    for side, own in SIDES.items():
+        connection = await connect(dsn, side)
+        shown = {name: await fetch_texts(connection, f"SHOW {name}") for name in known}
+        assert shown == {name: [(one,)] for name, one in (ours | own).items()}
+        await connection.close()
 
 
 @pytest.mark.parametrize("side", ["source", "target"])

@@ -125,10 +125,16 @@ async def test_a_key_column_named_like_one_of_ours_is_refused(database: Database
             " CREATE UNLOGGED TABLE low PARTITION OF t FOR VALUES FROM (0) TO (9)",
             "ALTER TABLE public.t DETACH PARTITION public.low",
         ),
+        (
+            "CREATE TABLE t (id int PRIMARY KEY) PARTITION BY RANGE (id);"
+            " CREATE TABLE low PARTITION OF t FOR VALUES FROM (0) TO (9) PARTITION BY RANGE (id);"
+            " CREATE UNLOGGED TABLE lowest PARTITION OF low DEFAULT",
+            "ALTER TABLE public.low DETACH PARTITION public.lowest",
+        ),
     ],
     ids=[
         *("no key", "nothing", "deferrable", "dropped index", "citext by text_ops", "domain by text_ops"),
-        *("blind partition", "partly full", "unlogged partition"),
+        *("blind partition", "partly full", "unlogged partition", "unlogged partition of a partition"),
     ],
 )
 async def test_a_table_whose_changes_do_not_name_their_row_is_refused(

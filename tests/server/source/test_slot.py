@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -541,6 +542,17 @@ async def test_a_wrong_password_and_a_missing_privilege_name_their_fix(strict: C
         await SlotConnection.connect(conninfo.make_conninfo(strict.dsn(user="plain"), password="right"))
     assert "ALTER ROLE" in (denied.value.hint or "")
     assert "REPLICATION" in (denied.value.hint or "")
+
+
+async def test_a_timeline_is_read_whatever_a_restore_point_was_called(strict: Cluster) -> None:
+    line = '1\t0/3000000\tat restore point "vor_\u00c4nderung"\n'
+    history = strict.data / "pg_wal" / "00000002.history"
+    history.write_bytes(line.encode("latin-1"))
+    owner = strict.data.stat()
+    os.chown(history, owner.st_uid, owner.st_gid)
+    async with await SlotConnection.connect(strict.dsn()) as slot:
+        assert await slot.end_of_timeline(1, 2) == Lsn.parse("0/3000000")
+    history.unlink()
 
 
 async def test_a_slot_that_lost_its_wal_is_a_gap(strict: Cluster) -> None:

@@ -17,6 +17,7 @@ from cdcsync.config import (
     Hnsw,
     Index,
     QualifiedName,
+    Related,
     SentenceTransformersEmbedder,
     Source,
     Target,
@@ -31,6 +32,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=15)
 SCHEMAS = NAMES.filter(lambda name: "%" not in name and not name.startswith("pg_") and name != "information_schema")
 RELATIONS = st.builds(QualifiedName, NAMES, NAMES).map(str)
+PAIRS = st.dictionaries(NAMES | st.sampled_from(["key", "token_id", "password"]), NAMES, min_size=1, max_size=2)
 SECONDS = st.floats(min_value=0, max_value=86_400, exclude_min=True)
 CONFIGS = st.builds(
     Config,
@@ -46,6 +48,10 @@ CONFIGS = st.builds(
         embedder=st.just("a"),
         view=RELATIONS,
         columns=st.lists(NAMES, unique=True, max_size=3).map(tuple),
+        key=st.lists(NAMES, unique=True, max_size=2).map(tuple),
+        related=st.dictionaries(
+            st.just("notes"), st.builds(Related, table=RELATIONS, on=PAIRS, text=TEXTS), max_size=1
+        ),
         search=RELATIONS | st.none(),
         chunking=st.builds(Chunking, max_tokens=st.integers(33, 1_000)),
         hnsw=st.builds(Hnsw, m=st.integers(2, 32)),

@@ -226,7 +226,9 @@ async def test_scrapers_that_come_together_are_given_one_exposition(
 # -- queries --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_query_is_embedded_for_programs_on_this_machine_alone(view: View) -> None:
+async def test_a_query_is_embedded_for_programs_on_this_machine_alone(
+    view: View, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def embed(name: str, text: str) -> tuple[str, list[float]]:
         if name != "minilm":
             raise EmbedderUnavailable("there is no such embedder")
@@ -253,6 +255,11 @@ async def test_a_query_is_embedded_for_programs_on_this_machine_alone(view: View
         assert (await asked(Host="localhost:1"))[0] == 200
         assert (await asked(Host="evil.example"))[0] == 403  # a name by which a browser was led here
         assert (await asked(Origin="http://evil.example"))[0] == 403
+        for proxys in ("Via", "Forwarded", "X_Real_IP", "X_Forwarded_For", "X_Forwarded_Proto"):
+            assert (await asked(query, **{proxys: "198.51.100.7"}))[0] == 403
+        monkeypatch.setattr(http.client.HTTPConnection, "_http_vsn_str", "HTTP/1.0")  # as nginx asks what is behind it
+        assert (await asked())[0] == 403
+        monkeypatch.undo()
         assert (await asked(Content_Type="text/plain"))[0] == 403
         assert (await asked(b"\xff"))[0] == 400
         assert (await asked(query.replace(b"minilm", b"other")))[0] == 503
