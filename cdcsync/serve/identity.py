@@ -10,11 +10,12 @@ Source: RFC 6750 (bearer tokens), RFC 7519 (JWT), RFC 7517 (JWKS).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -112,8 +113,8 @@ def new_token(path: Path, subject: str, claims: Mapping[str, Any], days: int | N
         )
     token = PREFIX + secrets.token_urlsafe(32)
     expires = datetime.now(UTC) + timedelta(days=days) if days is not None else None
-    stored = StoredToken(_digest(token), subject, dict(claims), expires)
-    _write(path, TokenFile([*read_tokens(path).tokens, stored]))
+    with _changing(path) as tokens:
+        tokens.append(StoredToken(_digest(token), subject, dict(claims), expires))
     return token
 
 
@@ -121,14 +122,41 @@ def revoke_tokens(path: Path, subject: str) -> int:
     """Revoke all tokens of a subject; returns how many.
 
     :raises UsageError: there is none.
+    :raises SetupError: the file cannot be read or written.
     """
-    tokens = read_tokens(path).tokens
-    concerned = [one for one in tokens if one.subject == subject and not one.revoked]
-    if not concerned:
-        raise UsageError(f"there is no token of {subject}", where=str(path), hint="`cdcsync token list` shows them")
-    kept = [msgspec.structs.replace(one, revoked=one.revoked or one.subject == subject) for one in tokens]
-    _write(path, TokenFile(kept))
+    with _changing(path) as tokens:
+        concerned = [at for at, one in enumerate(tokens) if one.subject == subject and not one.revoked]
+        if not concerned:
+            raise UsageError(f"there is no token of {subject}", where=str(path), hint="`cdcsync token list` shows them")
+        for at in concerned:
+            tokens[at] = msgspec.structs.replace(tokens[at], revoked=True)
     return len(concerned)
+
+
+@contextlib.contextmanager
+def _changing(path: Path) -> Iterator[list[StoredToken]]:
+    """Give the tokens of a file to the body, and write them as it leaves them, unless it raises.
+
+    Who else would change the file waits from before it is read until it is replaced. The lock is on the directory: the
+    file is another one afterwards, and a file for the lock would need an owner and a mode that suit all who change this
+    one.
+
+    :raises SetupError: the file cannot be locked, read or written.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            directory = os.open(path.parent, os.O_RDONLY)
+            held.callback(os.close, directory)
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        except OSError as error:
+            raise SetupError(
+                f"the tokens cannot be locked: {error.strerror}",
+                where=str(path.parent),
+                hint="create the directory, and run this as a user who may read and write it",
+            ) from error
+        tokens = read_tokens(path).tokens
+        yield tokens
+        _write(path, TokenFile(tokens))
 
 
 def _write(path: Path, content: TokenFile) -> None:
@@ -146,7 +174,11 @@ def _write(path: Path, content: TokenFile) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise SetupError(f"the tokens cannot be written: {error.strerror}", where=str(path)) from error
+        raise SetupError(
+            f"the tokens cannot be written: {error.strerror}",
+            where=str(path),
+            hint="run this as a user who may write to its directory, on a disk that is not full",
+        ) from error
 
 
 def _keep_access(descriptor: int, before: os.stat_result) -> None:

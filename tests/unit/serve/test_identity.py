@@ -6,10 +6,13 @@ And the keys of signed tokens, from a provider that answers oddly or not at all.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import gc
 import gzip
 import json
 import os
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
@@ -112,6 +115,71 @@ def test_a_group_that_cannot_be_kept_is_not_replaced_by_another(path: Path, monk
     monkeypatch.setattr(os, "fchown", refused)
     new_token(path, "ben", {}, None)
     assert os.stat(path).st_mode & 0o777 == 0o600
+
+
+CHANGES: dict[str, Callable[[Path, str], object]] = {
+    "new": lambda path, subject: new_token(path, f"{subject} again", {}, None),
+    "revoke": revoke_tokens,
+}
+
+
+@pytest.mark.parametrize("first", CHANGES)
+@pytest.mark.parametrize("second", CHANGES)
+def test_changes_at_the_same_time_are_all_kept(
+    path: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str
+) -> None:
+    """The second change begins once the first has read the file; before that is replaced, it waits or is over."""
+    for subject in ("ana", "ben"):
+        new_token(path, subject, {}, None)
+    waits_or_over = threading.Event()
+    write, flock = identity._write, fcntl.flock
+
+    def meanwhile() -> None:
+        try:
+            CHANGES[second](path, "ben")
+        finally:
+            waits_or_over.set()
+
+    def locking(descriptor: int, operation: int) -> None:
+        waits_or_over.set()
+        flock(descriptor, operation)
+
+    other = threading.Thread(target=meanwhile)
+
+    def writing(*what: Any) -> None:
+        monkeypatch.setattr(identity, "_write", write)
+        monkeypatch.setattr(fcntl, "flock", locking)
+        other.start()
+        assert waits_or_over.wait(60)
+        write(*what)
+
+    monkeypatch.setattr(identity, "_write", writing)
+    CHANGES[first](path, "ana")
+    other.join()
+    found = {one.subject: one.revoked for one in read_tokens(path).tokens}
+    expected = {"ana": first == "revoke", "ben": second == "revoke"}
+    added = {f"{who} again": False for who, change in (("ana", first), ("ben", second)) if change == "new"}
+    assert found == expected | added
+    assert [one.name for one in path.parent.iterdir()] == ["tokens.json"]
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_file_whose_directory_cannot_be_locked_is_left_as_it_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path, str], object]
+) -> None:
+    new_token(path, "ana", {}, None)
+    before = path.read_bytes()
+
+    def refused(*_: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    for place in (path, path.parent / "missing" / "tokens.json"):
+        with pytest.raises(SetupError, match="the tokens cannot be locked") as failed:
+            change(place, "ana")
+        assert failed.value.where == str(place.parent)
+        assert failed.value.hint
+    assert path.read_bytes() == before
 
 
 def owned_by(path: Path, monkeypatch: pytest.MonkeyPatch, user: int, group: int) -> None:
