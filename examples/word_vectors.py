@@ -1,6 +1,7 @@
 """An embedder of one's own: the mean of word vectors that are read from a file.
 
-The file has a word and its numbers on each line, as GloVe and fastText publish them:
+The file has a word and its numbers on each line, as GloVe and fastText publish them; fastText's files begin with a line
+that says how many of both there are:
 
     [embedders.words]
     type = "python"
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,21 +29,26 @@ class WordVectors:
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
+        self.dimensions = next(self._lines()).count(" ")
+        # What the worker tries an embedder with: by default "word", which a file may lack.
+        words = (line.split(" ")[0] for line in self._lines())
+        self.harmless_text = next(word for word in words if re.fullmatch(r"\w+", word) and word == word.lower())
         with self._path.open("rb") as file:
-            self.dimensions = len(file.readline().split()) - 1
-            file.seek(0)
-            # What the worker tries an embedder with: by default "word", which a file may lack.
-            words = (line.split()[0].decode() for line in file)
-            self.harmless_text = next(word for word in words if re.fullmatch(r"\w+", word) and word == word.lower())
-            file.seek(0)
             self.identity = f"word-vectors:{hashlib.file_digest(file, 'sha256').hexdigest()}"
         self._vectors: dict[str, npt.NDArray[np.float32]] = {}
 
     def open(self) -> None:
         """Read the file: the worker calls this once, before the first text."""
-        for line in self._path.read_text().splitlines():
-            word, *numbers = line.split()
+        for line in self._lines():
+            word, *numbers = line.rsplit(" ", self.dimensions)
             self._vectors[word] = np.array(numbers, np.float32)
+
+    def _lines(self) -> Iterator[str]:
+        """Yield each line that has a word, which may hold any character but a line feed."""
+        with self._path.open(encoding="utf-8", newline="\n") as file:
+            for at, line in enumerate(file):
+                if at > 0 or not re.fullmatch(r"\d+ \d+\s*", line):
+                    yield line.rstrip()
 
     def embed(self, texts: Sequence[str], *, kind: str) -> list[npt.NDArray[np.float32]]:
         """Return the mean vector of each text's known words."""

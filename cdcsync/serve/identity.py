@@ -10,15 +10,15 @@ Source: RFC 6750 (bearer tokens), RFC 7519 (JWT), RFC 7517 (JWKS).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import hmac
-import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import anyio
 import anyio.to_thread
@@ -38,7 +38,8 @@ log = structlog.get_logger()
 PREFIX = "cdcsync_"
 """Tokens begin with it, so that scanners of repositories can find one that leaked."""
 
-ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
+Algorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
+ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 """Asymmetric ones alone: with a symmetric algorithm the published key would be the secret."""
 
 LEEWAY_S = 30
@@ -46,8 +47,12 @@ LEEWAY_S = 30
 
 KEYS_GOOD_S = 600.0
 KEYS_AGAIN_S = 10.0
-"""Keys are fetched again after ten minutes, or for an unknown key, and never more often than every ten seconds: a
-provider that does not answer costs each attempt five."""
+"""Keys are fetched again after ten minutes, or for an unknown key, and never more often than every ten seconds."""
+
+KEYS_WITHIN_S = 5.0
+KEYS_BYTES = 256 * 1024
+"""A set of keys that takes longer, or is larger, is not read: callers wait for it, and it is decoded on the event loop.
+The sets of large providers have some ten thousand bytes."""
 
 
 class Principal(msgspec.Struct, frozen=True):
@@ -108,8 +113,8 @@ def new_token(path: Path, subject: str, claims: Mapping[str, Any], days: int | N
         )
     token = PREFIX + secrets.token_urlsafe(32)
     expires = datetime.now(UTC) + timedelta(days=days) if days is not None else None
-    stored = StoredToken(_digest(token), subject, dict(claims), expires)
-    _write(path, TokenFile([*read_tokens(path).tokens, stored]))
+    with _changing(path) as tokens:
+        tokens.append(StoredToken(_digest(token), subject, dict(claims), expires))
     return token
 
 
@@ -117,14 +122,41 @@ def revoke_tokens(path: Path, subject: str) -> int:
     """Revoke all tokens of a subject; returns how many.
 
     :raises UsageError: there is none.
+    :raises SetupError: the file cannot be read or written.
     """
-    tokens = read_tokens(path).tokens
-    concerned = [one for one in tokens if one.subject == subject and not one.revoked]
-    if not concerned:
-        raise UsageError(f"there is no token of {subject}", where=str(path), hint="`cdcsync token list` shows them")
-    kept = [msgspec.structs.replace(one, revoked=one.revoked or one.subject == subject) for one in tokens]
-    _write(path, TokenFile(kept))
+    with _changing(path) as tokens:
+        concerned = [at for at, one in enumerate(tokens) if one.subject == subject and not one.revoked]
+        if not concerned:
+            raise UsageError(f"there is no token of {subject}", where=str(path), hint="`cdcsync token list` shows them")
+        for at in concerned:
+            tokens[at] = msgspec.structs.replace(tokens[at], revoked=True)
     return len(concerned)
+
+
+@contextlib.contextmanager
+def _changing(path: Path) -> Iterator[list[StoredToken]]:
+    """Give the tokens of a file to the body, and write them as it leaves them, unless it raises.
+
+    Who else would change the file waits from before it is read until it is replaced. The lock is on the directory: the
+    file is another one afterwards, and a file for the lock would need an owner and a mode that suit all who change this
+    one.
+
+    :raises SetupError: the file cannot be locked, read or written.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            directory = os.open(path.parent, os.O_RDONLY)
+            held.callback(os.close, directory)
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        except OSError as error:
+            raise SetupError(
+                f"the tokens cannot be locked: {error.strerror}",
+                where=str(path.parent),
+                hint="create the directory, and run this as a user who may read and write it",
+            ) from error
+        tokens = read_tokens(path).tokens
+        yield tokens
+        _write(path, TokenFile(tokens))
 
 
 def _write(path: Path, content: TokenFile) -> None:
@@ -142,7 +174,11 @@ def _write(path: Path, content: TokenFile) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise SetupError(f"the tokens cannot be written: {error.strerror}", where=str(path)) from error
+        raise SetupError(
+            f"the tokens cannot be written: {error.strerror}",
+            where=str(path),
+            hint="run this as a user who may write to its directory, on a disk that is not full",
+        ) from error
 
 
 def _keep_access(descriptor: int, before: os.stat_result) -> None:
@@ -296,6 +332,48 @@ class Authenticator:
         self._stamp = stamp
 
 
+class PublishedKey(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A public key that could have signed a token.
+
+    A key of another form or use, and one whose algorithm is not ours, is not decoded.
+
+    Source: RFC 7517, section 4; RFC 7518, section 6.
+    """
+
+    kty: Literal["RSA", "EC", "OKP"]
+    kid: str | None = None
+    use: Literal["sig"] | None = None
+    alg: Algorithm | None = None
+    crv: str | None = None
+    x: str | None = None
+    y: str | None = None
+    n: str | None = None
+    e: str | None = None
+
+
+class KeySet(msgspec.Struct, frozen=True):
+    """A set of keys, each still to be decoded."""
+
+    keys: list[msgspec.Raw]
+
+
+def decode_keys(content: bytes) -> dict[str | None, jwt.PyJWK]:
+    """Return the keys of a set by their names, without those that cannot be used.
+
+    :raises msgspec.MsgspecError: this is not a set of keys.
+    :raises RecursionError: it is nested too deeply to be one.
+    :raises jwt.PyJWKSetError: none of its keys can be used.
+    """
+    keys = {}
+    for one in msgspec.json.decode(content, type=KeySet).keys:
+        with contextlib.suppress(msgspec.MsgspecError, RecursionError, jwt.PyJWTError):
+            published = msgspec.json.decode(one, type=PublishedKey)
+            keys[published.kid] = jwt.PyJWK(msgspec.to_builtins(published))
+    if not keys:
+        raise jwt.PyJWKSetError("none of its keys can be used")
+    return keys
+
+
 class _Keys:
     """The public keys of an identity provider, fetched when they are needed and kept for a while."""
 
@@ -333,17 +411,34 @@ class _Keys:
     async def _read(self) -> None:
         """Fetch the keys. The last ones are good for longer than an outage of the provider."""
         try:
-            if self._place.startswith("https://"):
-                async with httpx2.AsyncClient(timeout=5, follow_redirects=False) as client:
-                    answer = await client.get(self._place)
-                    answer.raise_for_status()
-                    text = answer.text
-            else:
-                text = await anyio.to_thread.run_sync(Path(self._place).read_text)
-            keys = jwt.PyJWKSet.from_dict(json.loads(text)).keys
-        except (OSError, httpx2.HTTPError, ValueError, jwt.PyJWTError) as error:
-            log.error("keys_unreadable", where=redact_url(self._place), error=type(error).__name__)
-        else:
-            self._keys = {key.key_id: key for key in keys}
+            with anyio.fail_after(KEYS_WITHIN_S):
+                content = await self._fetch()
+            if len(content) > KEYS_BYTES:
+                raise jwt.PyJWKSetError(f"it has more than {KEYS_BYTES} bytes")
+            self._keys = decode_keys(content)
             self._read_at = anyio.current_time()
+        except Exception as error:  # whatever a provider does, callers whose keys are known are answered
+            log.error("keys_unreadable", where=redact_url(self._place), error=type(error).__name__)
         self._tried_at = anyio.current_time()
+
+    async def _fetch(self) -> bytes:
+        """Return what is published. Of a set that is too large, only as much is read as shows that."""
+        if not self._place.startswith("https://"):
+            return await anyio.to_thread.run_sync(self._head, abandon_on_cancel=True)
+        content = bytearray()
+        # The bytes are counted as they arrive, so they must not be compressed.
+        plain = {"Accept-Encoding": "identity"}
+        async with (
+            httpx2.AsyncClient(timeout=None, follow_redirects=False, headers=plain) as client,
+            client.stream("GET", self._place) as answer,
+        ):
+            answer.raise_for_status()
+            async for part in answer.aiter_raw():
+                content += part
+                if len(content) > KEYS_BYTES:
+                    break
+        return bytes(content)
+
+    def _head(self) -> bytes:
+        with Path(self._place).open("rb") as file:
+            return file.read(KEYS_BYTES + 1)

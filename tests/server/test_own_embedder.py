@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,23 @@ cat 1 0 0.5
 dog 0 1 0.5
 car 0 0 -1
 """
+
+
+FASTTEXT = "6 3\n" + WORDS.replace("\n", " \n") + ". . . 7 7 7 \nno\u00a0break 7 7 7 \nline\u2028break 7 7 7 \n"
+"""How many words and numbers there are, and spaces after them; words that hold spaces and what can be a line's end."""
+
+
+@pytest.mark.parametrize("content", [WORDS, FASTTEXT], ids=["GloVe", "fastText"])
+def test_the_example_reads_both_kinds_of_file_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    (tmp_path / "vectors").write_text(content, encoding="utf-8")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    made = importlib.import_module("word_vectors").WordVectors(str(tmp_path / "vectors"))
+    made.open()
+    vectors = made.embed(["Cat", "cat and dog", made.harmless_text], kind="document")
+    assert [[*map(float, one)] for one in vectors] == [[1, 0, 0.5], [0.5, 0.5, 0.5], [1, 0, 0.5]]
+    assert made.dimensions == 3
 
 
 def test_the_example_embeds_documents_and_a_text_that_it_rejects_is_listed(

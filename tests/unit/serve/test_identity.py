@@ -1,13 +1,22 @@
-"""Who calls: tokens of a file, their claims, ends and revocation; and a file that changes while the server runs."""
+"""Who calls: tokens of a file, their claims, ends and revocation, and a file that changes while the server runs.
+
+And the keys of signed tokens, from a provider that answers oddly or not at all.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import gc
+import gzip
 import json
 import os
+import threading
 import weakref
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +28,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from cdcsync.config.serving import Serve, Tenant
 from cdcsync.errors import SetupError, UsageError
+from cdcsync.serve import identity
 from cdcsync.serve.identity import (
     KEYS_AGAIN_S,
+    KEYS_BYTES,
     KEYS_GOOD_S,
     PREFIX,
     Authenticator,
@@ -104,6 +115,71 @@ def test_a_group_that_cannot_be_kept_is_not_replaced_by_another(path: Path, monk
     monkeypatch.setattr(os, "fchown", refused)
     new_token(path, "ben", {}, None)
     assert os.stat(path).st_mode & 0o777 == 0o600
+
+
+CHANGES: dict[str, Callable[[Path, str], object]] = {
+    "new": lambda path, subject: new_token(path, f"{subject} again", {}, None),
+    "revoke": revoke_tokens,
+}
+
+
+@pytest.mark.parametrize("first", CHANGES)
+@pytest.mark.parametrize("second", CHANGES)
+def test_changes_at_the_same_time_are_all_kept(
+    path: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str
+) -> None:
+    """The second change begins once the first has read the file; before that is replaced, it waits or is over."""
+    for subject in ("ana", "ben"):
+        new_token(path, subject, {}, None)
+    waits_or_over = threading.Event()
+    write, flock = identity._write, fcntl.flock
+
+    def meanwhile() -> None:
+        try:
+            CHANGES[second](path, "ben")
+        finally:
+            waits_or_over.set()
+
+    def locking(descriptor: int, operation: int) -> None:
+        waits_or_over.set()
+        flock(descriptor, operation)
+
+    other = threading.Thread(target=meanwhile)
+
+    def writing(*what: Any) -> None:
+        monkeypatch.setattr(identity, "_write", write)
+        monkeypatch.setattr(fcntl, "flock", locking)
+        other.start()
+        assert waits_or_over.wait(60)
+        write(*what)
+
+    monkeypatch.setattr(identity, "_write", writing)
+    CHANGES[first](path, "ana")
+    other.join()
+    found = {one.subject: one.revoked for one in read_tokens(path).tokens}
+    expected = {"ana": first == "revoke", "ben": second == "revoke"}
+    added = {f"{who} again": False for who, change in (("ana", first), ("ben", second)) if change == "new"}
+    assert found == expected | added
+    assert [one.name for one in path.parent.iterdir()] == ["tokens.json"]
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_file_whose_directory_cannot_be_locked_is_left_as_it_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path, str], object]
+) -> None:
+    new_token(path, "ana", {}, None)
+    before = path.read_bytes()
+
+    def refused(*_: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    for place in (path, path.parent / "missing" / "tokens.json"):
+        with pytest.raises(SetupError, match="the tokens cannot be locked") as failed:
+            change(place, "ana")
+        assert failed.value.where == str(place.parent)
+        assert failed.value.hint
+    assert path.read_bytes() == before
 
 
 def owned_by(path: Path, monkeypatch: pytest.MonkeyPatch, user: int, group: int) -> None:
@@ -242,17 +318,23 @@ async def test_anonymous_callers_are_let_in_where_the_configuration_says_so(path
         await made.principal("Bearer cdcsync_x")
 
 
+PLACE = "https://id.example/keys"
+SIGNED: dict[str, Any] = {"issuer": "us", "audience": "search"}
+
+
 class IdentityProvider:
     """A key of an identity provider, and the provider that publishes it; a fetch waits for `answers`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
-        self._published = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(key.public_key())) | {"kid": "one"}
+        self.published = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(key.public_key())) | {"kid": "one"}
+        claims = {"sub": "ana", "iss": "us", "aud": "search", "exp": datetime.now(UTC) + timedelta(days=1)}
         self.token, self.unknown = (
-            jwt.encode({"sub": "ana"}, key, algorithm="ES256", headers={"kid": kid}) for kid in ("one", "two")
+            jwt.encode(claims, key, algorithm="ES256", headers={"kid": kid}) for kid in ("one", "two")
         )
         self.fetches = 0
         self.up = True
+        self.respond: Callable[[], httpx2.Response] = self.publish
         self.answers = anyio.Event()
         self.asked = anyio.Event()
         self.now = 1_000.0
@@ -260,7 +342,7 @@ class IdentityProvider:
         client = httpx2.AsyncClient
         monkeypatch.setattr(httpx2, "AsyncClient", lambda **options: client(transport=transport, **options))
         monkeypatch.setattr(anyio, "current_time", lambda: self.now)
-        self.keys = _Keys("https://id.example/keys")
+        self.keys = _Keys(PLACE)
 
     async def _answer(self, request: httpx2.Request) -> httpx2.Response:
         self.fetches += 1
@@ -268,7 +350,34 @@ class IdentityProvider:
         await self.answers.wait()
         if not self.up:
             raise httpx2.ConnectTimeout("no answer", request=request)
-        return httpx2.Response(200, json={"keys": [self._published]})
+        return self.respond()
+
+    def publish(self, *others: str) -> httpx2.Response:
+        """Answer with the key, and others after it."""
+        return answered(f'{{"keys": [{", ".join([json.dumps(self.published), *others])}]}}'.encode())
+
+
+def answered(content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> httpx2.Response:
+    """Return an answer whose content is read as it arrives."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield content
+
+    return httpx2.Response(status, headers=headers, content=parts())
+
+
+def dripping() -> httpx2.Response:
+    """Return an answer that begins and never ends."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"{"
+        await anyio.sleep_forever()
+
+    return httpx2.Response(200, content=parts())
+
+
+def failing(exception: Exception) -> httpx2.Response:
+    raise exception
 
 
 @pytest.fixture
@@ -321,6 +430,95 @@ async def test_a_caller_whose_key_is_known_does_not_wait_while_somebody_else_s_i
         await provider.keys.key_of(provider.token)
         provider.answers.set()
     assert provider.fetches == 2
+
+
+SET = b'{"keys": [{"kty": "OKP", "crv": "Ed25519", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo", "kid": "one"}]}'
+"""A set that can be read. Once it is, tokens of the provider's key are refused.
+
+Source: RFC 8037, appendix A.2.
+"""
+
+ODD_ANSWERS: dict[str, Callable[[], httpx2.Response]] = {
+    **{
+        repr(content[:24]): partial(answered, content)
+        for content in (
+            *(b"", b"<html>", b"{", b"\xff", b"[]", b"null", b'"maintenance"', b"7", b"9" * 5_000, b"[" * 100_000),
+            *(b"{}", b'{"keys": null}', b'{"keys": {}}', b'{"keys": []}', b'{"keys": [null, 3, "x", [], {}]}'),
+            SET.replace(b"one", b"\\ud800"),
+            b'{"keys": [{"kty": "oct", "k": "c2VjcmV0", "kid": "one"}]}',
+            b'{"keys": [' + b"[" * 100_000,
+        )
+    },
+    "too large": partial(answered, SET + b" " * KEYS_BYTES),
+    "compressed": partial(answered, gzip.compress(SET), headers={"Content-Encoding": "gzip"}),
+    "elsewhere": partial(answered, SET, 302, {"Location": "https://elsewhere.example/keys"}),
+    "broken": partial(answered, SET, 500),
+    "without end": dripping,
+    "not an address": partial(failing, httpx2.InvalidURL("what")),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_ANSWERS)
+async def test_an_answer_that_is_not_a_set_of_keys_is_as_if_there_were_none(
+    provider: IdentityProvider, path: Path, monkeypatch: pytest.MonkeyPatch, odd: str
+) -> None:
+    """Callers whose key is known, and those with tokens of the file, are answered; the provider is asked once."""
+    provider.answers.set()
+    kept = new_token(path, "ben", {}, None)
+    early, late = (authenticator(path, jwks=PLACE, **SIGNED) for _ in range(2))
+    assert await early.principal(f"Bearer {provider.token}") == Principal("ana")
+    monkeypatch.setattr(identity, "KEYS_WITHIN_S", 0.1)
+    provider.respond = ODD_ANSWERS[odd]
+    provider.now += KEYS_GOOD_S + 1
+    for _ in range(2):
+        assert await early.principal(f"Bearer {provider.token}") == Principal("ana")
+        with pytest.raises(Problem) as stranger:
+            await early.principal(f"Bearer {provider.unknown}")
+        assert stranger.value.status == 401
+    assert provider.fetches == 2
+    for _ in range(2):
+        with pytest.raises(Problem) as unchecked:
+            await late.principal(f"Bearer {provider.token}")
+        assert unchecked.value.status == 503
+    assert provider.fetches == 3
+    assert [await one.principal(f"Bearer {kept}") for one in (early, late)] == [Principal("ben")] * 2
+
+
+ODD_KEYS = [
+    *("null", "3", '"x"', "[]", "{}", '{"kty": "RSA"}', '{"kty": "oct", "k": "c2VjcmV0", "kid": "one"}'),
+    *('{KEY, "kid": ["one"]}', '{KEY, "kid": {}}', '{KEY, "kid": 3}', '{KEY, "kty": ["EC"]}', '{KEY, "kty": "XY"}'),
+    *('{KEY, "alg": ["ES256"]}', '{KEY, "alg": "none"}', '{KEY, "alg": "RSA-OAEP"}', '{KEY, "alg": "RS256"}'),
+    *('{KEY, "use": "enc"}', '{KEY, "use": ["sig"]}', '{KEY, "crv": "P-000"}', '{KEY, "y": null}', '{KEY, "x": ""}'),
+    *(f'{{KEY, "x": {"9" * 5_000}}}', f'{{KEY, "x": "{"_" * 100_000}"}}'),
+]
+"""Keys that cannot be used. KEY is what the provider's key has."""
+
+
+@pytest.mark.parametrize("odd", ODD_KEYS, ids=lambda odd: odd[:32])
+async def test_a_key_that_cannot_be_used_takes_none_away_from_the_others(provider: IdentityProvider, odd: str) -> None:
+    provider.respond = partial(provider.publish, odd.replace("KEY", json.dumps(provider.published)[1:-1]))
+    provider.answers.set()
+    key = await provider.keys.key_of(provider.token)
+    assert jwt.decode(provider.token, key, algorithms=["ES256"], **SIGNED)["sub"] == "ana"
+
+
+async def test_a_file_of_keys_that_cannot_be_read_holds_nobody_up(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, provider: IdentityProvider
+) -> None:
+    monkeypatch.setattr(identity, "KEYS_WITHIN_S", 0.1)
+    kept = new_token(path, "ben", {}, None)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(SET + b" " * KEYS_BYTES)
+    places = [tmp_path / "pipe", tmp_path / "large", tmp_path, tmp_path / "missing", f"file://{tmp_path}", "a\0b"]
+    try:
+        for place in places:
+            made = authenticator(path, jwks=str(place), **SIGNED)
+            with pytest.raises(Problem) as unchecked:
+                await made.principal(f"Bearer {provider.token}")
+            assert unchecked.value.status == 503
+            assert await made.principal(f"Bearer {kept}") == Principal("ben")
+    finally:
+        os.close(os.open(tmp_path / "pipe", os.O_RDWR))  # lets go of the thread that opens it
 
 
 def test_a_server_that_nobody_could_call_does_not_start() -> None:
