@@ -20,6 +20,7 @@
     failures/     rows and texts that failed
     look_ups      what of a batch is new to an index
     search/       searches
+    snapshots     one snapshot of tables that others may replace
     waits         an application's waits for positions
     settling      from the fresh tier into HNSW
     tidying       what changed vectors leave behind in the fresh tier

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, LiteralString, cast
 
 import msgspec
-import psycopg
 from psycopg import sql
 
 from cdcsync.documents.templates import sql_hash
@@ -26,6 +25,7 @@ from cdcsync.postgres.queries import fetch_one, fetch_texts
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import DISCARDED_ATTEMPTS, MAX_ATTEMPTS, Names, vector_schema
 from cdcsync.target.generations import Generations
+from cdcsync.target.snapshots import hold_snapshot
 
 Fault = Literal[
     "damaged", "failed", "vector_missing", "vector_stale", "vector_dimensions", "vector_not_finite", "vector_twice"
@@ -73,8 +73,10 @@ async def examine_chunks(connection: Connection, schema: str, spec: IndexSpec, a
     extension = await vector_schema(connection)
     faults: dict[Fault, list[Key]] = {}
     waiting = orphaned = 0
-    await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-    try:
+    # The lock comes before the snapshot, and by the time of the snapshot one of these may be filled again.
+    locked = await _whole(connection, schema, spec)
+    async with connection.transaction():
+        await hold_snapshot(connection, names.backlog, names.chunks, *(names.vectors(one.generation) for one in locked))
         count, last = await fetch_one(
             connection,
             sql.SQL(
@@ -99,9 +101,8 @@ async def examine_chunks(connection: Connection, schema: str, spec: IndexSpec, a
                     faults[fault] = list(dict.fromkeys([*faults.get(fault, ()), *keys]))
 
         await look(["damaged"], DAMAGED, parts)
-        whole = {one.generation for one in await Generations(schema).of(connection, spec.name) if one.state == "ready"}
-        for one in spec.generations:
-            if one is not spec and one.generation not in whole:
+        for one in await _whole(connection, schema, spec):
+            if one not in locked:
                 continue
             of = parts | _parts_of(names, extension, one)
             of |= {
@@ -112,12 +113,13 @@ async def examine_chunks(connection: Connection, schema: str, spec: IndexSpec, a
             await look(["vector_twice"], TWICE, of)
             waits, lost = await fetch_one(connection, sql.SQL(COUNTED).format(**of))
             waiting, orphaned = waiting + cast(int, waits), orphaned + cast(int, lost)
-        await connection.execute("COMMIT")
-    except psycopg.Error:
-        if not connection.closed:
-            await connection.rollback()
-        raise
     return Soundness(faults, waiting, orphaned, last, cast(int, count))
+
+
+async def _whole(connection: Connection, schema: str, spec: IndexSpec) -> list[IndexSpec]:
+    """Return the live generation, and those beside it that are ready."""
+    ready = {one.generation for one in await Generations(schema).of(connection, spec.name) if one.state == "ready"}
+    return [one for one in spec.generations if one is spec or one.generation in ready]
 
 
 def _parts_of(names: Names, extension: str, one: IndexSpec) -> dict[str, sql.Composable]:

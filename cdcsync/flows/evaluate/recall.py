@@ -44,6 +44,7 @@ from cdcsync.target.ddl.relations import Names, vector_schema
 from cdcsync.target.evaluations import USUAL_K, Evaluation, Measured
 from cdcsync.target.registry import Registry
 from cdcsync.target.search import Effort, check_where, nearest_statement, refusal, usual_effort
+from cdcsync.target.snapshots import hold_snapshot
 
 QUERIES = 100
 """With k = 10, a thousand neighbours: the mean is good to about a hundredth."""
@@ -104,7 +105,7 @@ async def evaluate(
                 where=f"index {spec.name}",
                 hint="`cdcsync status` tells what it waits for",
             )
-        async with _snapshot(connection, spec, None, budget):
+        async with _snapshot(connection, schema, spec, None, budget):
             undirected = await _undirected(connection, names, extension, spec)
         usual = await usual_effort(connection, spec, k + 1)
         efforts = [Effort(ef, usual.depth if ef == usual.ef_search else k + 1) for ef in dict.fromkeys(ef_search)]
@@ -126,7 +127,7 @@ async def evaluate(
                 break
             started = perf_counter()
             for searched in dict.fromkeys((both, graph)):
-                async with _snapshot(connection, spec, where, budget):
+                async with _snapshot(connection, schema, spec, where, budget):
                     await search_all_ways(connection, searched, (own, vector), where)
             took = perf_counter() - started
             spent += took
@@ -199,7 +200,9 @@ async def _refuse_without_hnsw(connection: Connection, schema: str, spec: IndexS
 
 
 @asynccontextmanager
-async def _snapshot(connection: Connection, spec: IndexSpec, where: str | None, budget: Budget) -> AsyncIterator[None]:
+async def _snapshot(
+    connection: Connection, schema: str, spec: IndexSpec, where: str | None, budget: Budget
+) -> AsyncIterator[None]:
     """Run the block under one snapshot that can only read.
 
     :raises SetupError: a search took longer than it may.
@@ -207,12 +210,13 @@ async def _snapshot(connection: Connection, spec: IndexSpec, where: str | None, 
     """
     try:
         async with connection.transaction():
-            await connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
             if budget.statement_s:
                 milliseconds = max(1, round(budget.statement_s * 1000))
                 await connection.execute(sql.SQL("SET LOCAL statement_timeout = {}").format(sql.Literal(milliseconds)))
                 # One process, however large the table is.
                 await connection.execute("SET LOCAL max_parallel_workers_per_gather = 0")
+            names = Names(schema, spec.relations)
+            await hold_snapshot(connection, names.chunks, names.vectors(spec.generation))
             yield
     except psycopg.Error as error:
         if not budget.statement_s or not isinstance(error, psycopg.errors.QueryCanceled):

@@ -13,6 +13,10 @@
 ) RETURNS SETOF {hit} LANGUAGE plpgsql {volatility} SECURITY INVOKER {settings} AS $cdcsync_search$
 -- Searches the index {index_comment}. One snapshot, and read only: every statement in here sees the caller's.
 --
+-- That one is older than the locks of the tables. A search that had to wait for an exchange of the settled tier still
+-- sees what the exchange deleted from fresh, beside the copies in settled. Fusion makes one place of both, and the
+-- result takes the vector of the chunk's text.
+--
 --     vector leg   the nearest vectors, by HNSW; exactly where that finds too few          ids, distances
 --     keyword leg  chunks with the rarest words of the query, within a budget of rows,
 --                  ordered by idf * ts_rank, and the best of them by BM25; or the best by

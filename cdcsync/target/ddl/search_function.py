@@ -267,7 +267,9 @@ def _generation(
     result = sql.SQL(
         "SELECT {} FROM unnest($1, $2, $3, $4, $5) WITH ORDINALITY"
         " AS h(chunk_id, score, vector_rank, text_rank, text_score, place)"
-        " JOIN {} AS c ON c.chunk_id = h.chunk_id LEFT JOIN {} AS v ON v.chunk_id = c.chunk_id ORDER BY h.place"
+        " JOIN {} AS c ON c.chunk_id = h.chunk_id LEFT JOIN LATERAL (SELECT * FROM {} AS v"
+        " WHERE v.chunk_id = c.chunk_id ORDER BY v.content_hash <> c.content_hash LIMIT 1) AS v ON true"
+        " ORDER BY h.place"
     ).format(
         _results(
             connection, spec, configuration, distance(schema_of_vectors, spec, sql.SQL("$6")), text_of_chunk, attributes

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
+from cdcsync.flows.audit import soundness
 from cdcsync.flows.audit.soundness import Soundness, examine_chunks
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.generations import drop_relations
+from cdcsync.target.ddl.rebuilding import Rebuild
 from cdcsync.target.generations import Generations
+from cdcsync.target.snapshots import hold_snapshot
+from tests.support.exchanges import ConnectTarget, read_after_exchange
 from tests.support.indexes import (
     SCHEMA,
     LiveIndex,
@@ -23,9 +30,9 @@ pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
 
 @pytest.fixture
-async def index(database: Database) -> AsyncIterator[LiveIndex]:
+async def index(target: Database) -> AsyncIterator[LiveIndex]:
     """An index of three documents, with a second generation that has no vector and nothing that waits for one."""
-    async with live_index(database, two_generations()) as live:
+    async with live_index(target, two_generations()) as live:
         await begin_generations(live)
         await live.apply(changes(*(document(key, f"text {key}") for key in "123"), inline=[f"text {i}" for i in "123"]))
         await live.rows("DELETE FROM {backlog} RETURNING 1")
@@ -70,3 +77,35 @@ async def test_a_text_that_was_given_up_has_failed_and_is_not_missing_its_vector
         " SELECT 1, chunk_id, content_hash, 0, CASE id WHEN '2' THEN 8 ELSE 7 END FROM {chunks} RETURNING 1"
     )
     assert await looked_at(index) == Soundness({"failed": [("2",)]}, 2, 0, None, 3)
+
+
+async def test_a_page_that_waited_for_an_exchange_of_tiers_has_no_vector_twice(
+    index: LiveIndex, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def look(connection: Connection) -> Soundness:
+        return await examine_chunks(connection, SCHEMA, index.spec, -1, 100)
+
+    rebuild = Rebuild(await connect_target(), SCHEMA, index.spec)
+    sound = await read_after_exchange(monkeypatch, connect_target, rebuild, look)
+    assert sound == await look(index.connection) == Soundness({}, 0, 0, None, 3)
+
+
+async def test_a_generation_that_is_gone_by_now_is_left_out(index: LiveIndex) -> None:
+    await Generations(SCHEMA).stamp(index.connection, "articles", 2, "ready_at")
+    await drop_relations(index.connection, SCHEMA, index.spec, 2)
+    await Generations(SCHEMA).remove(index.connection, "articles", 2)
+    assert await looked_at(index) == Soundness({}, 0, 0, None, 3)
+
+
+async def test_a_generation_that_is_to_be_filled_again_once_the_page_is_locked_may_lack_vectors(
+    index: LiveIndex, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await Generations(SCHEMA).stamp(index.connection, "articles", 2, "ready_at")
+    other = await connect_target()
+
+    async def hold_later(*arguments: Any) -> None:
+        await Generations(SCHEMA).begin_again(other, "articles", 2)
+        await hold_snapshot(*arguments)
+
+    monkeypatch.setattr(soundness, "hold_snapshot", hold_later)
+    assert await looked_at(index) == Soundness({}, 0, 0, None, 3)

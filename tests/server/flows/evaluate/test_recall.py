@@ -20,7 +20,9 @@ from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import connect
 from cdcsync.target import evaluations
 from cdcsync.target.ddl.names import Names
+from cdcsync.target.ddl.rebuilding import Rebuild
 from cdcsync.target.search import Plan, nearest_statement, search
+from tests.support.exchanges import ConnectTarget, read_after_exchange
 from tests.support.indexes import SCHEMA, changes, document
 from tests.support.recalls import CROWD, SPARSE, counted, crowd, indexed
 
@@ -299,3 +301,23 @@ async def test_where_nothing_can_be_written_it_is_measured_all_the_same(database
         await admin.execute("DROP TABLE cdcsync.evaluations")  # as an older version left it
         found = await evaluate(admin, SCHEMA, spec, queries=3)
         assert "a worker of this version creates it" in str(await evaluations.store(admin, SCHEMA, found))
+
+
+async def test_a_measurement_that_waited_for_an_exchange_of_tiers_counts_each_vector_once(
+    target: Database, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with indexed(target, crowd(40)) as (index, spec):
+        made = {hash_text(text): np.zeros(16, np.float32) for text in ("zeros", "more zeros")}
+        documents = [document(str(1_000 + at), text) for at, text in enumerate(("zeros", "more zeros"))]
+        await index.apply(msgspec.structs.replace(changes(*documents), vectors=made))
+        sample = await sample_vectors(index.connection, Names(SCHEMA, "articles"), "public", spec, 5)
+
+        async def sampled(*_: object) -> list[tuple[int, str]]:
+            return sample
+
+        monkeypatch.setattr(recall, "sample_vectors", sampled)
+        rebuild = Rebuild(await connect_target(), SCHEMA, index.spec)
+        found = await read_after_exchange(
+            monkeypatch, connect_target, rebuild, lambda connection: evaluate(connection, SCHEMA, spec, k=5)
+        )
+    assert found.undirected == 2

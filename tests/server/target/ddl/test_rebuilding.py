@@ -17,16 +17,15 @@ from cdcsync.target.ddl.generations import create_generations, drop_relations
 from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
 from cdcsync.target.keys import discard_vectors
 from cdcsync.target.settling import Settling
+from tests.support.exchanges import ConnectTarget, read_after_exchange
 from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document
 from tests.support.kills import Killed, kill_at, points
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
-ConnectTarget = Callable[[], Awaitable[Connection]]
-
 TIERS = "SELECT c.content, v.tier FROM {vectors} v JOIN {chunks} c USING (chunk_id) ORDER BY c.id"
 SEARCH = (
-    b"SELECT id FROM public.articles_index ORDER BY embedding OPERATOR(public.<=>) '[1,200,3]'::public.vector LIMIT 4"
+    "SELECT id FROM public.articles_index ORDER BY embedding OPERATOR(public.<=>) '[1,200,3]'::public.vector LIMIT 4"
 )
 
 
@@ -43,8 +42,12 @@ class Interrupted(Rebuild):
 
 @pytest.fixture
 async def both(open_index: OpenIndex) -> LiveIndex:
-    """An index whose documents 1 to 4 are settled, and 5 to 8 are fresh."""
-    index = await open_index(search=None)
+    return await in_both_tiers(open_index, search=None)
+
+
+async def in_both_tiers(open_index: OpenIndex, *, search: str | None) -> LiveIndex:
+    """Return an index whose documents 1 to 4 are settled, and 5 to 8 are fresh."""
+    index = await open_index(search=search)
     first, second = "1234", "5678"
     await index.apply(
         changes(*[document(key, f"text {key}") for key in first], inline=[f"text {key}" for key in first])
@@ -252,7 +255,7 @@ async def test_searches_and_changes_go_on_while_it_is_built_and_exchanged(
 
     async def search(searcher: Connection) -> None:
         while not done.is_set():
-            assert len(await (await searcher.execute(SEARCH)).fetchall()) == 4
+            assert len(await (await searcher.execute(SEARCH.encode())).fetchall()) == 4
 
     async def change() -> None:
         number = 0
@@ -270,6 +273,63 @@ async def test_searches_and_changes_go_on_while_it_is_built_and_exchanged(
 
     assert await both.rows("SELECT count(*) FROM {vectors}") == [(8,)]
     assert await both.faults() == []
+
+
+VECTOR = "[1,200,3]"
+CALL = "SELECT id FROM cdcsync.articles_search({})"
+SEARCHES = {
+    "of the view": SEARCH,
+    "by vector": CALL.format(f"NULL, '{VECTOR}', 4, mode => 'vector'"),
+    "by words": CALL.format("'text', k => 8, mode => 'text'"),
+    "for all": CALL.format(f"NULL, '{VECTOR}', 1000, mode => 'vector'"),
+    "for chunks": CALL.format(f"NULL, '{VECTOR}', 8, mode => 'vector', per_document => false"),
+    "for a later page": CALL.format(f"NULL, '{VECTOR}', 3, mode => 'vector', skip => 4"),
+    "with a filter": CALL.format(f"""NULL, '{VECTOR}', 8, '{{"id": {{"ne": 6}}}}'"""),
+    "by both": CALL.format(f"'text', '{VECTOR}', 8"),
+}
+
+
+@pytest.mark.proof_from(3)
+@pytest.mark.parametrize("how", SEARCHES)
+async def test_a_search_that_waited_for_the_exchange_finds_what_later_ones_find(
+    open_index: OpenIndex, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    index = await in_both_tiers(open_index, search="english")
+
+    async def search(connection: Connection) -> list[tuple[Any, ...]]:
+        return await (await connection.execute(SEARCHES[how].encode())).fetchall()
+
+    rebuild = Rebuild(await connect_target(), SCHEMA, index.spec)
+    found = await read_after_exchange(monkeypatch, connect_target, rebuild, search)
+
+    assert found
+    assert found == await search(index.connection)
+
+
+class Late(Rebuild):
+    """A rebuild that learns of a change during the exchange, which is not to be seen by who waits for it."""
+
+    change: Callable[[], Awaitable[Any]]
+
+    async def switch(self) -> int:
+        await self.change()
+        return await super().switch()
+
+
+async def test_a_search_that_waited_for_the_exchange_shows_the_vector_of_the_text(
+    both: LiveIndex, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rebuild = Late(await connect_target(), SCHEMA, both.spec)
+    rebuild.change = lambda: both.apply(changes(document("1", "new", existed=True), inline=["new"]))
+
+    async def search(connection: Connection) -> list[tuple[Any, ...]]:
+        statement = f"SELECT content, distance, stale FROM cdcsync.articles_search(NULL, '{VECTOR}', 8)"
+        return sorted(await (await connection.execute(statement.encode())).fetchall())
+
+    found = await read_after_exchange(monkeypatch, connect_target, rebuild, search)
+
+    assert found == await search(both.connection)
+    assert found[0][0] == "new"
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["whole", "tiers dropped by hand"])
