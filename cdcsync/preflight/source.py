@@ -18,7 +18,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.administration import allow_writes
 from cdcsync.preflight.findings import Finding, named, noting, or_ok
 from cdcsync.source.catalog import SENDS_PREPARED, Catalog, Server, Slot, read_catalog, read_server, read_slot, why_lost
-from cdcsync.source.publications import Publication, create_publication_statement, publish_statement
+from cdcsync.source.publications import Publication, create_publication_statement, fixed_in, publish_statement
 from cdcsync.source.slot import MIN_VERSION, SlotConnection
 
 STANDBY_VERSION = 160000
@@ -94,6 +94,14 @@ def server_faults(server: Server, slot: Slot | None) -> Iterator[Finding]:
             "source",
             f"PostgreSQL {server.version_text} is too old: it does not send logical messages",
             f"upgrade the source to PostgreSQL {MIN_VERSION // 10000} or later",
+        )
+    if (fixed := fixed_in(server.version)) is not None:
+        yield Finding.warning(
+            "source",
+            f"PostgreSQL {server.version_text} may send nothing of a table that was published while a transaction wrote"
+            " to it",
+            f"upgrade the source to PostgreSQL {fixed} or later; until then each comparison opens the stream anew, and"
+            " a new index is compared with its tables before it is live",
         )
     if server.in_recovery:
         why = (

@@ -355,14 +355,30 @@ async def current_snapshot(connection: Connection) -> Snapshot:
     return Snapshot.parse(cast(str, await fetch_value(connection, "SELECT pg_current_snapshot()::text")))
 
 
-async def running_transactions(connection: Connection) -> frozenset[int]:
-    """Return the transactions (64-bit ids) that are open now and may have written.
+_ELSEWHERE: LiteralString = """
+    SELECT transactionid::text::int8 FROM pg_locks JOIN pg_stat_activity USING (pid)
+    WHERE locktype = 'transactionid' AND mode = 'ExclusiveLock' AND granted
+        AND datid <> (SELECT oid FROM pg_database WHERE datname = current_database())
+    UNION ALL SELECT transaction::text::int8 FROM pg_prepared_xacts WHERE database <> current_database()
+"""
+# Every role sees all of these columns. A transaction holds its own id locked until it ends.
+
+
+async def running_transactions(connection: Connection, *, anywhere: bool = False) -> frozenset[int]:
+    """Return the transactions (64-bit ids) that are open now and may have written in this database.
 
     A snapshot lists what runs below the newest *finished* id, and leaves out what began after that. So an id is
-    drawn and finished first: everything older is below it.
+    drawn and finished first: everything older is below it. It lists the transactions of all databases. Those that are
+    known to be of another one are left out: they may stay open for days, and cannot write here.
+
+    :param anywhere: keep them, for what waits for every transaction of the server: the creation of a slot.
     """
     await connection.execute("SELECT pg_current_xact_id()")
-    return (await current_snapshot(connection)).running
+    running = (await current_snapshot(connection)).running
+    if anywhere or not running:
+        return running
+    elsewhere = {xid for (xid,) in await fetch_rows(connection, _ELSEWHERE)}
+    return frozenset(xid for xid in running if xid % XID_SPAN not in elsewhere)
 
 
 _CONFIRMED: LiteralString = """

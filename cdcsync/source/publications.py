@@ -26,8 +26,26 @@ GENERATED_COLUMNS_VERSION = 180000
 FILTERS_VERSION = 150000
 """PostgreSQL 15: row filters, column lists, and publications of all tables in a schema."""
 
+REFRESHED = {14: 18, 15: 13, 16: 9, 17: 5}
+"""The minor release of each version from which on a change of the catalogs reaches the transactions that run during it,
+as they are decoded ("Fix data loss in logical replication", May 2025). Versions that are not listed began with it."""
+
 MADE = "made by cdcsync, which drops it with its pipeline"
 """The comment of a publication that a worker made. Without it the publication is somebody else's, and is kept."""
+
+
+def fixed_in(version: int) -> str | None:
+    """Return the release to upgrade a server to that may take a published table for another one; None if it does not.
+
+    A transaction that wrote to a table before it was published, and committed after, is decoded with the catalogs of
+    before. An earlier release keeps what they say: it sends nothing of the table any more, whichever transaction
+    changes it, until the connection ends or the table is altered.
+
+    :param version: 160002 is 16.2.
+    """
+    major, minor = divmod(version, 10000)
+    first = REFRESHED.get(major, 0)
+    return f"{major}.{first}" if minor < first else None
 
 
 class Published(msgspec.Struct, frozen=True):

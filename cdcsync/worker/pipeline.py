@@ -410,7 +410,12 @@ class Pipeline:
         specs = {spec.name: spec for spec in self.specs}
         config = self.config
         await compare_for_ever(
-            config.source.dsn, config.target.dsn, config.target.schema, specs, deliveries=self.deliveries
+            config.source.dsn,
+            config.target.dsn,
+            config.target.schema,
+            specs,
+            deliveries=self.deliveries,
+            renew=self.streaming.renew,
         )
 
     async def audit_once_streaming(self) -> None:

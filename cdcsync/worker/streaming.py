@@ -33,6 +33,9 @@ from cdcsync.worker.state import WorkerState
 
 log = structlog.get_logger()
 
+RENEWAL_POLL_S = 0.1
+"""How often it is looked whether the stream has come so far that it can be opened anew."""
+
 
 class Streaming:
     """The connection to the slot, made again whenever it breaks."""
@@ -57,6 +60,10 @@ class Streaming:
         self._deliveries = deliveries
         self._spool = spool
         self._backoff = Backoff(self._stream_waits, until=state.stopping)
+        self._connection = anyio.CancelScope()
+        """What follows the slot over the present connection, or did over the last one."""
+        self._again = anyio.Event()
+        """Set with the next connection."""
         self.begun = anyio.Event()
         """Set once the slot is followed: before that, a mark would never be delivered."""
         self._status_every_s = config.source.feedback_every_s
@@ -128,15 +135,29 @@ class Streaming:
                     log.info("streaming", slot=self._config.source.slot, checkpoint=str(checkpoint))
                     self._state.connected(True)
                     self.begun.set()
+                    self._again.set()
                     backoff.succeeded()
-                    return await self._stream.follow(
-                        slot,
-                        checkpoint,
-                        start.server.lsn,
-                        status_every_s=self._status_every_s,
-                        silence_s=self._silence_s,
-                    )
+                    with anyio.CancelScope() as self._connection:
+                        return await self._stream.follow(
+                            slot,
+                            checkpoint,
+                            start.server.lsn,
+                            status_every_s=self._status_every_s,
+                            silence_s=self._silence_s,
+                        )
+                    log.info("stream_renewed", slot=self._config.source.slot)
         return []
+
+    async def renew(self, position: Lsn) -> None:
+        """Return once the slot is followed over another connection, which begins at `position` or later.
+
+        The server then knows its catalogs as of there: it decodes no transaction again that ended before.
+        """
+        while self._stream.checkpoint < position:  # noqa: ASYNC110 - whoever commits need not know of this
+            await anyio.sleep(RENEWAL_POLL_S)
+        again = self._again = anyio.Event()
+        self._connection.cancel()
+        await again.wait()
 
     def _stream_waits(self, failure: Failure) -> None:
         self._state.metrics.reconnects.labels("source").inc()

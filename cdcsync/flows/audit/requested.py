@@ -2,13 +2,16 @@
 
     request ─► every transaction of that time is over ─► `verify` ─► `repair` of exactly what differs
 
+On a source that lacks a fix (`source/publications.fixed_in`), a table that was published while a transaction wrote to
+it may not be sent any more once that transaction is decoded. So there the stream is opened anew before `verify`.
+
 A false alarm costs one comparison by digests and reads no row again. If most of the index differs, the comparison ends
 early, and the table is read again from its start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import anyio
 import msgspec
@@ -18,6 +21,7 @@ from cdcsync.backoff import Backoff, Failure
 from cdcsync.errors import CdcsyncError, Retry, leading
 from cdcsync.flows.audit.comparison import UNDECIDED
 from cdcsync.flows.audit.verification import DiffersAsAWhole, repair, verify
+from cdcsync.lsn import Lsn
 from cdcsync.model.requests import Request
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
@@ -25,7 +29,8 @@ from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS, LockedOut
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.process.crashpoints import crash_point
-from cdcsync.source.catalog import blockers, current_snapshot, running_transactions
+from cdcsync.source.catalog import blockers, current_snapshot, insert_lsn, running_transactions
+from cdcsync.source.publications import fixed_in
 from cdcsync.target.ddl.names import written_tables
 from cdcsync.target.requests.queue import Queue
 from cdcsync.target.requests.submission import Requests
@@ -41,6 +46,9 @@ BLOCKED_POLL_S = 0.5
 BLOCKED_REPORT_S = 10.0
 """How often those transactions are logged."""
 
+Renew = Callable[[Lsn], Awaitable[None]]
+"""Opens the stream anew, from a position or a later one."""
+
 
 async def compare_for_ever(
     source_dsn: str,
@@ -48,6 +56,7 @@ async def compare_for_ever(
     schema: str,
     specs: Mapping[str, IndexSpec],
     deliveries: Mapping[str, Deliveries],
+    renew: Renew,
 ) -> None:
     """Make the comparisons that are asked for, until cancelled."""
     queue = Queue(schema)
@@ -71,7 +80,7 @@ async def compare_for_ever(
                 spec = specs[request.index]
                 comparing = await source.connection(), await target.connection()
                 try:
-                    await _serve(*comparing, schema, spec, deliveries[request.index], request)
+                    await _serve(*comparing, schema, spec, deliveries[request.index], renew, request)
                 except CdcsyncError as error:
                     if not await locked[request.index].note(error, source, target):
                         raise
@@ -87,13 +96,14 @@ async def _serve(
     schema: str,
     spec: IndexSpec,
     deliveries: Deliveries,
+    renew: Renew,
     request: Request,
 ) -> None:
     queue, requests = Queue(schema), Requests(schema)
     with speaking_of("target"):
         await queue.start(target, request, None)
     try:
-        rows = await _compare(source, target, schema, spec, deliveries)
+        rows = await _compare(source, target, schema, spec, deliveries, renew)
     except DiffersAsAWhole as found:
         log.warning("index_read_again", index=spec.name, differing=found.suspects)
         with speaking_of("target"):
@@ -123,9 +133,16 @@ async def _serve(
         crash_point("reading in place of a comparison committed")
 
 
-async def _compare(source: Connection, target: Connection, schema: str, spec: IndexSpec, deliveries: Deliveries) -> int:
+async def _compare(
+    source: Connection, target: Connection, schema: str, spec: IndexSpec, deliveries: Deliveries, renew: Renew
+) -> int:
     """Compare an index with its source and replay what differs; returns how many documents the source has."""
     await _outlast(source, spec.name, deliveries)
+    if fixed_in(source.info.server_version) is not None:
+        with speaking_of("source"):
+            end = await insert_lsn(source)
+        # From there on, no transaction of before is decoded. What was not sent until then is found by comparing.
+        await renew(end)
     findings = await verify(source, target, schema, spec, to_the_end=False)
     found = findings.verification
     if found.differs:

@@ -35,6 +35,7 @@ from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import Catalog, facts_of
 from cdcsync.source.families import rows_sent
 from cdcsync.source.fingerprints import Difference, collations_of
+from cdcsync.source.publications import fixed_in
 from cdcsync.source.relations import Table
 from cdcsync.target import evaluations
 from cdcsync.target.approvals import Approvals, change_of
@@ -306,6 +307,11 @@ async def _register(target: Connection, config: Config, spec: IndexSpec, catalog
     if begun and missing and before is not None and before.state == "live":
         log.error("relations_missing", index=spec.name, tables=missing.tables, built=missing.built)
         await registry.load_again(target, spec.name)
+    if fixed_in(catalog.version) is not None:
+        sent = None if before is None else stored_fingerprint(before)
+        if sent is None or any(sent.sent_by.tables.get(name) != by for name, by in now.sent_by.tables.items()):
+            # Transactions that wrote to a table before it was published may keep it from being sent.
+            await requests.compare(target, spec.name)
     if need is None and found.emptied:
         return  # the stream may bring the TRUNCATE: the watch waits for it
     await note_fingerprint(target, schema, spec.name, now)

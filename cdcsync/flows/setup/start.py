@@ -338,7 +338,7 @@ async def _report_writers(source: Connection, name: str) -> None:
     while True:
         await anyio.sleep(WRITERS_REPORT_S)
         with speaking_of("source"), anyio.CancelScope(shield=True):
-            sessions = await blockers(source, await running_transactions(source))
+            sessions = await blockers(source, await running_transactions(source, anywhere=True))
         log.warning("slot_waits_for_transactions", slot=name, sessions=sessions)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 
 from tests.support.configs import NO_AUDIT
 from tests.support.scenes import Followed, MakeScene, Scene
+from tests.support.servers import Server
 from tests.support.workers import until
 
 pytestmark = [pytest.mark.server]
@@ -95,6 +97,26 @@ def test_rows_come_with_a_partition_that_is_attached_and_go_with_one_that_is_det
         "ALTER TABLE attached ATTACH PARTITION older FOR VALUES FROM ('2000-01-01') TO ('2010-01-01')",
     )
     parted.heals("attached")
+
+
+def test_a_transaction_of_another_database_keeps_no_partition_from_being_read(
+    make_scene: MakeScene, server: Server
+) -> None:
+    scene = make_scene(
+        [f"CREATE TABLE beside {KEYED} PARTITION BY RANGE (day)", *(year("beside", one) for one in YEARS)],
+        {"beside": Followed("beside", "{title}")},
+    )
+    scene.pipeline.stop(scene.pipeline.processes[-1])
+    with psycopg.connect(server.dsn) as elsewhere:
+        elsewhere.execute("SELECT pg_current_xact_id()")
+        scene.pipeline.start()
+        scene.execute(
+            f"CREATE TABLE far {KEYED}",
+            rows("far", 200).replace("2024-06-01", "2000-01-01"),
+            "ALTER TABLE beside ATTACH PARTITION far FOR VALUES FROM ('2000-01-01') TO ('2010-01-01')",
+        )
+
+        scene.heals("beside")
 
 
 @pytest.mark.proof

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Callable, Collection
+from typing import cast
 
 import anyio
 import psycopg
@@ -10,6 +12,7 @@ import pytest
 from psycopg import sql
 
 from cdcsync.config import QualifiedName
+from cdcsync.demo.cluster import Cluster
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.source.catalog import (
@@ -21,6 +24,7 @@ from cdcsync.source.catalog import (
     running_transactions,
 )
 from cdcsync.source.relations import Table
+from tests.support.clusters import OTHER_VERSIONS
 from tests.support.publications import T, lay_out
 from tests.support.servers import Database
 
@@ -35,6 +39,45 @@ async def test_the_newest_open_transaction_is_among_those_that_run(database: Dat
         async with await connect(database.dsn, "source") as connection:
             assert not (await current_snapshot(connection)).sees(row[0])
             assert row[0] in await running_transactions(connection)
+
+
+@pytest.mark.proof_from(1)
+@pytest.mark.parametrize("version", [None, *OTHER_VERSIONS])
+async def test_transactions_of_other_databases_are_not_waited_for_whatever_the_role(
+    make_cluster: Callable[..., Cluster], version: int | None
+) -> None:
+    """They cannot have written here. What waits for the whole server still tells of them."""
+    if version is not None and not OTHER_VERSIONS[version].exists():
+        pytest.skip(f"PostgreSQL {version} is not installed")
+    cluster = make_cluster(**({} if version is None else {"bin_dir": OTHER_VERSIONS[version]}))
+    with psycopg.connect(cluster.dsn(), autocommit=True) as administrator:
+        administrator.execute("CREATE ROLE follower LOGIN REPLICATION")
+        administrator.execute("CREATE DATABASE elsewhere")
+    with contextlib.ExitStack() as stack:
+        here, there = (
+            [opened(stack, cluster.dsn(name), "open"), opened(stack, cluster.dsn(name), "prepared")]
+            for name in ("postgres", "elsewhere")
+        )
+        async with await connect(cluster.dsn(user="follower"), "source") as connection:
+            running = await running_transactions(connection)
+            anywhere = await running_transactions(connection, anywhere=True)
+
+    assert running >= set(here)
+    assert running.isdisjoint(there)
+    assert anywhere >= {*here, *there}
+
+
+def opened(stack: contextlib.ExitStack, dsn: str, how: str) -> int:
+    """Open a transaction that has written, in a subtransaction too, or prepare it; returns its id."""
+    session = stack.enter_context(psycopg.connect(dsn, autocommit=True))
+    session.execute("BEGIN")
+    row = session.execute("SELECT pg_current_xact_id()::text::int8").fetchone()
+    assert row is not None
+    session.execute("SAVEPOINT a")
+    session.execute(sql.SQL("CREATE TABLE {} ()").format(sql.Identifier(how)))
+    if how == "prepared":
+        session.execute(sql.SQL("PREPARE TRANSACTION {}").format(f"{row[0]}"))
+    return cast(int, row[0])
 
 
 async def test_a_prepared_transaction_that_is_in_the_way_is_named(database: Database) -> None:

@@ -53,7 +53,18 @@ def test_a_server_before_14_is_refused_on_either_side() -> None:
         assert "PostgreSQL 14 or later" in str(fault.hint)
 
 
-@pytest.mark.parametrize(("version", "sign"), [(150000, "cannot decode WAL before PostgreSQL 16"), (160000, "marked")])
+@pytest.mark.parametrize(
+    ("version", "fixed"), [(140017, "14.18"), (150000, "15.13"), (160002, "16.9"), (170004, "17.5")]
+)
+def test_a_release_that_may_not_send_a_published_table_is_to_be_upgraded(version: int, fixed: str) -> None:
+    (fault,) = on_source.server_faults(server(version=version), None)
+    assert fault.level == "warning"
+    assert f"to PostgreSQL {fixed} or later" in str(fault.hint)
+    major, minor = map(int, fixed.split("."))
+    assert list(on_source.server_faults(server(version=10000 * major + minor), None)) == []
+
+
+@pytest.mark.parametrize(("version", "sign"), [(150013, "cannot decode WAL before PostgreSQL 16"), (160009, "marked")])
 def test_a_standby_is_refused_for_the_reason_of_its_version(version: int, sign: str) -> None:
     (fault,) = on_source.server_faults(server(version=version, in_recovery=True), None)
     assert sign in fault.message
