@@ -405,12 +405,7 @@ class Index:
         listed = None if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
         if listed is None or not all(isinstance(text, str) for text in listed):
             raise UsageError("these are not texts", where="embed", hint='give a list of texts, such as ["a question"]')
-        return (await self._embed(listed))[0]
-
-    async def _embed(self, texts: Sequence[str]) -> tuple[Vectors, int]:
-        """Embed queries; returns the generation too, which the vectors can be compared with."""
-        spec = await self._live()
-        return await self._resources.models.embedder(spec).embed(texts), spec.generation
+        return await self._resources.models.embedder(await self._live()).embed(listed)
 
     async def wait_for(self, lsn: str | None = None, *, timeout_s: float = WAIT_S, vectors: bool = False) -> bool:
         """Wait until the index holds everything that the source had committed up to an LSN; return whether it does.

@@ -12,13 +12,14 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, null
 from typing import Protocol, TypeVar
 
 import anyio
+import numpy as np
 
 from cdcsync.config import Config
 from cdcsync.embedders import embedder_of, make_embedder
 from cdcsync.embedders.protocol import Embedder, Vectors, validate
 from cdcsync.embedders.remote import RemoteEmbedder
 from cdcsync.embedders.reranking import Reranker, Scores, make_reranker
-from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, leading
 from cdcsync.model.spec import IndexSpec
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ class OnCall:
     """A model that is opened when it is first needed and kept open.
 
     :param where: the section that describes it, for messages.
-    :param timeout_s: how long a call may take. Loading the model at first is not counted.
+    :param timeout_s: how long a call may take for each query. Loading the model at first is not counted.
     :param concurrency: how many calls may run at the same time.
     :param remote: whether a provider answers, also when the model is opened.
     """
@@ -74,18 +75,19 @@ class OnCall:
         self._opened = False
         await self._model.aclose()
 
-    async def _in_time(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _in_time(self, call: Callable[[], Awaitable[T]], *, queries: int = 1) -> T:
         """Make a call of the open model.
 
+        :param queries: how many it is for. Each has its time: a model that works on many is not away.
         :raises EmbedderUnavailable: the model is away, refuses us, or does not answer in time.
         :raises EmbedderSetupError: the model cannot be loaded on this machine.
         """
         await self.open()
         with self._noticing_absence(), _refusing_is_absence():
-            with anyio.move_on_after(self._timeout_s):
+            with anyio.move_on_after(timeout_s := self._timeout_s * queries):
                 async with self._room:
                     return await call()
-            raise EmbedderUnavailable(f"the model did not answer within {self._timeout_s:g} s", where=self._where)
+            raise EmbedderUnavailable(f"the model did not answer within {timeout_s:g} s", where=self._where)
 
     @contextmanager
     def _noticing_absence(self) -> Iterator[None]:
@@ -131,9 +133,29 @@ class QueryEmbedder(OnCall):
         :raises TextRejected: one of these texts cannot be embedded.
         :raises EmbedderSetupError: the model cannot be loaded on this machine.
         """
-        vectors = await self._in_time(lambda: self.embedder.embed(texts, kind="query"))
+        vectors = await self._in_time(lambda: self.embedder.embed(texts, kind="query"), queries=max(1, len(texts)))
         validate(vectors, len(texts), self.embedder.dimensions)
         return vectors
+
+    async def embed_each(self, texts: Sequence[str]) -> Vectors:
+        """Return the vectors of queries as `embed` does, each by a call of its own as `embed_one` makes it.
+
+        They take half of the model's calls at the same time, so that queries of other callers come between them.
+        """
+        share = anyio.CapacityLimiter(max(1, self.embedder.concurrency // 2))
+        vectors: dict[int, Vectors] = {}
+
+        async def embed(at: int) -> None:
+            async with share:
+                vectors[at] = await self.embed_one(texts[at])
+
+        try:
+            async with anyio.create_task_group() as tasks:
+                for at in range(len(texts)):
+                    tasks.start_soon(embed, at)
+        except BaseExceptionGroup as group:
+            raise leading(group) from None
+        return np.stack([vectors[at] for at in range(len(texts))])
 
     async def embed_one(self, text: str) -> Vectors:
         """Return a query's vector, `float32[dimensions]`; see `embed`.

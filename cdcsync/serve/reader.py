@@ -154,10 +154,13 @@ class Offered(Index):
     async def embed_queries(self, texts: Sequence[str]) -> tuple[Vectors, int]:
         """Return the vectors of queries, and the generation of the index's vectors that they can be compared with.
 
+        Each is a call of the model, as the query of a search is: no caller keeps the model from others with many.
+
         :raises EmbedderUnavailable: the model is away.
         :raises TextRejected: the model refuses one of these texts.
         """
-        return await self._embed(texts)
+        spec = await self._live()
+        return await self._resources.models.embedder(spec).embed_each(texts), spec.generation
 
     def _without_model(self, what: str, error: EmbedError) -> str:
         """Return the warning of a search that does without a model. Why is the operator's matter: it may name hosts."""

@@ -173,15 +173,20 @@ class Service:
         return await self._call("fetch", caller, noted, work)
 
     async def embed(self, caller: Caller, index: str, texts: Sequence[str]) -> Vectors:
-        """Return the vectors of queries, and the generation that they can be compared with."""
+        """Return the vectors of queries, and the generation that they can be compared with.
 
-        async def work(_: Principal) -> Vectors:
+        Each text counts as a call, because it costs the model as much as a search.
+        """
+
+        async def work(who: Principal) -> Vectors:
             limit = self.serve.max_query_characters
             if not 1 <= len(texts) <= MAX_TEXTS or any(len(one) > limit for one in texts):
                 raise Problem(
                     422, "The call cannot be answered", f"send 1 to {MAX_TEXTS} texts of up to {limit} characters"
                 )
-            vectors, generation = await self.reader.index(index).embed_queries(texts)
+            offered = self.reader.index(index)
+            self.limits.count(who.account, len(texts) - 1)
+            vectors, generation = await offered.embed_queries(texts)
             return Vectors([[float(value) for value in vector] for vector in vectors], generation)
 
         return await self._call("embed", caller, _Noted(index), work)

@@ -127,6 +127,45 @@ async def test_the_oldest_queries_are_forgotten_first(
     assert model.asked == [["one"], ["two"], ["three"], ["two"]]
 
 
+async def test_queries_of_others_come_between_those_that_one_caller_has_many_of(
+    model: Held, embedder: QueryEmbedder
+) -> None:
+    made: list[Vectors] = []
+
+    async def many() -> None:
+        made.append(await embedder.embed_each(["one", "two", "three", "one"]))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(many)
+        await model.reached.wait()
+        tasks.start_soon(embedder.embed_one, "another's")
+        await anyio.wait_all_tasks_blocked()
+        model.let.set()
+    assert model.asked == [["one"], ["another's"], ["two"], ["three"]]
+    assert np.array_equal(made[0], model.vectors(["one", "two", "three", "one"]))
+
+
+async def test_many_queries_fail_as_the_first_that_fails(model: Held, embedder: QueryEmbedder) -> None:
+    model.away = True
+    model.let.set()
+    with pytest.raises(EmbedderUnavailable, match="nobody is at home"):
+        await embedder.embed_each(["one", "two"])
+
+
+async def test_a_call_has_time_for_each_of_its_queries() -> None:
+    left_s: list[float] = []
+
+    class Watched(Held):
+        async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
+            left_s.append(anyio.current_effective_deadline() - anyio.current_time())
+            return self.vectors(texts)
+
+    embedder = QueryEmbedder(Watched(), timeout_s=1000)
+    for count in (1, 3):
+        await embedder.embed(["one"] * count)
+    assert [round(left / 1000) for left in left_s] == [1, 3]
+
+
 def tei(provider: FakeProvider) -> QueryEmbedder:
     settings = TeiEmbedder(base_url=provider.tei_url, model="hashing", dimensions=provider.dimensions)
     return QueryEmbedder(make_embedder("tei", settings), timeout_s=5)
