@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from math import inf
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -162,7 +162,7 @@ class Offered(Index):
         spec = await self._live()
         return await self._resources.models.embedder(spec).embed_each(texts), spec.generation
 
-    def _without_model(self, what: str, error: EmbedError) -> str:
+    def _without_model(self, what: str, error: EmbedError | EmbedderSetupError) -> str:
         """Return the warning of a search that does without a model. Why is the operator's matter: it may name hosts."""
         if isinstance(error, TextRejected):
             return f"{what}: the model refuses this query"
@@ -368,6 +368,13 @@ class Offered(Index):
         """
         await self._resources.models.embedder(await self._live()).open()
 
+    async def load_reranker(self) -> None:
+        """Load the index's reranker, if it has one.
+
+        :raises EmbedderUnavailable, EmbedderSetupError: it cannot be loaded.
+        """
+        await self._resources.models.open_reranker(self._config.reranker)
+
     async def exposure(self) -> list[str]:
         """Return what leads this server past its callers' tenants; see `exposure`. Nothing if no column is bound.
 
@@ -520,18 +527,27 @@ class Reader:
                         raise
 
     async def load(self) -> None:
-        """Load the models, so that no call waits for that; one that cannot be loaded is tried again by a call.
+        """Load models and rerankers, so that no call waits for that; what cannot be loaded is tried again by a call.
 
         Also tells where tenants are kept apart by the server's own filter alone.
         """
         for index in self.indexes.values():
-            try:
+            with _telling(index.name):
                 if past := await index.exposure():
                     log.warning("tenants_not_held", index=index.name, past=past, fix=UNHELD)
                 await index.load()
-            except (EmbedError, EmbedderSetupError) as error:
-                log.warning("model_not_loaded", index=index.name, error=str(error), fix=error.hint)
-            except CdcsyncError as error:
-                shown = without_rows(error)
-                log.warning("index_not_searchable", index=index.name, error=str(shown), fix=shown.hint)
+            with _telling(index.name):
+                await index.load_reranker()
         self.loaded = True
+
+
+@contextmanager
+def _telling(index: str) -> Iterator[None]:
+    """Log why an index cannot be searched, or not with its models."""
+    try:
+        yield
+    except (EmbedError, EmbedderSetupError) as error:
+        log.warning("model_not_loaded", index=index, error=str(error), fix=error.hint)
+    except CdcsyncError as error:
+        shown = without_rows(error)
+        log.warning("index_not_searchable", index=index, error=str(shown), fix=shown.hint)

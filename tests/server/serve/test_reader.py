@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ import structlog
 import structlog.testing
 from psycopg import conninfo
 
+from cdcsync.config import Config, SentenceTransformersReranker
 from cdcsync.config.serving import Serve, Tenant
+from cdcsync.embedders.reranking import CrossEncoderReranker
+from cdcsync.errors import EmbedderSetupError
 from cdcsync.serve.exposure import UNHELD
 from cdcsync.serve.identity import new_token
 from cdcsync.serve.reader import Reader
@@ -190,6 +194,66 @@ async def test_an_index_that_somebody_has_locked_is_listed_without_examples_besi
     ]
     assert (locked["state"], bool(locked["as_of_lsn"])) == ("live", True)
     assert other["key"][0]["examples"] == OWN
+
+
+def reranked(tickets: Office, **settings: Any) -> Config:
+    """Return a configuration of a server whose index has a reranker on this machine."""
+    config = tickets.serving(anonymous=True, **settings)
+    index = msgspec.structs.replace(config.indexes["tickets"], reranker="fine")
+    section = SentenceTransformersReranker(model="acme/judge")
+    return msgspec.structs.replace(config, rerankers={"fine": section}, indexes={"tickets": index})
+
+
+async def ready(client: httpx2.AsyncClient) -> None:
+    with anyio.fail_after(60):
+        while (await client.get("/readyz")).status_code != 200:
+            pass
+
+
+async def test_a_server_is_ready_once_its_reranker_is_loaded_and_searches_do_without_it_until_then(
+    tickets: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, let = threading.Event(), threading.Event()
+
+    def load(reranker: CrossEncoderReranker) -> None:
+        begun.set()
+        assert let.wait(60)
+        reranker._model = object()
+
+    monkeypatch.setattr(CrossEncoderReranker, "_load", load)
+    monkeypatch.setattr(CrossEncoderReranker, "_predict", lambda self, query, texts: [7.0] * len(texts))
+    async with served(reranked(tickets, deadline_s=5.0)) as client:
+        try:
+            assert await anyio.to_thread.run_sync(begun.wait, 60)
+            probed = await client.get("/readyz")
+            meanwhile = await ask(client, "printer", mode="text")
+        finally:
+            let.set()
+        await ready(client)
+        hits = (await ask(client, "printer", mode="text")).json()["hits"]
+    assert (probed.status_code, probed.json()["reasons"]) == (503, ["models are being loaded"])
+    assert (meanwhile.status_code, meanwhile.json()["warning"]) == (200, "not reranked: the model is away")
+    assert meanwhile.json()["hits"]
+    assert {hit["score"] for hit in hits} == {7.0}
+
+
+async def test_a_reranker_that_cannot_be_loaded_is_logged_with_its_fix_and_searches_do_without_it(
+    tickets: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_: CrossEncoderReranker) -> None:
+        raise EmbedderSetupError("no such model", where="rerankers.fine.model", hint="name another one")
+
+    monkeypatch.setattr(CrossEncoderReranker, "_load", load)
+    with structlog.testing.capture_logs() as logs:
+        async with served(reranked(tickets)) as client:
+            await ready(client)
+            answers = [await ask(client, "printer", mode=mode) for mode in ("hybrid", "text", "vector")]
+    assert [(one.status_code, one.json()["warning"]) for one in answers] == [
+        (200, "not reranked: the model is away")
+    ] * 3
+    assert all(one.json()["hits"] for one in answers)
+    told = [(one["index"], one["fix"]) for one in logs if one["event"] == "model_not_loaded"]
+    assert told == [("tickets", "name another one")]
 
 
 @pytest.mark.parametrize("index", ["of_integer", "of_uuid"])

@@ -239,10 +239,38 @@ async def test_a_call_in_a_thread_that_does_not_end_is_not_waited_for_and_the_mo
         await embedder.aclose()
 
 
-async def test_a_model_that_cannot_be_loaded_here_is_a_mistake_of_the_set_up() -> None:
+async def test_a_model_that_cannot_be_loaded_here_is_a_mistake_of_the_set_up_and_is_not_tried_by_each_call() -> None:
+    tries: list[str] = []
+
     class Broken(Held):
         async def open(self) -> None:
-            raise EmbedderSetupError("torch is not installed")
+            tries.append(self.name)
+            raise EmbedderSetupError("torch is not installed", where="embedders.held", hint="install it")
 
-    with pytest.raises(EmbedderSetupError, match="torch"):
-        await QueryEmbedder(Broken(), timeout_s=30).embed_one("one")
+    embedder = QueryEmbedder(Broken(), timeout_s=30)
+    for _ in range(3):
+        with pytest.raises(EmbedderSetupError, match="torch") as broken:
+            await embedder.embed_one("one")
+        assert (broken.value.where, broken.value.hint) == ("embedders.held", "install it")
+    assert len(tries) == 1
+
+
+async def test_a_model_that_is_being_loaded_is_away_until_it_is_there(model: Held) -> None:
+    class Loading(Held):
+        async def open(self) -> None:
+            self.reached.set()
+            await self.let.wait()
+
+    loading = Loading()
+    embedder = QueryEmbedder(loading, timeout_s=0.01)
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(embedder.open)
+            await loading.reached.wait()
+            for _ in range(2):
+                with pytest.raises(EmbedderUnavailable, match=r"the model was not loaded within 0\.01 s"):
+                    await embedder.embed_one("one")
+            loading.let.set()
+    embedder._timeout_s = 30
+    assert np.array_equal(await embedder.embed_one("one"), model.vectors(["one"])[0])
+    await embedder.aclose()
