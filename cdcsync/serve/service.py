@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from cdcsync import tracing
 from cdcsync.config import Config
 from cdcsync.errors import CdcsyncError
-from cdcsync.serve.budget import cut_answer, cut_document, tokens
+from cdcsync.serve.budget import BYTES_PER_TOKEN, cut_answer, cut_document, tokens
 from cdcsync.serve.calls import Recorder, query_hash
 from cdcsync.serve.identity import Authenticator, Principal
 from cdcsync.serve.limits import STRANGERS, Limits, Refused
@@ -163,10 +163,12 @@ class Service:
         noted = _Noted(index)
 
         async def work(who: Principal) -> Document:
-            document = await self.reader.index(index).document(who, key)
+            budget = self.serve.answer_tokens
+            cut_bytes = budget * BYTES_PER_TOKEN if cut else None
+            document = await self.reader.index(index).document(who, key, cut_bytes=cut_bytes)
             noted.hits = 1
             if cut:
-                document = cut_document(document, self.serve.answer_tokens)
+                document = cut_document(document, budget)
             self.limits.spend(who.account, tokens(document))
             return document
 

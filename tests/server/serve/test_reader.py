@@ -22,13 +22,14 @@ from cdcsync.config import Config, SentenceTransformersReranker
 from cdcsync.config.serving import Serve, Tenant
 from cdcsync.embedders.reranking import CrossEncoderReranker
 from cdcsync.errors import EmbedderSetupError
+from cdcsync.serve import reader
 from cdcsync.serve.exposure import UNHELD
-from cdcsync.serve.identity import new_token
+from cdcsync.serve.identity import Principal, new_token
 from cdcsync.serve.reader import Reader
 from cdcsync.serve.service import Service
 from cdcsync.tracing import Tracing
 from tests.support.configs import Section
-from tests.support.searched import indexed
+from tests.support.searched import TEXTS, indexed
 from tests.support.servers import Database, Server, fresh_database
 from tests.support.serving import Office, ask, bearer, office, served, with_tokens
 from tests.support.workers import until
@@ -348,6 +349,26 @@ async def test_a_document_is_of_what_the_index_is_made_of_now(database: Database
             assert (listed["state"], listed["columns"]) == ("live", [])
             await run('DROP TABLE cdcsync."articles~2_chunks" CASCADE')
             assert (await fetched())[0] == 503
+
+
+async def test_of_a_document_no_more_is_read_than_an_answer_may_hold(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = TEXTS["1"]
+    async with indexed(database) as (_, config):
+        config = msgspec.structs.replace(config, serve=Serve(listen="127.0.0.1:0", anonymous=True, audit_days=0))
+        services: list[Service] = []
+        async with served(config, before=services.append) as client:
+            index, anybody = services[0].reader.index("articles"), Principal("anonymous")
+            for most, chunks in ((1, [first]), (len(first), [first]), (len(first) + 1, [first, second])):
+                document = await index.document(anybody, ["1"], cut_bytes=most)
+                assert (document.chunks, document.left_out) == (chunks, 2 - len(chunks))
+            whole = await client.get("/v1/indexes/articles/documents/1")
+            assert (whole.json()["chunks"], whole.json()["left_out"]) == ([first, second], 0)
+            monkeypatch.setattr(reader, "DOCUMENT_BYTES", len(first))
+            refused = await client.get("/v1/indexes/articles/documents/1")
+            assert (refused.status_code, refused.json()["title"]) == (422, "The document is too large")
+            assert (await client.get("/v1/indexes/articles/documents/2")).status_code == 200
 
 
 @pytest.mark.parametrize(
