@@ -8,8 +8,8 @@ event loop; `cdcsync.sync.Index` is the same for threads.
 
 The rules:
 
-1. A search needs only the target. If a model or a reranker is away, the search continues without it, and
-   `Hits.warning` says so.
+1. A search needs only the target. If a model or a reranker is away, or the reranker cannot be loaded, the search
+   continues without it, and `Hits.warning` says so.
 2. A connection that broke while nobody used it is replaced without anybody noticing: searches only read, so one is
    simply made again.
 3. The target says what the index is made of (model, dimensions, generation). A search names the generation that its
@@ -33,7 +33,14 @@ from psycopg import sql
 from cdcsync.config import Config
 from cdcsync.embedders import Vectors
 from cdcsync.embedders.queries import QueryModels
-from cdcsync.errors import EmbedError, ModelChanged, NotReached, TargetUnavailable, UsageError
+from cdcsync.errors import (
+    EmbedderSetupError,
+    EmbedError,
+    ModelChanged,
+    NotReached,
+    TargetUnavailable,
+    UsageError,
+)
 from cdcsync.lsn import Lsn
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
@@ -159,7 +166,7 @@ class Index:
         model_timeout_s: float = MODEL_TIMEOUT_S,
         application_name: str = "cdcsync index",
     ) -> Self:
-        """Return the index of this name. Entering it looks it up in the target and loads its model.
+        """Return the index of this name. Entering it looks it up in the target and loads its model and its reranker.
 
         :param connections: the most searches at the same time.
         :param model_timeout_s: how long a query may wait for its vector before the search goes by words alone.
@@ -180,7 +187,7 @@ class Index:
         return type(self)(self._resources, name, owner=False)
 
     async def __aenter__(self) -> Self:
-        """Look the index up and load its model.
+        """Look the index up, and load its model and its reranker.
 
         :raises SetupError: the target does not hold it, or its model cannot be used as configured.
         :raises TargetUnavailable: the target does not answer now.
@@ -189,6 +196,8 @@ class Index:
             spec = await self._with_connection(self._spec)
             with suppress(EmbedError):  # searches go by words, and say so
                 await self._resources.models.open_embedder(spec)
+            with suppress(EmbedError, EmbedderSetupError):  # hits keep their order, and say so
+                await self._resources.models.open_reranker(self._config.reranker)
         except BaseException:
             await self.__aexit__()
             raise
@@ -223,7 +232,7 @@ class Index:
 
         If the model is away, or does not answer in time, a hybrid search goes by words alone and `Hits.warning` says
         so; the same if the provider refuses us, because a key has expired, say. A model that failed is left alone for
-        five seconds. A reranker that is away is skipped with a warning, too.
+        five seconds. A reranker that is away or cannot be loaded is skipped with a warning, too.
 
         :param k: how many hits.
         :param mode: by nearness of meaning (`"vector"`), by words (`"text"`), or by both, fused by rank (`"hybrid"`).
@@ -369,10 +378,9 @@ class Index:
         """Return hits ordered by the index's reranker, for hits that you have merged or filtered yourself.
 
         The first `candidates` get its scores and come first; the others keep their order behind them. If the reranker
-        is away, all hits come back as they were, with a warning.
+        is away or cannot be loaded, all hits come back as they were, with a warning.
 
         :raises UsageError: the index has no reranker.
-        :raises EmbedderSetupError: the reranker cannot be loaded on this machine.
         """
         warning, generation = (hits.warning, hits.generation) if isinstance(hits, Hits) else (None, None)
         if self._config.reranker is None:
@@ -385,13 +393,13 @@ class Index:
             return Hits(hits, warning, generation=generation)
         try:
             scores = await reranker.score(text, [hit.content for hit in best])
-        except EmbedError as error:
+        except (EmbedError, EmbedderSetupError) as error:
             missing = self._without_model("not reranked", error)
             return Hits(hits, f"{warning}; {missing}" if warning else missing, generation=generation)
         scored = [msgspec.structs.replace(hit, score=float(score)) for hit, score in zip(best, scores, strict=True)]
         return Hits([*sorted(scored, key=lambda hit: -hit.score), *others], warning, generation=generation)
 
-    def _without_model(self, what: str, error: EmbedError) -> str:
+    def _without_model(self, what: str, error: EmbedError | EmbedderSetupError) -> str:
         """Return the warning of a search that does without a model; a server tells its callers less."""
         return f"{what}: {error}"
 
@@ -405,12 +413,7 @@ class Index:
         listed = None if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
         if listed is None or not all(isinstance(text, str) for text in listed):
             raise UsageError("these are not texts", where="embed", hint='give a list of texts, such as ["a question"]')
-        return (await self._embed(listed))[0]
-
-    async def _embed(self, texts: Sequence[str]) -> tuple[Vectors, int]:
-        """Embed queries; returns the generation too, which the vectors can be compared with."""
-        spec = await self._live()
-        return await self._resources.models.embedder(spec).embed(texts), spec.generation
+        return await self._resources.models.embedder(await self._live()).embed(listed)
 
     async def wait_for(self, lsn: str | None = None, *, timeout_s: float = WAIT_S, vectors: bool = False) -> bool:
         """Wait until the index holds everything that the source had committed up to an LSN; return whether it does.

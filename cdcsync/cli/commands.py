@@ -194,16 +194,20 @@ def check(
     context: typer.Context,
     config: ConfigOption = None,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Load local models too, and embed a word with each: some 10 s a model.")
+        bool,
+        typer.Option(
+            "--deep", help="Load local models and rerankers too, and try each with a word: some 10 s a model."
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check everything that `run` needs, and change nothing.
 
     Looks at both servers (settings, privileges, slot, publication, tables, pgvector), asks remote models to embed a
-    word, and reads the files of local ones, which --deep loads as well. Each finding comes with its fix. A summary of
-    what `run` would do ends it, which `plan` tells in full. The exit status is 2 if a finding would keep `run` from
-    starting, or if a model does not work: `run` starts without its provider, and asks it until it answers.
+    word and remote rerankers to score one, and reads the files of local models. --deep loads those as well. Each
+    finding comes with its fix. A summary of what `run` would do ends it, which `plan` tells in full. The exit status is
+    2 if a finding would keep `run` from starting, or if a model does not work: `run` starts without its provider, and
+    asks it until it answers.
     """
     import msgspec
 

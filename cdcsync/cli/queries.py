@@ -31,7 +31,14 @@ async def examine_all(config: Config, *, deep: bool) -> tuple[list[Finding], Con
 
     from cdcsync.flows.dry_run import Bounds
     from cdcsync.flows.plan import read_plan
-    from cdcsync.preflight import build_embedders, examine, examine_embedders, local_models, unpinned
+    from cdcsync.preflight import (
+        build_embedders,
+        examine,
+        examine_embedders,
+        examine_rerankers,
+        local_models,
+        unpinned,
+    )
     from cdcsync.preflight.findings import noting
 
     findings: list[Finding] = []
@@ -43,6 +50,7 @@ async def examine_all(config: Config, *, deep: bool) -> tuple[list[Finding], Con
             async def ask_models() -> None:
                 described = () if deep else local_models(config)
                 findings.extend(await examine_embedders(embedders, described=described))
+                findings.extend(await examine_rerankers(config, deep=deep))
                 findings.extend(unpinned(config, embedders))
 
             tasks.start_soon(ask_models)

@@ -1,8 +1,9 @@
 """Models as searches use them: for one text at a time, beside others, and soon or not at all.
 
 A search can do without a vector and without a reranker, and nobody wants to wait for one. So a model that does not
-answer in time, or failed a moment ago, is *away*: searches do without it until it is back. A provider that refuses us,
-because a key has expired or a firewall does not like the request, is away as well: it accepted us when it was set up.
+answer in time, or failed a moment ago, is *away*: searches do without it until it is back. So is a model that is still
+being loaded, and a provider that refuses us, because a key has expired or a firewall does not like the request: it
+accepted us when it was set up.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, null
 from typing import Protocol, TypeVar
 
 import anyio
+import numpy as np
 
 from cdcsync.config import Config
 from cdcsync.embedders import embedder_of, make_embedder
 from cdcsync.embedders.protocol import Embedder, Vectors, validate
 from cdcsync.embedders.remote import RemoteEmbedder
 from cdcsync.embedders.reranking import Reranker, Scores, make_reranker
-from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, leading
 from cdcsync.model.spec import IndexSpec
 
 T = TypeVar("T")
@@ -41,7 +43,8 @@ class OnCall:
     """A model that is opened when it is first needed and kept open.
 
     :param where: the section that describes it, for messages.
-    :param timeout_s: how long a call may take. Loading the model at first is not counted.
+    :param timeout_s: how long a call may take for each query, and for a model that has to be loaded first. The load
+        goes on after that.
     :param concurrency: how many calls may run at the same time.
     :param remote: whether a provider answers, also when the model is opened.
     """
@@ -55,10 +58,10 @@ class OnCall:
         self._opening = anyio.Lock()
         self._opened = False
         self._away_until = -1.0
-        self._why: EmbedderUnavailable | None = None
+        self._why: EmbedderUnavailable | EmbedderSetupError | None = None
 
     async def open(self) -> None:
-        """Load or connect to the model. Calling it again does nothing.
+        """Load or connect to the model, however long that takes. Calling it again does nothing.
 
         :raises EmbedderUnavailable: it failed for a reason that passes, or its provider refuses us.
         :raises EmbedderSetupError: the model cannot be loaded on this machine.
@@ -74,27 +77,30 @@ class OnCall:
         self._opened = False
         await self._model.aclose()
 
-    async def _in_time(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Make a call of the open model.
+    async def _in_time(self, call: Callable[[], Awaitable[T]], *, queries: int = 1) -> T:
+        """Make a call of the model, once it is open.
 
-        :raises EmbedderUnavailable: the model is away, refuses us, or does not answer in time.
+        :param queries: how many it is for. Each has its time: a model that works on many is not away.
+        :raises EmbedderUnavailable: the model is away, refuses us, or is not loaded or does not answer in time.
         :raises EmbedderSetupError: the model cannot be loaded on this machine.
         """
-        await self.open()
-        with self._noticing_absence(), _refusing_is_absence():
-            with anyio.move_on_after(self._timeout_s):
-                async with self._room:
-                    return await call()
-            raise EmbedderUnavailable(f"the model did not answer within {self._timeout_s:g} s", where=self._where)
+        with self._noticing_absence():
+            with anyio.move_on_after(timeout_s := self._timeout_s * queries):
+                await self.open()
+                with _refusing_is_absence():
+                    async with self._room:
+                        return await call()
+            late = "did not answer" if self._opened else "was not loaded"
+            raise EmbedderUnavailable(f"the model {late} within {timeout_s:g} s", where=self._where)
 
     @contextmanager
     def _noticing_absence(self) -> Iterator[None]:
-        """Refuse calls for a while after one has found the model away."""
+        """Refuse calls for a while after one has found that the model is away or cannot be loaded."""
         if (why := self._why) is not None and anyio.current_time() < self._away_until:
-            raise EmbedderUnavailable(why.message, where=why.where, hint=why.hint)
+            raise type(why)(why.message, where=why.where, hint=why.hint)
         try:
             yield
-        except EmbedderUnavailable as error:
+        except (EmbedderUnavailable, EmbedderSetupError) as error:
             self._why, self._away_until = error, anyio.current_time() + AWAY_S
             raise
         self._why = None
@@ -131,9 +137,29 @@ class QueryEmbedder(OnCall):
         :raises TextRejected: one of these texts cannot be embedded.
         :raises EmbedderSetupError: the model cannot be loaded on this machine.
         """
-        vectors = await self._in_time(lambda: self.embedder.embed(texts, kind="query"))
+        vectors = await self._in_time(lambda: self.embedder.embed(texts, kind="query"), queries=max(1, len(texts)))
         validate(vectors, len(texts), self.embedder.dimensions)
         return vectors
+
+    async def embed_each(self, texts: Sequence[str]) -> Vectors:
+        """Return the vectors of queries as `embed` does, each by a call of its own as `embed_one` makes it.
+
+        They take half of the model's calls at the same time, so that queries of other callers come between them.
+        """
+        share = anyio.CapacityLimiter(max(1, self.embedder.concurrency // 2))
+        vectors: dict[int, Vectors] = {}
+
+        async def embed(at: int) -> None:
+            async with share:
+                vectors[at] = await self.embed_one(texts[at])
+
+        try:
+            async with anyio.create_task_group() as tasks:
+                for at in range(len(texts)):
+                    tasks.start_soon(embed, at)
+        except BaseExceptionGroup as group:
+            raise leading(group) from None
+        return np.stack([vectors[at] for at in range(len(texts))])
 
     async def embed_one(self, text: str) -> Vectors:
         """Return a query's vector, `float32[dimensions]`; see `embed`.
@@ -227,6 +253,15 @@ class QueryModels:
             reranker = make_reranker(name, self._config.rerankers[name])
             self._rerankers[name] = QueryReranker(reranker, name, timeout_s=self._timeout_s)
         return self._rerankers[name]
+
+    async def open_reranker(self, name: str | None) -> None:
+        """Load the reranker that an index names, if it names one.
+
+        :raises EmbedderUnavailable: it failed for a reason that passes.
+        :raises EmbedderSetupError: it cannot be used as configured.
+        """
+        if name is not None:
+            await self.reranker(name).open()
 
     async def aclose(self) -> None:
         """Close all of them."""

@@ -31,9 +31,25 @@ Code outside this package imports from here. A file in it imports only from line
 
 from __future__ import annotations
 
-from cdcsync.preflight.embedders import build_embedders, examine_embedders, local_models, unpinned
+from cdcsync.preflight.embedders import (
+    build_embedders,
+    examine_embedders,
+    examine_rerankers,
+    local_models,
+    unpinned,
+)
 from cdcsync.preflight.examination import examine
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.report import Report, refuse
 
-__all__ = ["Finding", "Report", "build_embedders", "examine", "examine_embedders", "local_models", "refuse", "unpinned"]
+__all__ = [
+    "Finding",
+    "Report",
+    "build_embedders",
+    "examine",
+    "examine_embedders",
+    "examine_rerankers",
+    "local_models",
+    "refuse",
+    "unpinned",
+]

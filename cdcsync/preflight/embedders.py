@@ -1,9 +1,9 @@
-"""The embedders: that each can be made, and for `cdcsync check`, that its model loads and does what it says."""
+"""Embedders and rerankers: that each can be made, and for `cdcsync check`, that its model does what it says."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import anyio
@@ -20,6 +20,7 @@ from cdcsync.config import (
 from cdcsync.embedders import Embedder, make_embedder, validate
 from cdcsync.embedders.model_files import INSTALL
 from cdcsync.embedders.protocol import harmless
+from cdcsync.embedders.reranking import Reranker, make_reranker
 from cdcsync.errors import CdcsyncError, EmbedderSetupError
 from cdcsync.preflight.findings import Finding
 
@@ -56,6 +57,25 @@ async def examine_embedders(embedders: Mapping[str, Embedder], *, described: Col
         for name, embedder in embedders.items():
             tasks.start_soon(examine, name, embedder)
     return [findings[name] for name in embedders]
+
+
+async def examine_rerankers(config: Config, *, deep: bool) -> list[Finding]:
+    """Score a word with each reranker that an index names, all at the same time.
+
+    :param deep: with those that this process would have to load too, which takes some 10 s each.
+    """
+    named = {index.reranker for index in config.indexes.values()}
+    findings: dict[str, Finding] = {}
+
+    async def examine(name: str, reranker: Reranker) -> None:
+        works = f"the reranker works, and orders up to {reranker.candidates} hits"
+        findings[name] = await _tried(f"rerankers.{name}", reranker, lambda: reranker.score("word", ["word"]), works)
+
+    async with anyio.create_task_group() as tasks:
+        for name, settings in config.rerankers.items():
+            if name in named and (deep or not isinstance(settings, SentenceTransformersReranker)):
+                tasks.start_soon(examine, name, make_reranker(name, settings))
+    return [findings[name] for name in config.rerankers if name in findings]
 
 
 def unpinned(config: Config, embedders: Mapping[str, Embedder]) -> Iterator[Finding]:
@@ -101,13 +121,21 @@ def _describe(name: str, embedder: Embedder) -> Finding:
 
 
 async def _examine(name: str, embedder: Embedder) -> Finding:
-    where = f"embedders.{name}"
-    try:
-        await embedder.open()
+    async def embed() -> None:
         validate(await embedder.embed([harmless(embedder)]), 1, embedder.dimensions)
+
+    works = f"{embedder.identity} works, and makes {embedder.dimensions} dimensions"
+    return await _tried(f"embedders.{name}", embedder, embed, works)
+
+
+async def _tried(where: str, model: Embedder | Reranker, call: Callable[[], Awaitable[object]], works: str) -> Finding:
+    """Open a model, make a call of it and close it; returns what went wrong, or that it works."""
+    try:
+        await model.open()
+        await call()
     except CdcsyncError as error:
         return Finding.of(error, where)
     finally:
         with anyio.CancelScope(shield=True):
-            await embedder.aclose()
-    return Finding.ok(where, f"{embedder.identity} works, and makes {embedder.dimensions} dimensions")
+            await model.aclose()
+    return Finding.ok(where, works)

@@ -16,6 +16,9 @@ from cdcsync.serve.messages import Answer, Document, Found
 CHARACTERS_PER_TOKEN = 4
 """The assumed length of a token: budgets are about orders of magnitude, and no model is asked for them."""
 
+BYTES_PER_TOKEN = 4 * CHARACTERS_PER_TOKEN
+"""The most bytes of a token, in UTF-8: a text that is longer than a budget of them does not fit."""
+
 COLUMN_SHARE = 16
 """The part of an answer that a column of one hit may take, so that one long column does not displace other hits."""
 
@@ -65,7 +68,8 @@ def cut_document(document: Document, budget: int) -> Document:
             break
         kept.append(chunk)
         budget -= tokens(chunk)
-    return msgspec.structs.replace(document, chunks=kept, left_out=len(document.chunks) - len(kept))
+    left_out = document.left_out + len(document.chunks) - len(kept)
+    return msgspec.structs.replace(document, chunks=kept, left_out=left_out)
 
 
 def _cut_columns(columns: Mapping[str, Any], budget: int) -> dict[str, Any]:

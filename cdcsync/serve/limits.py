@@ -70,9 +70,9 @@ class _Bucket:
         self._filled_at = now
         return max(0.0, (1 - self._tokens) / self._rate)
 
-    def take(self) -> None:
-        """Take a token, which is there."""
-        self._tokens -= 1
+    def take(self, tokens: int = 1) -> None:
+        """Take tokens, of which one is there; the others are owed, and come in before there is one again."""
+        self._tokens -= tokens
 
 
 class _Account:
@@ -141,6 +141,10 @@ class Limits:
             await first()
         finally:
             self._before -= 1
+
+    def count(self, account: str, calls: int) -> None:
+        """Count what an admitted call costs as so many further calls: the next one waits until they are made up for."""
+        self._account(account).calls.take(calls)
 
     def spend(self, account: str, tokens: int) -> None:
         """Count text that was answered."""

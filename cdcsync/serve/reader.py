@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from math import inf
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -64,6 +64,9 @@ EXAMPLE_CHARACTERS = 100
 EXAMPLES_LOCK_MS = 100
 EXAMPLES_MS = 500
 """How long examples may wait for a lock on an index's chunks, and be looked for: the list goes without them then."""
+
+DOCUMENT_BYTES = 8 * 2**20
+"""How much text of a document one call may read: each of those at the same time holds it in memory a few times over."""
 
 UNDEFINED_TABLE = "42P01"
 
@@ -154,29 +157,47 @@ class Offered(Index):
     async def embed_queries(self, texts: Sequence[str]) -> tuple[Vectors, int]:
         """Return the vectors of queries, and the generation of the index's vectors that they can be compared with.
 
+        Each is a call of the model, as the query of a search is: no caller keeps the model from others with many.
+
         :raises EmbedderUnavailable: the model is away.
         :raises TextRejected: the model refuses one of these texts.
         """
-        return await self._embed(texts)
+        spec = await self._live()
+        return await self._resources.models.embedder(spec).embed_each(texts), spec.generation
 
-    def _without_model(self, what: str, error: EmbedError) -> str:
+    def _without_model(self, what: str, error: EmbedError | EmbedderSetupError) -> str:
         """Return the warning of a search that does without a model. Why is the operator's matter: it may name hosts."""
         if isinstance(error, TextRejected):
             return f"{what}: the model refuses this query"
         log.warning("model_away", index=self.name, error=str(error))
         return f"{what}: the model is away"
 
-    async def document(self, who: Principal, key: Sequence[str] | Mapping[str, Any]) -> Document:
+    async def document(
+        self, who: Principal, key: Sequence[str] | Mapping[str, Any], *, cut_bytes: int | None = None
+    ) -> Document:
         """Return a document by its key, as texts in the order of the key's columns, or by their names as a hit has it.
 
         A bound column in the key has the caller's value, and is not among them.
 
-        :raises Problem: 404, there is none, or the caller may not see it; 403, the index does not have the tenants.
+        :param cut_bytes: read no further chunk once the ones before it take so much text; `left_out` counts the others.
+        :raises Problem: 404, there is none, or the caller may not see it; 403, the index does not have the tenants;
+            422, it is too large for one answer and not to be cut.
         """
         missing = Problem(404, "No such document", "the index has no document of this key")
-        return await self._as_it_is(lambda: self._document(who, key, missing))
+        most = DOCUMENT_BYTES if cut_bytes is None else min(cut_bytes, DOCUMENT_BYTES)
+        document = await self._as_it_is(lambda: self._document(who, key, missing, most))
+        if document.left_out and cut_bytes is None:
+            raise Problem(
+                422,
+                "The document is too large",
+                f"it has more than {DOCUMENT_BYTES // 2**20} MiB of text",
+                "search the index for the passages that you need",
+            )
+        return document
 
-    async def _document(self, who: Principal, key: Sequence[str] | Mapping[str, Any], missing: Problem) -> Document:
+    async def _document(
+        self, who: Principal, key: Sequence[str] | Mapping[str, Any], missing: Problem, most: int
+    ) -> Document:
         async with self._session(who) as (connection, known, who):
             spec = known.spec
             mine = self.visible.condition(who, spec, known.columns)
@@ -195,11 +216,15 @@ class Offered(Index):
             conditions = [known.columns[name].equals(name, sql.Literal(texts[name])) for name in names]
             shown = self.visible.shown(spec.shape.key + spec.shape.carried)
             statement = sql.SQL(
-                "SELECT {}, content, encode(document_hash, 'hex'), commit_lsn::text FROM {} WHERE {} ORDER BY chunk_no"
+                "SELECT {columns}, content, cdcsync_chunks, encode(document_hash, 'hex'), commit_lsn::text FROM ("
+                "SELECT {columns}, content, chunk_no, document_hash, commit_lsn, count(*) OVER () AS cdcsync_chunks,"
+                " sum(octet_length(content)) OVER (ORDER BY chunk_no) - octet_length(content) AS cdcsync_before"
+                " FROM {chunks} WHERE {mine}) AS document WHERE cdcsync_before < {most} ORDER BY chunk_no"
             ).format(
-                sql.SQL(", ").join(map(sql.Identifier, shown)),
-                Names(self.schema, spec.relations).chunks,
-                sql.SQL(" AND ").join([*conditions, mine]),
+                columns=sql.SQL(", ").join(map(sql.Identifier, shown)),
+                chunks=Names(self.schema, spec.relations).chunks,
+                mine=sql.SQL(" AND ").join([*conditions, mine]),
+                most=most,
             )
             cursor = connection.cursor()
             load_values(cursor, for_json=True)
@@ -223,6 +248,7 @@ class Offered(Index):
             {name: values[name] for name in spec.shape.carried if name in values},
             [row[len(shown)] for row in rows],
             f'"{mark[:24]}"',
+            left_out=rows[0][len(shown) + 1] - len(rows),
         )
 
     async def info(self, who: Principal, *, examples: bool = True) -> IndexInfo:
@@ -364,6 +390,13 @@ class Offered(Index):
         :raises EmbedderUnavailable, EmbedderSetupError: it cannot be loaded.
         """
         await self._resources.models.embedder(await self._live()).open()
+
+    async def load_reranker(self) -> None:
+        """Load the index's reranker, if it has one.
+
+        :raises EmbedderUnavailable, EmbedderSetupError: it cannot be loaded.
+        """
+        await self._resources.models.open_reranker(self._config.reranker)
 
     async def exposure(self) -> list[str]:
         """Return what leads this server past its callers' tenants; see `exposure`. Nothing if no column is bound.
@@ -517,18 +550,27 @@ class Reader:
                         raise
 
     async def load(self) -> None:
-        """Load the models, so that no call waits for that; one that cannot be loaded is tried again by a call.
+        """Load models and rerankers, so that no call waits for that; what cannot be loaded is tried again by a call.
 
         Also tells where tenants are kept apart by the server's own filter alone.
         """
         for index in self.indexes.values():
-            try:
+            with _telling(index.name):
                 if past := await index.exposure():
                     log.warning("tenants_not_held", index=index.name, past=past, fix=UNHELD)
                 await index.load()
-            except (EmbedError, EmbedderSetupError) as error:
-                log.warning("model_not_loaded", index=index.name, error=str(error), fix=error.hint)
-            except CdcsyncError as error:
-                shown = without_rows(error)
-                log.warning("index_not_searchable", index=index.name, error=str(shown), fix=shown.hint)
+            with _telling(index.name):
+                await index.load_reranker()
         self.loaded = True
+
+
+@contextmanager
+def _telling(index: str) -> Iterator[None]:
+    """Log why an index cannot be searched, or not with its models."""
+    try:
+        yield
+    except (EmbedError, EmbedderSetupError) as error:
+        log.warning("model_not_loaded", index=index, error=str(error), fix=error.hint)
+    except CdcsyncError as error:
+        shown = without_rows(error)
+        log.warning("index_not_searchable", index=index, error=str(shown), fix=shown.hint)

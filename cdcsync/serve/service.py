@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from cdcsync import tracing
 from cdcsync.config import Config
 from cdcsync.errors import CdcsyncError
-from cdcsync.serve.budget import cut_answer, cut_document, tokens
+from cdcsync.serve.budget import BYTES_PER_TOKEN, cut_answer, cut_document, tokens
 from cdcsync.serve.calls import Recorder, query_hash
 from cdcsync.serve.identity import Authenticator, Principal
 from cdcsync.serve.limits import STRANGERS, Limits, Refused
@@ -163,25 +163,32 @@ class Service:
         noted = _Noted(index)
 
         async def work(who: Principal) -> Document:
-            document = await self.reader.index(index).document(who, key)
+            budget = self.serve.answer_tokens
+            cut_bytes = budget * BYTES_PER_TOKEN if cut else None
+            document = await self.reader.index(index).document(who, key, cut_bytes=cut_bytes)
             noted.hits = 1
             if cut:
-                document = cut_document(document, self.serve.answer_tokens)
+                document = cut_document(document, budget)
             self.limits.spend(who.account, tokens(document))
             return document
 
         return await self._call("fetch", caller, noted, work)
 
     async def embed(self, caller: Caller, index: str, texts: Sequence[str]) -> Vectors:
-        """Return the vectors of queries, and the generation that they can be compared with."""
+        """Return the vectors of queries, and the generation that they can be compared with.
 
-        async def work(_: Principal) -> Vectors:
+        Each text counts as a call, because it costs the model as much as a search.
+        """
+
+        async def work(who: Principal) -> Vectors:
             limit = self.serve.max_query_characters
             if not 1 <= len(texts) <= MAX_TEXTS or any(len(one) > limit for one in texts):
                 raise Problem(
                     422, "The call cannot be answered", f"send 1 to {MAX_TEXTS} texts of up to {limit} characters"
                 )
-            vectors, generation = await self.reader.index(index).embed_queries(texts)
+            offered = self.reader.index(index)
+            self.limits.count(who.account, len(texts) - 1)
+            vectors, generation = await offered.embed_queries(texts)
             return Vectors([[float(value) for value in vector] for vector in vectors], generation)
 
         return await self._call("embed", caller, _Noted(index), work)

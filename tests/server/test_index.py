@@ -15,10 +15,11 @@ from psycopg import conninfo, sql
 
 import cdcsync
 import cdcsync.sync
-from cdcsync.config import Source, Target, TeiEmbedder, TeiReranker
+from cdcsync.config import SentenceTransformersReranker, Source, Target, TeiEmbedder, TeiReranker
 from cdcsync.config.serving import Serve
 from cdcsync.demo.cluster import Cluster
 from cdcsync.embedders import make_embedder, queries
+from cdcsync.embedders.reranking import CrossEncoderReranker
 from cdcsync.errors import (
     EmbedderSetupError,
     EmbedderUnavailable,
@@ -278,6 +279,33 @@ async def test_a_reranker_orders_the_best_hits_and_is_done_without_while_it_is_a
         async with cdcsync.Index.open(config, "articles") as articles:
             with pytest.raises(UsageError, match="has no reranker"):
                 await articles.rerank("cat", plain)
+
+
+async def test_hits_keep_their_order_while_the_reranker_cannot_be_loaded_which_not_each_search_tries(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[object] = []
+
+    def load(reranker: object) -> None:
+        loads.append(reranker)
+        raise EmbedderSetupError("no such model", where="rerankers.fine.model", hint="name another one")
+
+    monkeypatch.setattr(CrossEncoderReranker, "_load", load)
+    monkeypatch.setattr(queries, "AWAY_S", 3600.0)
+    async with indexed(database) as (_, config):
+        with_reranker = msgspec.structs.replace(
+            config,
+            rerankers={"fine": SentenceTransformersReranker(model="acme/jugde")},
+            indexes={"articles": msgspec.structs.replace(config.indexes["articles"], reranker="fine")},
+        )
+        async with cdcsync.Index.open(with_reranker, "articles") as articles:
+            plain = await articles.search("to the cat coast", k=3, rerank=False)
+            for mode in ("hybrid", "text", "vector"):
+                hits = await articles.search("to the cat coast", k=3, mode=cast("Any", mode))
+                assert hits
+                assert str(hits.warning).startswith("not reranked: rerankers.fine.model: no such model")
+            assert keys(await articles.rerank("dog", plain)) == keys(plain)
+    assert len(loads) == 1
 
 
 async def test_wait_for_is_true_once_the_checkpoint_is_there_and_false_at_the_timeout(database: Database) -> None:

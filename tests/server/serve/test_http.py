@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import structlog.testing
 from cryptography.hazmat.primitives.asymmetric import rsa
 from psycopg import sql
 
-from cdcsync.embedders import make_embedder
+from cdcsync.embedders import Kind, Vectors, make_embedder
+from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.errors import EmbedderUnavailable
 from cdcsync.serve import limits
 from cdcsync.serve.identity import Principal, new_token, revoke_tokens
@@ -215,6 +216,29 @@ async def test_without_the_model_words_are_searched_and_the_answer_says_so(ticke
     assert refused.status_code == 503
 
 
+async def test_many_texts_of_one_caller_keep_the_model_from_no_other(
+    tickets: Office, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's time grows with the texts of a call, so that it has no time for many at once."""
+    real = HashEmbedder.embed
+
+    async def embed(self: HashEmbedder, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
+        if len(texts) > 1:
+            await anyio.sleep_forever()
+        return await real(self, texts, kind=kind)
+
+    monkeypatch.setattr(HashEmbedder, "embed", embed)
+    one, two = (new_token(tokens, name, {"tenant": name}, None) for name in ("t1", "t2"))
+    texts = [f"{number} {'x' * 900}" for number in range(64)]
+    async with served(with_tokens(tickets, tokens)) as client:
+        many = await client.post("/v1/embed", json={"index": "tickets", "texts": texts}, headers=bearer(one))
+        other = await ask(client, "printer", two)
+        nearest = await ask(client, "another printer", two, mode="vector")
+    assert (other.json()["warning"], nearest.status_code) == (None, 200)
+    assert many.status_code == 200, many.text
+    assert len(many.json()["vectors"]) == 64
+
+
 # -- who may see what -------------------------------------------------------------------------------------------
 
 
@@ -278,6 +302,16 @@ async def test_a_tenant_beyond_its_rate_is_told_when_to_come_back(tickets: Offic
     assert codes == [200, 200, 200, 429, 429]
     assert int(limited.headers["retry-after"]) > 1
     assert other.status_code == 200
+
+
+async def test_each_text_that_is_embedded_counts_as_a_call(tickets: Office, tokens: Path) -> None:
+    mine, theirs = (new_token(tokens, name, {"tenant": name}, None) for name in ("t1", "t2"))
+    async with served(with_tokens(tickets, tokens, requests_per_s=0.01, burst=3)) as client:
+        body = {"index": "tickets", "texts": ["a printer", "a login", "an invoice"]}
+        answers = [await client.post("/v1/embed", json=body, headers=bearer(mine)) for _ in range(2)]
+        codes = [(await ask(client, "printer", token)).status_code for token in (mine, theirs)]
+    assert [answer.status_code for answer in answers] == [200, 429]
+    assert codes == [429, 200]
 
 
 async def test_a_storm_of_one_tenant_is_shed_and_another_is_answered(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,18 @@ import structlog
 import structlog.testing
 from psycopg import conninfo
 
+from cdcsync.config import Config, SentenceTransformersReranker
 from cdcsync.config.serving import Serve, Tenant
+from cdcsync.embedders.reranking import CrossEncoderReranker
+from cdcsync.errors import EmbedderSetupError
+from cdcsync.serve import reader
 from cdcsync.serve.exposure import UNHELD
-from cdcsync.serve.identity import new_token
+from cdcsync.serve.identity import Principal, new_token
 from cdcsync.serve.reader import Reader
 from cdcsync.serve.service import Service
 from cdcsync.tracing import Tracing
 from tests.support.configs import Section
-from tests.support.searched import indexed
+from tests.support.searched import TEXTS, indexed
 from tests.support.servers import Database, Server, fresh_database
 from tests.support.serving import Office, ask, bearer, office, served, with_tokens
 from tests.support.workers import until
@@ -192,6 +197,66 @@ async def test_an_index_that_somebody_has_locked_is_listed_without_examples_besi
     assert other["key"][0]["examples"] == OWN
 
 
+def reranked(tickets: Office, **settings: Any) -> Config:
+    """Return a configuration of a server whose index has a reranker on this machine."""
+    config = tickets.serving(anonymous=True, **settings)
+    index = msgspec.structs.replace(config.indexes["tickets"], reranker="fine")
+    section = SentenceTransformersReranker(model="acme/judge")
+    return msgspec.structs.replace(config, rerankers={"fine": section}, indexes={"tickets": index})
+
+
+async def ready(client: httpx2.AsyncClient) -> None:
+    with anyio.fail_after(60):
+        while (await client.get("/readyz")).status_code != 200:
+            pass
+
+
+async def test_a_server_is_ready_once_its_reranker_is_loaded_and_searches_do_without_it_until_then(
+    tickets: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, let = threading.Event(), threading.Event()
+
+    def load(reranker: CrossEncoderReranker) -> None:
+        begun.set()
+        assert let.wait(60)
+        reranker._model = object()
+
+    monkeypatch.setattr(CrossEncoderReranker, "_load", load)
+    monkeypatch.setattr(CrossEncoderReranker, "_predict", lambda self, query, texts: [7.0] * len(texts))
+    async with served(reranked(tickets, deadline_s=5.0)) as client:
+        try:
+            assert await anyio.to_thread.run_sync(begun.wait, 60)
+            probed = await client.get("/readyz")
+            meanwhile = await ask(client, "printer", mode="text")
+        finally:
+            let.set()
+        await ready(client)
+        hits = (await ask(client, "printer", mode="text")).json()["hits"]
+    assert (probed.status_code, probed.json()["reasons"]) == (503, ["models are being loaded"])
+    assert (meanwhile.status_code, meanwhile.json()["warning"]) == (200, "not reranked: the model is away")
+    assert meanwhile.json()["hits"]
+    assert {hit["score"] for hit in hits} == {7.0}
+
+
+async def test_a_reranker_that_cannot_be_loaded_is_logged_with_its_fix_and_searches_do_without_it(
+    tickets: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_: CrossEncoderReranker) -> None:
+        raise EmbedderSetupError("no such model", where="rerankers.fine.model", hint="name another one")
+
+    monkeypatch.setattr(CrossEncoderReranker, "_load", load)
+    with structlog.testing.capture_logs() as logs:
+        async with served(reranked(tickets)) as client:
+            await ready(client)
+            answers = [await ask(client, "printer", mode=mode) for mode in ("hybrid", "text", "vector")]
+    assert [(one.status_code, one.json()["warning"]) for one in answers] == [
+        (200, "not reranked: the model is away")
+    ] * 3
+    assert all(one.json()["hits"] for one in answers)
+    told = [(one["index"], one["fix"]) for one in logs if one["event"] == "model_not_loaded"]
+    assert told == [("tickets", "name another one")]
+
+
 @pytest.mark.parametrize("index", ["of_integer", "of_uuid"])
 async def test_examples_of_a_tenant_are_found_by_the_index_on_its_column(
     kinds: Office, tokens: Path, index: str
@@ -284,6 +349,26 @@ async def test_a_document_is_of_what_the_index_is_made_of_now(database: Database
             assert (listed["state"], listed["columns"]) == ("live", [])
             await run('DROP TABLE cdcsync."articles~2_chunks" CASCADE')
             assert (await fetched())[0] == 503
+
+
+async def test_of_a_document_no_more_is_read_than_an_answer_may_hold(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = TEXTS["1"]
+    async with indexed(database) as (_, config):
+        config = msgspec.structs.replace(config, serve=Serve(listen="127.0.0.1:0", anonymous=True, audit_days=0))
+        services: list[Service] = []
+        async with served(config, before=services.append) as client:
+            index, anybody = services[0].reader.index("articles"), Principal("anonymous")
+            for most, chunks in ((1, [first]), (len(first), [first]), (len(first) + 1, [first, second])):
+                document = await index.document(anybody, ["1"], cut_bytes=most)
+                assert (document.chunks, document.left_out) == (chunks, 2 - len(chunks))
+            whole = await client.get("/v1/indexes/articles/documents/1")
+            assert (whole.json()["chunks"], whole.json()["left_out"]) == ([first, second], 0)
+            monkeypatch.setattr(reader, "DOCUMENT_BYTES", len(first))
+            refused = await client.get("/v1/indexes/articles/documents/1")
+            assert (refused.status_code, refused.json()["title"]) == (422, "The document is too large")
+            assert (await client.get("/v1/indexes/articles/documents/2")).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,45 @@ async def test_the_oldest_queries_are_forgotten_first(
     assert model.asked == [["one"], ["two"], ["three"], ["two"]]
 
 
+async def test_queries_of_others_come_between_those_that_one_caller_has_many_of(
+    model: Held, embedder: QueryEmbedder
+) -> None:
+    made: list[Vectors] = []
+
+    async def many() -> None:
+        made.append(await embedder.embed_each(["one", "two", "three", "one"]))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(many)
+        await model.reached.wait()
+        tasks.start_soon(embedder.embed_one, "another's")
+        await anyio.wait_all_tasks_blocked()
+        model.let.set()
+    assert model.asked == [["one"], ["another's"], ["two"], ["three"]]
+    assert np.array_equal(made[0], model.vectors(["one", "two", "three", "one"]))
+
+
+async def test_many_queries_fail_as_the_first_that_fails(model: Held, embedder: QueryEmbedder) -> None:
+    model.away = True
+    model.let.set()
+    with pytest.raises(EmbedderUnavailable, match="nobody is at home"):
+        await embedder.embed_each(["one", "two"])
+
+
+async def test_a_call_has_time_for_each_of_its_queries() -> None:
+    left_s: list[float] = []
+
+    class Watched(Held):
+        async def embed(self, texts: Sequence[str], *, kind: Kind = "document") -> Vectors:
+            left_s.append(anyio.current_effective_deadline() - anyio.current_time())
+            return self.vectors(texts)
+
+    embedder = QueryEmbedder(Watched(), timeout_s=1000)
+    for count in (1, 3):
+        await embedder.embed(["one"] * count)
+    assert [round(left / 1000) for left in left_s] == [1, 3]
+
+
 def tei(provider: FakeProvider) -> QueryEmbedder:
     settings = TeiEmbedder(base_url=provider.tei_url, model="hashing", dimensions=provider.dimensions)
     return QueryEmbedder(make_embedder("tei", settings), timeout_s=5)
@@ -200,10 +239,38 @@ async def test_a_call_in_a_thread_that_does_not_end_is_not_waited_for_and_the_mo
         await embedder.aclose()
 
 
-async def test_a_model_that_cannot_be_loaded_here_is_a_mistake_of_the_set_up() -> None:
+async def test_a_model_that_cannot_be_loaded_here_is_a_mistake_of_the_set_up_and_is_not_tried_by_each_call() -> None:
+    tries: list[str] = []
+
     class Broken(Held):
         async def open(self) -> None:
-            raise EmbedderSetupError("torch is not installed")
+            tries.append(self.name)
+            raise EmbedderSetupError("torch is not installed", where="embedders.held", hint="install it")
 
-    with pytest.raises(EmbedderSetupError, match="torch"):
-        await QueryEmbedder(Broken(), timeout_s=30).embed_one("one")
+    embedder = QueryEmbedder(Broken(), timeout_s=30)
+    for _ in range(3):
+        with pytest.raises(EmbedderSetupError, match="torch") as broken:
+            await embedder.embed_one("one")
+        assert (broken.value.where, broken.value.hint) == ("embedders.held", "install it")
+    assert len(tries) == 1
+
+
+async def test_a_model_that_is_being_loaded_is_away_until_it_is_there(model: Held) -> None:
+    class Loading(Held):
+        async def open(self) -> None:
+            self.reached.set()
+            await self.let.wait()
+
+    loading = Loading()
+    embedder = QueryEmbedder(loading, timeout_s=0.01)
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(embedder.open)
+            await loading.reached.wait()
+            for _ in range(2):
+                with pytest.raises(EmbedderUnavailable, match=r"the model was not loaded within 0\.01 s"):
+                    await embedder.embed_one("one")
+            loading.let.set()
+    embedder._timeout_s = 30
+    assert np.array_equal(await embedder.embed_one("one"), model.vectors(["one"])[0])
+    await embedder.aclose()

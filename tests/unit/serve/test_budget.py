@@ -45,6 +45,11 @@ def test_the_first_hit_is_cut_rather_than_left_out(text: str, columns: int) -> N
     assert tokens(cut.hits) <= 3_010
 
 
+def test_chunks_that_were_not_read_are_left_out_too() -> None:
+    document = Document("tickets", {"id": 1}, {}, ["a" * 3_000] * 9, '"mark"', left_out=5)
+    assert cut_document(document, 2_000).left_out == 9 - 2 + 5
+
+
 @pytest.mark.parametrize(
     ("chunks", "kept"), [(["a" * 100_000], 1), (["a" * 1_000] * 3, 3), (["a" * 3_000] * 9, 2), ([], 0)]
 )

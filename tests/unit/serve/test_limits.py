@@ -44,6 +44,16 @@ async def test_a_burst_is_let_in_and_then_the_rate(clock: Clock) -> None:
     assert await calls(made, "a", 4) == [None, None, None, 0.5]  # it saves up no more than the burst
 
 
+async def test_a_call_that_costs_several_is_made_up_for_before_the_next(clock: Clock) -> None:
+    made = limits(clock, requests_per_s=2.0, burst=3)
+    async with made.admitted("a"):
+        made.count("a", 5)
+    assert await calls(made, "b", 1) == [None]
+    assert await calls(made, "a", 1) == [2.0]
+    clock.now += 2
+    assert await calls(made, "a", 2) == [None, 0.5]
+
+
 async def test_callers_that_are_refused_together_are_told_to_come_back_one_after_the_other(clock: Clock) -> None:
     made = limits(clock, requests_per_s=2.0, burst=1)
     refused = [made.refusal("a") for _ in range(9 if await calls(made, "a", 1) == [None] else 0)]
