@@ -82,12 +82,16 @@ class IndexChanges:
         """Names of tables that were truncated, of an index over many."""
         self.live: dict[Key, RowChange] = {}
         """The last change of each key that came through the stream."""
+        self.first: dict[Key, int] = {}
+        """Where the first change is of each key that changed more than once; 0 if a backfill read its row before."""
         self.filled: dict[Key, Upsert] = {}
         """Rows that a backfill read; a key is never both here and in `live`."""
         self.touched: dict[tuple[int, Values], Touch] = {}
         """The last change of the related rows of each link that have these values, or had them."""
         self.emptied: dict[int, Touch] = {}
         """The links whose tables were truncated."""
+        self.first_touch: int | None = None
+        """Where the first change of a related row is."""
         self.touched_by: dict[int, int] = {}
         """All transactions that touched related rows, and how often. They are not visible in the order of their
         commits, so that a reading has to see each, whatever was touched or truncated later."""
@@ -121,6 +125,8 @@ class IndexChanges:
             case Upsert():
                 self._add_upsert(change)
             case Touch():
+                if self.first_touch is None:
+                    self.first_touch = change.lsn
                 self.touched_by[change.xid] = self.touched_by.get(change.xid, 0) + 1
                 if change.values is None:
                     self.emptied[change.place] = change
@@ -141,6 +147,19 @@ class IndexChanges:
                 self.emptied.clear()
             case _:
                 assert_never(change)
+
+    def since(self, key: Key, lsn: int) -> int:
+        """Return a position no later than the commit that brought what this row's document says after the batch.
+
+        Nobody knows since when the source has had a row that a backfill read.
+
+        :param lsn: where the last change of the row is.
+        """
+        if key in self.filled:
+            return 0
+        own = self.live.get(key)
+        first = self.first.get(key, lsn if own is None else own.lsn)
+        return first if self.first_touch is None else min(first, self.first_touch)
 
     def _add_upsert(self, change: Upsert) -> None:
         before_key = change.key if change.moved_from is None else change.moved_from
@@ -191,6 +210,10 @@ class IndexChanges:
         return True
 
     def _put(self, change: RowChange) -> None:
+        if isinstance(before := self.live.get(change.key), Upsert):
+            self.first.setdefault(change.key, before.lsn)
+        elif change.key in self.filled:
+            self.first[change.key] = 0
         if self.filled:
             self.filled.pop(change.key, None)
         self.live[change.key] = change

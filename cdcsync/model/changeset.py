@@ -15,7 +15,11 @@ LIVE, BACKFILL = 0, 1
 
 
 class Document(msgspec.Struct, frozen=True, gc=False):
-    """A document whose chunks are to be replaced."""
+    """A document whose chunks are to be replaced.
+
+    :ivar commit_lsn: of the last transaction that changed it.
+    :ivar since: a position no later than the commit that brought its text, where that may be an earlier one.
+    """
 
     key: Key
     carried: Row
@@ -24,6 +28,12 @@ class Document(msgspec.Struct, frozen=True, gc=False):
     commit_lsn: int
     lane: int
     existed: bool
+    since: int | None = None
+
+    @property
+    def text_lsn(self) -> int:
+        """A position no later than the commit that brought its text."""
+        return self.commit_lsn if self.since is None else self.since
 
 
 class Kept(msgspec.Struct, frozen=True, gc=False):
@@ -31,7 +41,6 @@ class Kept(msgspec.Struct, frozen=True, gc=False):
 
     key: Key
     carried: Row
-    commit_lsn: int
 
 
 class FailedDocument(msgspec.Struct, frozen=True, gc=False):

@@ -3,22 +3,24 @@
 The changed rows are copied to a temporary table, the stage. A few set-based statements then bring chunks, vectors and
 backlog to the new state. The order matters:
 
-1. chunks that go are deleted, and remembered in `gone`; before the upserts, because two texts can be the same key
+1. texts that a document had already keep the position and the time that they have, wherever in it they are now: they
+   may wait for a vector since then (`wait_for`). This is before anything of the document is deleted or written;
+2. chunks that go are deleted, and remembered in `gone`; before the upserts, because two texts can be the same key
    to the server (1.0 and 1.00 as numeric) and the deletion is always of the older one;
-2. documents that did not change get their carried columns, and their key as it is written now (a separate UPDATE,
+3. documents that did not change get their carried columns, and their key as it is written now (a separate UPDATE,
    which can stay HOT);
-3. chunks that are there already are updated, the others upserted, and both remembered in `put`. To upsert all would be
+4. chunks that are there already are updated, the others upserted, and both remembered in `put`. To upsert all would be
    right too, but PostgreSQL computes the text search vector of a proposed row before it sees that the row exists, and
    then again for the update: half of the time of the whole apply;
-4. the backlog of both is cleared *before* any vector is touched: the embed loop locks a chunk's backlog row before
+5. the backlog of both is cleared *before* any vector is touched: the embed loop locks a chunk's backlog row before
    its vector, and skips what is locked, so the two never wait for each other in a circle; from here on the rules of
    `ddl/tiers` hold;
-5. vectors of equal texts are taken over while those of `gone` still exist: a moved key costs no embedding;
-6. vectors computed already are stored, and what has none goes to the backlog; what has a fresh vector now loses its
+6. vectors of equal texts are taken over while those of `gone` still exist: a moved key costs no embedding;
+7. vectors computed already are stored, and what has none goes to the backlog; what has a fresh vector now loses its
    settled one;
-7. vectors of `gone` are deleted.
+8. vectors of `gone` are deleted.
 
-Where the index has another generation of vectors, which a migration fills or has left, 5 to 7 are done for it too.
+Where the index has another generation of vectors, which a migration fills or has left, 6 to 8 are done for it too.
 
 Every statement can be repeated with the same result.
 """
@@ -56,6 +58,7 @@ from cdcsync.target.statements import (
     REPLACED,
     REUSE,
     REUSE_OWN,
+    SINCE,
     SUPERSEDE,
     UPDATE_KEPT,
 )
@@ -129,6 +132,9 @@ class IndexWriter(LookUps):
         expected = sum(len(document.chunks) for document in changes.documents if document.existed)
         replaced = any(document.existed for document in changes.documents)
         wanted = {
+            HASHING: chunks > 0,
+            SINCE: chunks > 0,
+            NOT_HASHING: chunks > 0,
             DELETE_SURPLUS: changes.deleted or changes.absent or changes.new or replaced,
             UPDATE_KEPT: changes.kept,
             REPLACE: expected > 0,
@@ -318,6 +324,7 @@ class IndexWriter(LookUps):
             "delete_as_written": sql.Literal(int(Op.DELETE_AS_WRITTEN)),
             "vector_schema": sql.Identifier(vector_schema),
             "keys": comma.join(self._keys),
+            "own_key": comma.join(sql.SQL("c.{}").format(key) for key in self._keys),
             "same_key": both.join(
                 sql.SQL("c.{} {} s.{}").format(key, equal, place)
                 for key, equal, place in zip(self._keys, self._equal, self._places, strict=True)

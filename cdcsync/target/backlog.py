@@ -48,9 +48,9 @@ class Waiting(msgspec.Struct, frozen=True):
     lane: int
     attempts: int
     commit_lsn: int
-    """Of the transaction that brought it."""
+    """No later than the transaction that brought it."""
     applied_at: datetime
-    """When it was written here, by the target's clock."""
+    """When it was first written here, by the target's clock."""
 
 
 class BacklogCounts(msgspec.Struct, frozen=True):

@@ -135,7 +135,7 @@ def _chunk_lines(documents: Iterable[Document], ids: Iterator[int]) -> Iterator[
     for document in documents:
         row = line((*document.key, *document.carried), "")
         total = len(document.chunks)
-        tail = f"\\\\x{document.hash.hex()}\t{lsn_text(document.commit_lsn)}\n"
+        tail = f"\\\\x{document.hash.hex()}\t{lsn_text(document.text_lsn)}\n"
         for chunk in document.chunks:
             text = copy_text(chunk.text)
             yield f"{next(ids)}\t{row}{chunk.number}\t{total}\t{text}\t\\\\x{chunk.hash.hex()}\t{tail}"

@@ -83,7 +83,7 @@ class Stage:
         await self._connection.execute(
             sql.SQL(
                 "CREATE TEMP TABLE IF NOT EXISTS {} AS SELECT {}, chunk_no, 0 AS chunk_total,"
-                " content, content_hash, document_hash, commit_lsn, 0::smallint AS lane, 0::smallint AS op"
+                " content, content_hash, document_hash, commit_lsn, applied_at, 0::smallint AS lane, 0::smallint AS op"
                 " FROM {} WITH NO DATA"
             ).format(sql.Identifier(self._name), sql.SQL(", ").join(columns), chunks)
         )
@@ -122,13 +122,12 @@ class Stage:
         for key, op in gone:
             yield line((*key, *self._no_carried), f"{op}\t0\t0\t\\N\t\\N\t\\N\t\\N\t0\n")
         for kept in changes.kept:
-            rest = f"{Op.KEEP}\t0\t0\t\\N\t\\N\t\\N\t{lsn_text(kept.commit_lsn)}\t0\n"
-            yield line((*kept.key, *kept.carried), rest)
+            yield line((*kept.key, *kept.carried), f"{Op.KEEP}\t0\t0\t\\N\t\\N\t\\N\t\\N\t0\n")
         for document in changes.documents:
             op = Op.REPLACE if document.existed else Op.PUT
             row = line((*document.key, *document.carried), f"{op}\t")
             total = len(document.chunks)
-            tail = f"\\\\x{document.hash.hex()}\t{lsn_text(document.commit_lsn)}\t{document.lane}\n"
+            tail = f"\\\\x{document.hash.hex()}\t{lsn_text(document.text_lsn)}\t{document.lane}\n"
             for chunk in document.chunks:
                 text = copy_text(chunk.text)
                 yield f"{row}{chunk.number}\t{total}\t{text}\t\\\\x{chunk.hash.hex()}\t{tail}"

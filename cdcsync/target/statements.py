@@ -8,6 +8,15 @@ from __future__ import annotations
 
 from typing import LiteralString
 
+SINCE = (
+    "UPDATE {stage} AS s SET commit_lsn = least(s.commit_lsn, c.commit_lsn), applied_at = c.applied_at FROM"
+    " (SELECT {own_key}, c.content_hash, min(c.commit_lsn) AS commit_lsn, min(c.applied_at) AS applied_at"
+    " FROM {stage} AS s CROSS JOIN LATERAL (SELECT * FROM {chunks} AS c WHERE {same_key} OFFSET 0) AS c"
+    " WHERE s.op IN ({put_op}, {replace}) AND s.chunk_no = 0 GROUP BY {own_key}, c.content_hash) AS c"
+    " WHERE s.op IN ({put_op}, {replace}) AND {same_key} AND s.content_hash = c.content_hash"
+)
+"""Lets a text that its document had before keep its position and time, whichever chunk of the document it was."""
+
 DELETE_SURPLUS = (
     "WITH gone AS (DELETE FROM {chunks} AS c USING {stage} AS s"
     " WHERE {same_key} AND (s.op = {delete} OR s.op = {delete_as_written} AND {as_written}"
@@ -18,19 +27,19 @@ DELETE_SURPLUS = (
 """Deletes the chunks of deleted and absent keys, and of documents that have fewer chunks now."""
 
 UPDATE_KEPT = (
-    "UPDATE {chunks} AS c SET {assignments}, commit_lsn = s.commit_lsn, applied_at = now()"
-    " FROM {stage} AS s WHERE s.op = {keep} AND {same_key} AND {differs}"
+    "UPDATE {chunks} AS c SET {assignments} FROM {stage} AS s WHERE s.op = {keep} AND {same_key} AND {differs}"
 )
 
 REPLACE = (
-    "WITH put AS (UPDATE {chunks} AS c SET {replacements}, applied_at = now() FROM {stage} AS s"
+    "WITH put AS (UPDATE {chunks} AS c SET {replacements}, applied_at = coalesce(s.applied_at, now()) FROM {stage} AS s"
     " WHERE s.op = {replace} AND {same_key} AND c.chunk_no = s.chunk_no RETURNING c.chunk_id, c.content_hash)"
     " INSERT INTO {put} SELECT chunk_id, content_hash FROM put"
 )
 
 _PUT = (
-    "WITH put AS (INSERT INTO {chunks} ({targets}) SELECT {sources} FROM {stage} AS s WHERE ",
-    " ON CONFLICT ({keys}, chunk_no) DO UPDATE SET {updates}, applied_at = now()"
+    "WITH put AS (INSERT INTO {chunks} ({targets}, applied_at) SELECT {sources}, coalesce(s.applied_at, now())"
+    " FROM {stage} AS s WHERE ",
+    " ON CONFLICT ({keys}, chunk_no) DO UPDATE SET {updates}, applied_at = excluded.applied_at"
     " RETURNING chunk_id, content_hash)"
     " INSERT INTO {put} SELECT chunk_id, content_hash FROM put",
 )

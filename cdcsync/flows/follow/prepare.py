@@ -159,7 +159,7 @@ class Preparer:
         async for part in _in_turns(rendered):
             for one in part:
                 if stored.get(one.change.key) == one.hash and not changes.rewrite:
-                    kept.append(Kept(one.change.key, self._carried(one.change), one.change.lsn))
+                    kept.append(Kept(one.change.key, self._carried(one.change)))
                 else:
                     changed.append(one)
         split = iter(await self._split([one for one in changed if not isinstance(one.change, Prepared)], failed))
@@ -173,6 +173,7 @@ class Preparer:
                 one.change.lsn,
                 one.lane,
                 one.change.key in stored,
+                changes.since(one.change.key, one.change.lsn),
             )
             async for part in _in_turns(list(zip(changed, chunks, strict=True)))
             for one, cut in part

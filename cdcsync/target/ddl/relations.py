@@ -37,7 +37,7 @@ from cdcsync.target.ddl.names import b_tree_name
 from cdcsync.target.ddl.names import vector_schema as vector_schema
 from cdcsync.target.ddl.policies import release_policy
 from cdcsync.target.ddl.searching import create_words, put_search
-from cdcsync.target.ddl.standing import continue_numbers, create_index, describe_table
+from cdcsync.target.ddl.standing import continue_numbers, create_index, describe_column, describe_table
 from cdcsync.target.ddl.tiers import create_vectors as create_vectors
 from cdcsync.target.ddl.views import Column, follow_name, put_view, release_columns, schemas_read
 
@@ -57,6 +57,9 @@ RESERVED = frozenset(
     )
 )
 """Our own columns of the chunks table and the view: a key or carried column cannot have these names."""
+
+POSITION = "No later than the commit on the source that brought this text to its document; 0/0 where that is unknown."
+"""What `commit_lsn` is. `wait_for` compares it: a text that waits for its vector may have been committed there."""
 
 FILLFACTOR = 85
 """Leaves room on each page for HOT updates of carried columns."""
@@ -168,6 +171,13 @@ async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
         definition = sql.SQL("{} " + columns).format(names.backlog)
         await create_index(connection, schema, f"{spec.relations}_backlog_{suffix}", definition)
     await _index_waiting(connection, schema, spec, names)
+    if await describe_column(connection, names.chunks, "commit_lsn", POSITION) and present:
+        # Earlier versions moved the position of a text that waits with each change of its row.
+        await connection.execute(
+            sql.SQL("UPDATE {chunks} SET commit_lsn = '0/0' WHERE chunk_id IN (SELECT chunk_id FROM {backlog})").format(
+                **identifiers
+            )
+        )
     for relation, comment in (
         (names.chunks, f"cdcsync index {spec.name}: the chunks of {spec.shape.table}, by key and number"),
         (names.backlog, f"cdcsync index {spec.name}: chunks without a current vector; lane 0 live, 1 backfill"),

@@ -193,7 +193,11 @@ WAIT_FOR: LiteralString = """
 privileges on our tables nor row-level security on them make it say that there is no index. A paused index, and one that
 is no longer followed, are errors, because waiting does not help; one that is loading, rebuilds documents whose related
 rows changed, or is owed rows, as of a partition that was attached, or a column, is not there yet. One that rewrites
-documents because its template changed is: it holds what was committed, as it was cut before."""
+documents because its template changed is: it holds what was committed, as it was cut before.
+
+Whether a text that waits for its vector was committed before the position is said by its chunk, whose `commit_lsn` no
+other change of the document moves, rather than by its place in the backlog: however a text gets there, as by a
+generation that is filled or a vector that is to be made again, it has waited since its commit."""
 
 
 _WAIT_FOR: tuple[LiteralString, ...] = (

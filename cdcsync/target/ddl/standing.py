@@ -3,7 +3,7 @@
 CREATE INDEX IF NOT EXISTS and COMMENT lock their table before they look. An autovacuum is in their way, which may take
 hours, and they would end it for nothing at each start. The caller's transaction commits.
 
-Source: PostgreSQL, "Explicit Locking"; "System Catalog Information Functions" (obj_description); "Sequence Manipulation
+Source: PostgreSQL, "Explicit Locking"; "Comment Information Functions" (obj_description); "Sequence Manipulation
 Functions"; "Restrictions" (of logical replication).
 """
 
@@ -33,6 +33,20 @@ async def describe_table(connection: Connection, table: sql.Identifier, comment:
     )
     if present != comment:
         await connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(table, sql.Literal(comment)))
+
+
+async def describe_column(connection: Connection, table: sql.Identifier, column: str, comment: str) -> bool:
+    """Give a column its comment unless it has it; returns whether it had another, or none."""
+    present = await fetch_value(
+        connection,
+        "SELECT col_description(attrelid, attnum) FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attname = %s",
+        [table.as_string(connection), column],
+    )
+    if present == comment:
+        return False
+    statement = sql.SQL("COMMENT ON COLUMN {}.{} IS {}")
+    await connection.execute(statement.format(table, sql.Identifier(column), sql.Literal(comment)))
+    return True
 
 
 async def continue_numbers(connection: Connection, table: sql.Identifier, column: str) -> None:

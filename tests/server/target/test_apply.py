@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from cdcsync.documents.templates import hash_text
-from cdcsync.model.changeset import BACKFILL, LIVE
+from cdcsync.model.changeset import BACKFILL, LIVE, Document, Kept
 from cdcsync.model.rows import Row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.apply import IndexWriter
@@ -170,9 +170,9 @@ async def test_only_rows_whose_carried_values_differ_are_written(index: LiveInde
     assert after["2"] != before["2"]
     assert await index.rows("SELECT id, chunk_no, tenant, commit_lsn::text FROM {chunks} ORDER BY 1, 2") == [
         (1, 0, 1, "0/10"),
-        (2, 0, 2, "0/20"),
-        (3, 0, None, "0/20"),
-        (3, 1, None, "0/20"),
+        (2, 0, 2, "0/10"),
+        (3, 0, None, "0/10"),
+        (3, 1, None, "0/10"),
     ]
 
 
@@ -189,6 +189,30 @@ async def test_a_change_of_carried_columns_touches_neither_vectors_nor_backlog(i
         await index.rows("SELECT *, xmin::text FROM {vectors}"),
         await index.rows("SELECT *, xmin::text FROM {backlog}"),
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "inline"),
+    [
+        (kept("1", "5"), []),
+        (document("1", "x", "b", lsn=0x200, existed=True), ["x"]),
+        (document("1", "x", "a", "b", "c", lsn=0x200, existed=True), ["x", "a", "c"]),
+        (document("1", "b", lsn=0x200, existed=True), []),
+        (document("1", "b", "b", lsn=0x200, existed=True), []),
+        (document("1", "b", lsn=0x200, existed=False), []),
+    ],
+    ids=["carried", "another chunk", "further back", "further ahead", "twice", "thought new"],
+)
+async def test_a_text_that_waits_keeps_the_position_and_the_time_since_which_its_document_has_it(
+    index: LiveIndex, change: Document | Kept, inline: list[str]
+) -> None:
+    await index.apply(changes(document("1", "a", "b")))
+    await index.rows("UPDATE {chunks} SET applied_at = '2020-01-01' RETURNING 1")
+
+    await index.apply(changes(change, inline=inline))
+
+    waiting = "SELECT DISTINCT commit_lsn::text, applied_at < now() FROM {chunks} JOIN {backlog} USING (chunk_id)"
+    assert await index.rows(waiting + " WHERE content = 'b'") == [("0/10", True)]
 
 
 async def test_a_document_kept_that_the_index_does_not_hold_is_no_matter(index: LiveIndex) -> None:

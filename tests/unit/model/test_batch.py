@@ -289,6 +289,30 @@ def test_no_transaction_that_touched_related_rows_is_forgotten_for_a_later_one()
     assert not changes.emptied
 
 
+@pytest.mark.parametrize(
+    ("steps", "since"),
+    [
+        ([put("a", "1", "x", lsn=30)], 30),
+        ([put("a", "1", "x", lsn=20), put("a", "2", "x", lsn=25), put("a", "2", "y", lsn=30)], 20),
+        ([put("b", "1", "x", lsn=20), put("a", "2", "x", lsn=30)], 30),
+        ([gone("a", lsn=20), put("a", "2", "x", lsn=30)], 30),
+        ([page(put("a", "1", "x", lsn=30))], 0),
+        ([page(put("a", "1", "x", lsn=20)), put("a", "2", "x", lsn=30)], 0),
+        ([Touch(SHAPE, 0, (("3",),), 1, 10), Touch(SHAPE, 0, None, 2, 20), put("a", "2", "x", lsn=30)], 10),
+    ],
+)
+def test_a_document_may_be_as_old_as_the_first_change_of_its_row_or_its_related_ones_and_as_anything_if_it_was_read(
+    steps: list[Step | Touch], since: int
+) -> None:
+    changes = IndexChanges(SHAPE)
+    for step in steps:
+        if isinstance(step, tuple):
+            changes.add_page(step, new=True)
+        else:
+            changes.add(step)
+    assert changes.since(("a",), 30) == since
+
+
 @pytest.mark.parametrize("rewrites", [(False, False), (True, False), (False, True)])
 def test_one_page_that_rewrites_makes_the_batch_rewrite_that_index(rewrites: tuple[bool, bool]) -> None:
     batch = Batch()

@@ -12,7 +12,7 @@ from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool
 from cdcsync.metrics import Metrics
 from cdcsync.model.changeset import BACKFILL
-from tests.support.indexes import DIMENSIONS, SCHEMA, LiveIndex, changes, document
+from tests.support.indexes import DIMENSIONS, SCHEMA, LiveIndex, changes, document, kept
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -67,6 +67,19 @@ async def test_one_that_waited_before_the_worker_started_counts_from_when_it_was
     embedding.loop.commits.note(0x100, 0x200, datetime.now(UTC))
     count, seconds = await embedding.drain()
     assert (count, seconds // HOUR_S) == (1, 5)
+
+
+async def test_a_text_ages_while_it_waits_whatever_else_of_its_row_changes(
+    index: LiveIndex, embedding: Embedding
+) -> None:
+    await index.apply(changes(document("1", "a", lsn=0x150)))
+    await index.apply(changes(document("1", "b", "a", lsn=0x250, existed=True), inline=["b"]))
+    await index.apply(changes(kept("1", "5")))
+    now = datetime.now(UTC)
+    embedding.loop.commits.note(0x100, 0x200, now - timedelta(hours=10))
+    embedding.loop.commits.note(0x200, 0x300, now - timedelta(hours=2))
+    count, seconds = await embedding.drain()
+    assert (count, seconds // HOUR_S) == (1, 10)
 
 
 async def test_what_a_load_brings_is_no_change_that_someone_waits_for(index: LiveIndex, embedding: Embedding) -> None:

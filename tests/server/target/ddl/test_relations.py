@@ -72,6 +72,18 @@ async def test_the_backlog_of_an_earlier_version_gets_the_index_without_failed_t
     assert await catalog(connection) == before
 
 
+async def test_texts_that_wait_since_an_earlier_version_may_be_of_any_age_and_later_ones_keep_their_position(
+    index: LiveIndex,
+) -> None:
+    await index.apply(changes(document("1", "a"), document("2", "b"), inline=["a"]))
+    await index.connection.execute("COMMENT ON COLUMN cdcsync.articles_chunks.commit_lsn IS NULL")
+    await create(index.connection, index.spec)
+    await index.apply(changes(document("3", "c")))
+    await create(index.connection, index.spec)
+    positions = "SELECT content, commit_lsn::text FROM {chunks} ORDER BY 1"
+    assert await index.rows(positions) == [("a", "0/10"), ("b", "0/0"), ("c", "0/10")]
+
+
 async def test_every_table_view_and_function_describes_itself(connection: Connection) -> None:
     await create(connection, make_spec())
     described = await rows(

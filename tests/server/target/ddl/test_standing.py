@@ -8,7 +8,7 @@ from psycopg import sql
 
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import connect
-from cdcsync.target.ddl.standing import continue_numbers, create_index, describe_table
+from cdcsync.target.ddl.standing import continue_numbers, create_index, describe_column, describe_table
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -22,15 +22,19 @@ async def test_what_stands_is_left_alone_and_what_does_not_is_made(database: Dat
     target = await connect(database.dsn, "target")
     await create_index(target, "public", "articles_title", OF_TITLE)
     await describe_table(target, TABLE, "articles, by title")
+    assert await describe_column(target, TABLE, "title", "what it is called")
     with psycopg.connect(database.dsn) as vacuum:
         vacuum.execute("LOCK TABLE articles IN SHARE UPDATE EXCLUSIVE MODE")
         await target.execute("SET lock_timeout = '50ms'")
         await create_index(target, "public", "articles_title", OF_TITLE)
         await describe_table(target, TABLE, "articles, by title")
+        assert not await describe_column(target, TABLE, "title", "what it is called")
         with pytest.raises(psycopg.errors.LockNotAvailable):
             await create_index(target, "public", "articles_title_again", OF_TITLE)
         with pytest.raises(psycopg.errors.LockNotAvailable):
             await describe_table(target, TABLE, "articles")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            await describe_column(target, TABLE, "title", "its name")
     await describe_table(target, TABLE, "articles")
     described = await target.execute("SELECT obj_description('public.articles'::regclass)")
     assert await described.fetchone() == ("articles",)

@@ -83,9 +83,7 @@ def failed(*reasons: str) -> list[FailedDocument]:
 
 
 async def test_a_batch_that_is_prepared_again_because_the_target_was_away_counts_once() -> None:
-    changes = ChangeSet(
-        False, [], [Kept(("a",), (), 10)], [], {}, failed=failed("no such thing"), touched={"customer": 3}
-    )
+    changes = ChangeSet(False, [], [Kept(("a",), ())], [], {}, failed=failed("no such thing"), touched={"customer": 3})
     target = Target(changes, away=2)
 
     with capture_logs() as events:

@@ -172,7 +172,7 @@ async def read_again(spec: IndexSpec, size: int) -> tuple[list[int], int, int]:
 
 
 @pytest.mark.parametrize(("own", "touched"), [(0x10, 0x20), (0x20, 0x10)])
-async def test_a_row_that_changed_as_well_as_its_related_ones_carries_the_position_of_the_last_change(
+async def test_a_row_that_changed_as_well_as_its_related_ones_carries_the_positions_of_the_last_and_the_first_change(
     own: int, touched: int
 ) -> None:
     spec = make_spec(carried={})
@@ -197,7 +197,8 @@ async def test_a_row_that_changed_as_well_as_its_related_ones_carries_the_positi
     preparer = Preparer(spec, chunker, dispatcher, table, table, Metrics(), Deliveries())
     preparer._related = cast(Any, SimpleNamespace(concerned=concerned))
 
-    assert [one.commit_lsn for one in (await preparer.prepare(changes, writer)).documents] == [0x20]
+    documents = (await preparer.prepare(changes, writer)).documents
+    assert [(one.commit_lsn, one.text_lsn) for one in documents] == [(0x20, 0x10)]
 
 
 @pytest.mark.parametrize(
