@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from typing import Self
 
 import anyio
@@ -67,10 +67,16 @@ class LockedSession:
             raise TargetUnavailable("the apply connection is closed", where="target", hint="it is opened again")
         return self._connection
 
-    async def try_open(self, once_locked: Callable[[Connection], Awaitable[None]] | None = None) -> bool:
+    async def try_open(
+        self,
+        once_locked: Callable[[Connection], Awaitable[None]] | None = None,
+        *,
+        spared: Callable[[], Collection[int]] = tuple,
+    ) -> bool:
         """Connect and take the pipeline's lock and a new fence; False when another worker holds the lock: `holder`.
 
         :param once_locked: called between the two: what only the lock's holder may do, and the fence needs.
+        :param spared: says which sessions of an earlier fence are this worker's own, and go on.
         :raises TargetUnavailable: the target does not answer now.
         """
         connection = await self._connect()
@@ -81,7 +87,7 @@ class LockedSession:
                         await once_locked(connection)
                     self._lease = await self._pipelines.take_over(connection, worker_name())
                     crash_point("fence raised")
-                    if left := await self._pipelines.end_overtaken(connection, self._lease):
+                    if left := await self._pipelines.end_overtaken(connection, self._lease, spared()):
                         log.warning("overtaken_sessions_ended", slot=self._slot, pids=left)
                     self._hold(connection)
                 else:

@@ -21,7 +21,7 @@ The rules:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from datetime import datetime
 from typing import LiteralString, cast
 
@@ -284,14 +284,15 @@ class Pipelines:
         if row[0] < lease.fence:
             raise TargetRewound("the target went back to before this worker took over", where=f"slot {self._slot}")
 
-    async def end_overtaken(self, connection: Connection, lease: Lease) -> list[int]:
+    async def end_overtaken(self, connection: Connection, lease: Lease, spared: Collection[int] = ()) -> list[int]:
         """End the sessions that were admitted under an older fence, and return their processes once they are gone.
 
         What they were doing is undone, or was committed before this returns. Call it once the fence is raised.
 
+        :param spared: the processes of those that go on.
         :raises TargetUnavailable: one of them does not end, or we may not end it.
         """
-        found = left = await self._admitted_before(connection, lease)
+        found = left = await self._admitted_before(connection, lease, spared)
         for pid, _ in found:
             with contextlib.suppress(psycopg.errors.InsufficientPrivilege):
                 async with _as_login(connection):
@@ -299,7 +300,7 @@ class Pipelines:
         deadline = anyio.current_time() + END_SESSION_MS / 1000
         while left and anyio.current_time() < deadline:
             await anyio.sleep(END_POLL_S)
-            left = await self._admitted_before(connection, lease)
+            left = await self._admitted_before(connection, lease, spared)
         if left:
             pid, role = left[0]
             raise TargetUnavailable(
@@ -309,7 +310,9 @@ class Pipelines:
             )
         return [pid for pid, _ in found]
 
-    async def _admitted_before(self, connection: Connection, lease: Lease) -> list[tuple[int, str]]:
+    async def _admitted_before(
+        self, connection: Connection, lease: Lease, spared: Collection[int]
+    ) -> list[tuple[int, str]]:
         """Return the sessions that bear the mark of another fence, with their roles."""
         return await fetch_rows(
             connection,
@@ -318,8 +321,9 @@ class Pipelines:
                 " ON a.pid = l.pid, hashtext({}) AS key WHERE l.locktype = 'advisory' AND l.objsubid = 2"
                 " AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())"
                 " AND l.classid::int8 = key & 4294967295 AND l.objid::int8 <> {} AND l.pid <> pg_backend_pid()"
-                " ORDER BY l.pid"
+                " AND l.pid <> ALL (%s::int[]) ORDER BY l.pid"
             ).format(self._admissions, _mark(lease)),
+            [list(spared)],
         )
 
     async def shows(self, connection: Connection, lease: Lease) -> bool:

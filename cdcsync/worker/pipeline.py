@@ -34,7 +34,7 @@ from cdcsync.errors import (
 from cdcsync.flows.audit import RollingAudit, compare_for_ever
 from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
-from cdcsync.flows.build import build_until_live
+from cdcsync.flows.build import Builds, build_until_live
 from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool, note_for_ever, probe_for_ever, recall
 from cdcsync.flows.evaluate.periodic import evaluate_for_ever
 from cdcsync.flows.follow.accounts import Accounts
@@ -109,17 +109,20 @@ class Pipeline:
         pauses: Pauses,
         held: Mapping[str, Held],
         known: set[str],
+        builds: Builds,
         look_again: Callable[[], Awaitable[None]],
     ) -> None:
         """Make the parts.
 
         :param known: the indexes that an earlier pipeline of this worker has set up; takes those that this one does.
+        :param builds: the worker's; those that the specs want go on.
         :param look_again: examines everything for the next pipeline, while this one still works.
         """
         self.config = config
         self._look_again = look_again
         self.held = held
         self._known = known
+        self._builds = builds
         self.state = state
         self.specs = specs
         metrics = state.metrics
@@ -237,7 +240,7 @@ class Pipeline:
             loop = EmbedLoop(self.embedding, one, dispatcher, metrics, searched=False, alike=spec.alike(one))
             self.beside.setdefault(one.name, []).append(loop)
             limit = lambda: float(self.config.worker.backfill_max_rows_per_s)  # noqa: E731 - read anew at each page
-            self.fills.append(Fill(target.dsn, target.schema, spec, one, dispatcher, loop, limit))
+            self.fills.append(Fill(target.dsn, target.schema, spec, one, dispatcher, loop, limit, self._builds))
 
     def _forget_vectors(self, index: str) -> None:
         """Have the vectors of an index made anew, those of each of its generations, instead of remembered."""
@@ -263,7 +266,7 @@ class Pipeline:
                 await set_up_shared(target, config)
 
         # A standby may be of a newer version than the worker that it waits for, whose tables they still are.
-        while not await self.session.try_open(shared):
+        while not await self.session.try_open(shared, spared=lambda: self._builds.pids):
             if not self.state.standby:
                 log.info("standby", slot=config.source.slot, holder_pid=self.session.holder)
             self.state.stand_by()
@@ -282,7 +285,8 @@ class Pipeline:
             await connect(config.source.dsn, "source") as source,
             interrupted_by(self.state.stopping, target, source),
         ):
-            if await do_what_was_asked(target, config):
+            await self._builds.keep(self.specs)
+            if await do_what_was_asked(target, config, release=self._builds.release):
                 return "outdated"
             await refuse_early(source, self.session, config)
             waiting = {name: one.pause for name, one in self.held.items()}
@@ -362,7 +366,8 @@ class Pipeline:
         for words in (count_words_for_ever, enter_words_for_ever):
             tasks.start_soon(words, self.config.target.dsn, self.config.target.schema, self.specs)
         tasks.start_soon(self.settle.run)
-        tasks.start_soon(build_until_live, self.config.target.dsn, self.config.target.schema, self.specs)
+        target = self.config.target
+        tasks.start_soon(build_until_live, target.dsn, target.schema, self.specs, self._builds)
         tasks.start_soon(self.watch_once_streaming)
         tasks.start_soon(self.watch_slot_once_streaming)
         tasks.start_soon(send_heartbeats, self.config)

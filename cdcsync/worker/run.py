@@ -31,6 +31,7 @@ from cdcsync.errors import (
     Unavailable,
     leading,
 )
+from cdcsync.flows.build import Builds
 from cdcsync.flows.setup.approval import Held, hold_unapproved
 from cdcsync.http.listening import serve
 from cdcsync.model.pauses import Pauses
@@ -154,6 +155,7 @@ async def _work_through_schema_changes(
     unopened = list(dispatchers.values())
     """A standby opens no model."""
     known: set[str] = set()
+    builds = Builds(config.target.dsn, config.target.schema, tasks)
     ahead: list[Report] = []
     """The examination for the next pipeline, if it was made while the one before still worked."""
     refused: list[str] = []
@@ -186,6 +188,7 @@ async def _work_through_schema_changes(
             pauses=pauses,
             held=held,
             known=known,
+            builds=builds,
             look_again=look_again,
         )
         paused: list[SchemaChanged] = []

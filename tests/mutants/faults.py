@@ -234,7 +234,7 @@ MUTANTS = (
     Mutant(
         "who takes over leaves the sessions of the worker before",
         "target/locked_session.py",
-        "                    if left := await self._pipelines.end_overtaken(connection, self._lease):",
+        "                    if left := await self._pipelines.end_overtaken(connection, self._lease, spared()):",
         "                    if left := list[int]():",
         "tests",
         "tests/faults/test_overtaken.py::test_nothing_of_a_frozen_worker_comes_late",

@@ -24,7 +24,7 @@ from psycopg import sql
 
 from cdcsync.backoff import Backoff
 from cdcsync.errors import CdcsyncError, leading
-from cdcsync.flows.build import settle_all
+from cdcsync.flows.build import Builds, settle_all
 from cdcsync.flows.embed import Dispatcher, EmbedLoop
 from cdcsync.flows.embed.pages import page_vectors
 from cdcsync.model.spec import IndexSpec
@@ -33,7 +33,6 @@ from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.process.crashpoints import crash_point
-from cdcsync.target.ddl.building import HELD_S, build_hnsw
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.filling import Filling, Stored
 from cdcsync.target.generations import Generation, Generations
@@ -90,6 +89,7 @@ class Fill:
         dispatcher: Dispatcher,
         loop: EmbedLoop,
         most_rows_per_s: Callable[[], float],
+        builds: Builds,
     ) -> None:
         """Make the flow.
 
@@ -97,6 +97,7 @@ class Fill:
         :param spec: the index with the generation that is to be filled.
         :param loop: the one that empties its backlog.
         :param most_rows_per_s: the limit that the configuration has for backfills now; 0 for none.
+        :param builds: the worker's.
         """
         self._dsn = dsn
         self._schema = schema
@@ -105,6 +106,7 @@ class Fill:
         self._dispatcher = dispatcher
         self._loop = loop
         self._most_rows_per_s = most_rows_per_s
+        self._builds = builds
         self._generations = Generations(schema)
 
     async def run(self) -> None:
@@ -169,7 +171,7 @@ class Fill:
             crash_point("generation filled")
         await settle_all(connection, self._schema, self._spec)
         log.info("hnsw_building", index=name, generation=generation)
-        await build_hnsw(connection, self._schema, self._spec, patience_s=HELD_S)
+        await self._builds.hnsw(self._spec)
         vectors = Names(self._schema, self._spec.relations).vectors(generation)
         await connection.execute(sql.SQL("ANALYZE {}").format(vectors))
         await self._generations.stamp(connection, name, generation, "ready_at")

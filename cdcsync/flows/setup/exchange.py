@@ -7,6 +7,8 @@ worker runs, or once a running one has let go of the lock because the watch saw 
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import msgspec
 
 from cdcsync.config import Config, QualifiedName
@@ -33,10 +35,14 @@ from cdcsync.target.search import stored_spec
 log = get_logger()
 
 
-async def do_what_was_asked(connection: Connection, config: Config) -> bool:
+async def do_what_was_asked(
+    connection: Connection, config: Config, *, release: Callable[[str], Awaitable[None]] | None = None
+) -> bool:
     """Exchange and drop the chunks beside the indexes of a configuration, as commands asked; says whether any were.
 
     Only the holder of the pipeline's lock may, and only before it writes.
+
+    :param release: ends what still works on the tables of an index.
     """
     schema, done = config.target.schema, False
     with speaking_of("target"):
@@ -50,6 +56,9 @@ async def do_what_was_asked(connection: Connection, config: Config) -> bool:
         if not ends and other.activation_asked_at is None:
             continue
         done = True
+        if release is not None:
+            await release(index)
+            await release(other.name)
         try:
             await _do(connection, config, other, ends=ends)
         except SetupError as error:

@@ -163,7 +163,7 @@ async def _build(
 ) -> bool:
     """Build an index unless it is there. One that an interrupted build left invalid is dropped and built again.
 
-    The server continues the build of a worker that was killed: we wait for it, and use its result.
+    A server that has not noticed that its client is gone continues the build: we wait for it, and use its result.
     """
     frugal = 0
     table = sql.Identifier(schema, table_name)

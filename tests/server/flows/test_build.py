@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, LiteralString
 
@@ -14,13 +16,14 @@ import pytest
 from psycopg import sql
 
 import tests.support.indexes as support
-from cdcsync.config import parse
+from cdcsync.config import QualifiedName, parse
 from cdcsync.errors import TablesChanged
 from cdcsync.flows import build
-from cdcsync.flows.build import _advance, build_until_live, settle_all
+from cdcsync.flows.build import Builds, _advance, build_until_live, settle_all
 from cdcsync.flows.setup.differences import ask_for
 from cdcsync.flows.setup.indexes import pause_indexes, set_up_indexes
 from cdcsync.model.pauses import Pause
+from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.catalog import read_catalog
 from cdcsync.source.fingerprints import Difference
@@ -29,9 +32,10 @@ from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 from cdcsync.target.requests.queue import Queue
 from cdcsync.target.requests.submission import Requests
-from tests.support.configs import configuration
+from tests.support.configs import Section, configuration
 from tests.support.disks import LACKS_MEMORY
 from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, register
+from tests.support.migrations import BOTH, asks_for, loaded, migrate, of_the_old_model, ready
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
 
@@ -61,6 +65,14 @@ async def connection(connect_target: Callable[[], Awaitable[Connection]]) -> Con
 
 
 @pytest.fixture
+async def builds(target: Database) -> AsyncIterator[Builds]:
+    """What a worker builds over sessions of their own."""
+    async with anyio.create_task_group() as tasks:
+        yield Builds(target.dsn, SCHEMA, tasks)
+        tasks.cancel_scope.cancel()
+
+
+@pytest.fixture
 async def building(open_index: OpenIndex, connection: Connection) -> LiveIndex:
     """An index that is being loaded, of a table with two partitions."""
     index = await open_index(search=None)
@@ -86,7 +98,7 @@ async def state(connection: Connection) -> str:
 
 @pytest.mark.parametrize(("load", "then"), [("paused", "building"), ("failed", "paused"), ("done", "live")])
 async def test_a_partition_that_goes_does_not_hide_a_load_that_did_not_get_through(
-    building: LiveIndex, connection: Connection, load: str, then: str
+    building: LiveIndex, connection: Connection, load: str, then: str, builds: Builds
 ) -> None:
     request = await REQUESTS.add(connection, "articles", "initial", rewrite=False, filter_=None)
     await ask_for(connection, SCHEMA, "articles", Difference(left=True))
@@ -96,7 +108,7 @@ async def test_a_partition_that_goes_does_not_hide_a_load_that_did_not_get_throu
     assert (orphans.phase, orphans.filter) == ("orphans", None)
     await connection.execute("UPDATE cdcsync.backfills SET state = 'done' WHERE id = %s", [orphans.id])
 
-    assert await _advance(connection, SCHEMA, building.spec) == (then != "building")
+    assert await _advance(connection, SCHEMA, building.spec, builds) == (then != "building")
 
     assert await state(connection) == then
 
@@ -140,7 +152,7 @@ async def test_an_index_that_is_paused_again_and_again_is_read_once(
     ],
 )
 async def test_an_index_is_live_once_what_its_load_may_have_read_too_early_is_compared(
-    building: LiveIndex, connection: Connection, asked: str, state_of_it: str, then: str
+    building: LiveIndex, connection: Connection, asked: str, state_of_it: str, then: str, builds: Builds
 ) -> None:
     load = await REQUESTS.add(connection, "articles", "initial", rewrite=False, filter_=None)
     await connection.execute("UPDATE cdcsync.backfills SET state = 'running', started_at = now() WHERE id = %s", [load])
@@ -156,13 +168,13 @@ async def test_an_index_is_live_once_what_its_load_may_have_read_too_early_is_co
         )
         await connection.execute("UPDATE cdcsync.backfills SET requested_at = clock_timestamp() WHERE kind = 'compare'")
 
-    await _advance(connection, SCHEMA, building.spec)
+    await _advance(connection, SCHEMA, building.spec, builds)
 
     assert await state(connection) == then
 
 
 async def test_words_are_found_by_their_index_while_vectors_of_the_load_are_still_made(
-    open_index: OpenIndex, connection: Connection
+    open_index: OpenIndex, connection: Connection, builds: Builds
 ) -> None:
     index = await open_index()
     await Pipelines(SCHEMA, "s").ensure(connection, "p")
@@ -172,7 +184,7 @@ async def test_words_are_found_by_their_index_while_vectors_of_the_load_are_stil
     load = await REQUESTS.add(connection, "articles", "initial", rewrite=False, filter_=None)
     await connection.execute("UPDATE cdcsync.backfills SET state = 'done', finished_at = now() WHERE id = %s", [load])
 
-    assert not await _advance(connection, SCHEMA, index.spec)
+    assert not await _advance(connection, SCHEMA, index.spec, builds)
 
     assert await state(connection) == "building"
     assert await index.rows("SELECT chunks FROM cdcsync.articles_words WHERE lexeme = ''") == [(2,)]
@@ -180,12 +192,12 @@ async def test_words_are_found_by_their_index_while_vectors_of_the_load_are_stil
     assert built[0].endswith("USING gin (search)")
 
     await connection.execute("DELETE FROM cdcsync.articles_backlog")
-    assert await _advance(connection, SCHEMA, index.spec)
+    assert await _advance(connection, SCHEMA, index.spec, builds)
     assert await state(connection) == "live"
 
 
 async def test_an_index_for_which_another_load_is_asked_while_it_is_built_is_not_live_yet(
-    open_index: OpenIndex, connection: Connection, monkeypatch: pytest.MonkeyPatch
+    open_index: OpenIndex, connection: Connection, monkeypatch: pytest.MonkeyPatch, builds: Builds
 ) -> None:
     index = await open_index()
     await Pipelines(SCHEMA, "s").ensure(connection, "p")
@@ -199,12 +211,12 @@ async def test_an_index_for_which_another_load_is_asked_while_it_is_built_is_not
         await REQUESTS.add(index.connection, "articles", "resync", rewrite=False, filter_=None)
 
     monkeypatch.setattr(build, "build_hnsw", slowly)
-    assert not await _advance(connection, SCHEMA, index.spec)
+    assert not await _advance(connection, SCHEMA, index.spec, builds)
     assert await state(connection) == "building"
 
     monkeypatch.setattr(build, "build_hnsw", build_hnsw)
     await connection.execute(done)
-    assert await _advance(connection, SCHEMA, index.spec)
+    assert await _advance(connection, SCHEMA, index.spec, builds)
     assert await state(connection) == "live"
 
 
@@ -257,7 +269,8 @@ async def test_an_index_whose_tables_are_held_waits_to_be_built_and_others_go_li
             held = sql.Identifier(SCHEMA, f"articles_{table}")
             await indexes[0].connection.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
             await indexes[0].connection.execute(sql.SQL("LOCK TABLE {} IN " + mode + " MODE").format(held))
-            tasks.start_soon(build_until_live, target.dsn, SCHEMA, [one.spec for one in indexes])
+            builds = Builds(target.dsn, SCHEMA, tasks)
+            tasks.start_soon(build_until_live, target.dsn, SCHEMA, [one.spec for one in indexes], builds)
             await support.until(partial(are, connection, ("building", True), ("live", False)))
         await support.until(partial(are, connection, ("live", False), ("live", False)))
 
@@ -280,7 +293,7 @@ async def test_an_index_that_waits_for_its_vectors_only_says_no_more_that_it_wai
     async with anyio.create_task_group() as tasks:
         async with index.connection.transaction():
             await index.connection.execute("LOCK TABLE cdcsync.articles_backlog IN ACCESS EXCLUSIVE MODE")
-            tasks.start_soon(build_until_live, target.dsn, SCHEMA, [index.spec])
+            tasks.start_soon(build_until_live, target.dsn, SCHEMA, [index.spec], Builds(target.dsn, SCHEMA, tasks))
             await support.until(partial(are, connection, ("building", True)))
         await support.until(partial(are, connection, ("building", False)))
         tasks.cancel_scope.cancel()
@@ -407,3 +420,211 @@ async def test_an_index_that_another_pipeline_has_begun_to_keep_is_not_taken_fro
     await connection.execute("DROP TABLE public.articles")
     assert entry is not None
     assert entry.slot == "another"
+
+
+# -- a build outlasts the pipeline that began it -----------------------------------------------------------------------
+
+TENANTS: Section = {"table": None, "tables": ["t_*.pages"], "search": ""}
+"""An index of many tables: each that appears ends the pipeline."""
+
+
+def tenant(database: Database, number: int) -> None:
+    """Create another of these tables."""
+    database.execute(f"CREATE SCHEMA t_{number}")
+    database.execute(f"CREATE TABLE t_{number}.pages (id int PRIMARY KEY, title text)")
+    database.execute(f"INSERT INTO t_{number}.pages SELECT i, 'page ' || i FROM generate_series(1, 20) AS i")
+
+
+@contextmanager
+def an_older_snapshot(database: Database) -> Iterator[None]:
+    """Have every build wait at its end, as one waits for a transaction that may still need what it has not indexed."""
+    with psycopg.connect(database.dsn) as holding:
+        holding.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        holding.execute("SELECT")
+        yield
+
+
+BUILDS = (
+    "SELECT pid, index_relid::int8, index_relid::regclass::text FROM pg_stat_progress_create_index"
+    " WHERE datname = current_database() AND phase = 'waiting for old snapshots'"
+)
+"""The processes that build indexes and wait at the end, and the indexes' OIDs and names."""
+
+
+def build_of(pipeline: Pipeline, index: str) -> tuple[int, int] | None:
+    """Return the process that builds an index and waits at the end, and the index's OID; None if none does."""
+    builds = pipeline.target.execute(BUILDS).fetchall()
+    return next(((pid, oid) for pid, oid, name in builds if name == f"cdcsync.{index}"), None)
+
+
+def begun(pipeline: Pipeline, index: str) -> tuple[int, int]:
+    """Wait until an index is built but for the end."""
+    until(lambda: build_of(pipeline, index), lambda: f"{index} to be built; {pipeline.tail()}")
+    build = build_of(pipeline, index)
+    assert build is not None
+    return build
+
+
+def another_pipeline(pipeline: Pipeline, database: Database) -> None:
+    """Have a table appear, and wait for the pipeline that follows it, until that waits for the build."""
+    before = pipeline.times("hnsw_building")
+    tenant(database, 2)
+    until(lambda: pipeline.times("hnsw_building") > before, pipeline.tail)
+
+
+def valid(pipeline: Pipeline, oid: int) -> bool:
+    return pipeline.target.execute("SELECT indisvalid FROM pg_index WHERE indexrelid = %s", [oid]).fetchone() == (True,)
+
+
+@pytest.mark.parametrize("of", ["another index", "the same index"])
+def test_a_first_build_goes_on_while_a_table_has_the_pipeline_made_anew(
+    of: str, database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
+    database.execute("INSERT INTO articles SELECT i, 'article ' || i FROM generate_series(1, 20) AS i")
+    tenant(database, 1)
+    indexes: dict[str, Section] = {"articles": {"search": ""}, "pages": TENANTS}
+    if of == "the same index":
+        del indexes["articles"]
+    pipeline = make_pipeline(configuration(database.dsn, indexes=indexes))
+    pipeline.hurry["cdcsync.flows.watch.WATCH_S"] = 0.5
+    hnsw = f"{next(iter(indexes))}_vectors_1_hnsw"
+    with an_older_snapshot(database):
+        pipeline.start()
+        pid, oid = begun(pipeline, hnsw)
+
+        another_pipeline(pipeline, database)
+
+        assert build_of(pipeline, hnsw) == (pid, oid)
+    pipeline.live()
+    assert valid(pipeline, oid)
+    pipeline.in_step(*indexes)
+
+
+def changed(spec: IndexSpec) -> list[IndexSpec]:
+    """Return an index whose tables have to change."""
+    return [msgspec.structs.replace(spec, carried_types=("text",))]
+
+
+def with_another_table(spec: IndexSpec) -> list[IndexSpec]:
+    """Return an index that is of one more table, by which ours stay as they are."""
+    return [msgspec.structs.replace(spec, members={QualifiedName("t_2", "pages"): None})]
+
+
+def without(spec: IndexSpec) -> list[IndexSpec]:
+    """Return the other indexes."""
+    return [msgspec.structs.replace(spec, name="notes")]
+
+
+@pytest.mark.parametrize(
+    ("now", "goes_on"), [(with_another_table, True), (changed, False), (without, False)], ids=["", "changed", "without"]
+)
+async def test_a_build_ends_when_its_tables_have_to_change_and_begins_again_when_it_is_asked_for(
+    index: LiveIndex,
+    connection: Connection,
+    connect_target: Callable[[], Awaitable[Connection]],
+    builds: Builds,
+    now: Callable[[IndexSpec], list[IndexSpec]],
+    goes_on: bool,
+) -> None:
+    holding = await connect_target()
+    await holding.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT")
+
+    async def at_its_end() -> bool:
+        cursor = await connection.execute(BUILDS)
+        return [pid for pid, _, _ in await cursor.fetchall()] == builds.pids != []
+
+    built: list[bool] = []
+
+    async def build_it() -> None:
+        built.append(await builds.hnsw(index.spec))
+
+    async with anyio.create_task_group() as first:
+        first.start_soon(build_it)
+        await support.until(at_its_end)
+        before = builds.pids
+        first.cancel_scope.cancel()
+
+    await builds.keep(now(index.spec))
+
+    assert builds.pids == (before if goes_on else [])
+    async with anyio.create_task_group() as second:
+        second.start_soon(build_it)
+        await support.until(at_its_end)
+        assert (builds.pids == before) == goes_on
+        await holding.execute("COMMIT")
+    assert built == [True]
+    assert builds.pids == []
+
+
+def filling(make_pipeline: Callable[[str], Pipeline], database: Database) -> Pipeline:
+    """Return a pipeline whose worker fills a second generation of an index; it has another index of many tables."""
+    tenant(database, 1)
+    pages = {**TENANTS, "embedder": "old"}
+    pipeline = make_pipeline(
+        configuration(database.dsn, embedders=BOTH, indexes={"articles": {"embedder": "old"}, "pages": pages})
+    )
+    loaded(pipeline, "articles", rows=20)
+    asks_for(
+        pipeline,
+        configuration(database.dsn, embedders=BOTH, indexes={"articles": {"embedder": "new"}, "pages": pages}),
+    )
+    return pipeline
+
+
+def test_a_migrations_build_goes_on_while_another_index_has_the_pipeline_made_anew(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    pipeline = filling(make_pipeline, database)
+    with an_older_snapshot(database):
+        migrate(pipeline, "start")
+        pid, oid = begun(pipeline, "articles_vectors_2_hnsw")
+
+        another_pipeline(pipeline, database)
+
+        assert build_of(pipeline, "articles_vectors_2_hnsw") == (pid, oid)
+    ready(pipeline, 2)
+    assert valid(pipeline, oid)
+
+
+@pytest.mark.proof_from(1)
+@pytest.mark.parametrize("chunks", ["", "of other chunks"])
+def test_a_generation_whose_build_is_under_way_can_be_dropped(
+    chunks: str, database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    if chunks:
+        pipeline = make_pipeline(configuration(database.dsn))
+        loaded(pipeline, "articles", rows=20)
+        pipeline.configure(configuration(database.dsn, indexes={"articles": {"text": "about: {title}"}}))
+    else:
+        pipeline = of_the_old_model(make_pipeline, database)
+    with an_older_snapshot(database):
+        migrate(pipeline, "start")
+        until(lambda: database.execute(BUILDS), lambda: f"a build; {pipeline.tail()}")
+        ((_, oid, _),) = database.execute(BUILDS)
+
+        assert migrate(pipeline, "drop", "--yes")["dropped"] == 2
+
+        assert database.execute("SELECT FROM pg_class WHERE oid = %s", [oid]) == []
+    assert pipeline.times("overtaken_sessions_ended") == 0
+
+
+@pytest.mark.proof_from(1)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_build_ends_with_its_worker_and_the_next_one_begins_again(
+    number: int, database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database.execute("CREATE TABLE articles (id int PRIMARY KEY, title text)")
+    database.execute("INSERT INTO articles SELECT i, 'article ' || i FROM generate_series(1, 20) AS i")
+    pipeline = make_pipeline(configuration(database.dsn, indexes={"articles": {"search": ""}}))
+    with an_older_snapshot(database):
+        worker = pipeline.start()
+        pid, _ = begun(pipeline, "articles_vectors_1_hnsw")
+
+        assert pipeline.stop(worker, number) == (0 if number == signal.SIGTERM else -number)
+
+        until(lambda: not database.execute("SELECT FROM pg_stat_activity WHERE pid = %s", [pid]), "the build to end")
+        pipeline.start()
+        begun(pipeline, "articles_vectors_1_hnsw")
+    pipeline.live()
+    pipeline.in_step()

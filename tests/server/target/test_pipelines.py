@@ -246,6 +246,25 @@ async def test_who_takes_over_ends_the_sessions_admitted_before_and_no_others(
     assert await PIPELINES.end_overtaken(connection, second) == []
 
 
+async def test_a_worker_spares_sessions_of_its_own_and_its_successor_does_not(
+    connection: Connection, connect_target: ConnectTarget
+) -> None:
+    building, another = await connect_target(), await connect_target()
+    first = await PIPELINES.take_over(connection, "first")
+    for session in (building, another):
+        await PIPELINES.admit(session, first)
+    pid = building.info.backend_pid
+
+    again = await PIPELINES.take_over(connection, "first")
+    assert await PIPELINES.end_overtaken(connection, again, [pid]) == [another.info.backend_pid]
+    await building.execute("SELECT")
+
+    successor = await PIPELINES.take_over(connection, "second")
+    assert await PIPELINES.end_overtaken(connection, successor) == [pid]
+    with pytest.raises(psycopg.OperationalError):
+        await building.execute("SELECT")
+
+
 async def test_a_session_of_a_worker_that_was_overtaken_is_not_admitted(
     connection: Connection, connect_target: ConnectTarget
 ) -> None:
