@@ -216,8 +216,8 @@ class Offered(Index):
             conditions = [known.columns[name].equals(name, sql.Literal(texts[name])) for name in names]
             shown = self.visible.shown(spec.shape.key + spec.shape.carried)
             statement = sql.SQL(
-                "SELECT {columns}, content, cdcsync_chunks, encode(document_hash, 'hex'), commit_lsn::text FROM ("
-                "SELECT {columns}, content, chunk_no, document_hash, commit_lsn, count(*) OVER () AS cdcsync_chunks,"
+                "SELECT {columns}, content, cdcsync_chunks FROM ("
+                "SELECT {columns}, content, chunk_no, count(*) OVER () AS cdcsync_chunks,"
                 " sum(octet_length(content)) OVER (ORDER BY chunk_no) - octet_length(content) AS cdcsync_before"
                 " FROM {chunks} WHERE {mine}) AS document WHERE cdcsync_before < {most} ORDER BY chunk_no"
             ).format(
@@ -241,14 +241,15 @@ class Offered(Index):
         if not rows:
             raise missing
         values = dict(zip(shown, rows[0], strict=False))
-        mark = hashlib.sha256("\0".join([*map(str, rows[0][-2:]), *map(str, values.values())]).encode()).hexdigest()
+        chunks, left_out = [row[-2] for row in rows], rows[0][-1] - len(rows)
+        mark = hashlib.sha256("\0".join(map(str, [left_out, *values.values(), *chunks])).encode()).hexdigest()
         return Document(
             self.name,
             {name: values[name] for name in spec.shape.key if name in values},
             {name: values[name] for name in spec.shape.carried if name in values},
-            [row[len(shown)] for row in rows],
+            chunks,
             f'"{mark[:24]}"',
-            left_out=rows[0][len(shown) + 1] - len(rows),
+            left_out=left_out,
         )
 
     async def info(self, who: Principal, *, examples: bool = True) -> IndexInfo:

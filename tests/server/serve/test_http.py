@@ -63,6 +63,18 @@ async def test_a_search_returns_documents_with_the_ranks_of_both_legs(tickets: O
     assert found["warning"] is None
 
 
+async def test_a_document_whose_chunks_are_others_has_another_mark(tickets: Office) -> None:
+    path, change = "/v1/indexes/tickets/documents/8", "UPDATE cdcsync.tickets_chunks SET content = {} WHERE id = 8"
+    async with served(tickets.serving(anonymous=True)) as client:
+        before = (await client.get(path)).headers["etag"]
+        tickets.database.execute(change.format("content || '.'"))
+        try:
+            assert (await client.get(path)).headers["etag"] != before
+        finally:
+            tickets.database.execute(change.format("rtrim(content, '.')"))
+        assert (await client.get(path)).headers["etag"] == before
+
+
 async def test_filters_and_pages(tickets: Office) -> None:
     async with served(tickets.serving(anonymous=True)) as client:
         wanted = {"status": "open", "id": {"gte": 60}}
