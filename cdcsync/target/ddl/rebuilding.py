@@ -16,7 +16,8 @@ Time).
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
@@ -29,7 +30,7 @@ from cdcsync.postgres.locking import BRIEFLY, until_locked
 from cdcsync.postgres.queries import fetch_one, fetch_rows, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
-from cdcsync.target.ddl.building import build_settings, hnsw_method
+from cdcsync.target.ddl.building import build_settings, frugally, hnsw_method
 from cdcsync.target.ddl.grants import grants_of, guarded, succeed
 from cdcsync.target.ddl.names import SETTLED, Names
 from cdcsync.target.ddl.tiers import COLUMN_NAMES, describe_vectors
@@ -186,12 +187,14 @@ class Rebuild:
         crash_point("copy has its key")
         await self._run("CREATE INDEX {hash} ON {copy} (content_hash)")
         crash_point("copy has its hashes")
-        async with build_settings(self._connection, self._spec):
-            await self._run(
-                "CREATE INDEX {hnsw} ON {copy} USING {method}", method=await hnsw_method(self._connection, self._spec)
-            )
+        method = await hnsw_method(self._connection, self._spec)
+        await frugally(self._spec, partial(self._index, "CREATE INDEX {hnsw} ON {copy} USING {method}", method=method))
         crash_point("copy has its graph")
         await self._run("ANALYZE {copy}")
+
+    async def _index(self, statement: LiteralString, frugal: Mapping[str, str], **parts: sql.Composable) -> None:
+        async with build_settings(self._connection, self._spec, frugal):
+            await self._run(statement, **parts)
 
     async def _follow(self) -> int:
         """Take out of the copy what changed, and put in what came to settled; returns how many changes there were."""

@@ -8,6 +8,7 @@ from typing import Any
 import anyio
 import msgspec
 import pytest
+import structlog
 
 from cdcsync.errors import SetupError
 from cdcsync.postgres.sessions import Connection
@@ -103,6 +104,22 @@ async def test_a_rebuild_that_would_lose_columns_of_an_operator_is_refused(
     with pytest.raises(SetupError, match=r"columns of your own \(note\)"):
         await Rebuild(await connect_target(), SCHEMA, both.spec).run()
     assert [tier for _, tier in await both.rows(TIERS)] == ["settled"] * 4 + ["fresh"] * 4
+
+
+async def test_a_rebuild_that_finds_too_little_shared_memory_is_done_by_one_process(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    """Parallel workers share a graph of the size of maintenance_work_mem: no machine has so much."""
+    hnsw = msgspec.structs.replace(both.spec.config.hnsw, build_memory="2000GB", build_workers=2)
+    spec = msgspec.structs.replace(both.spec, config=msgspec.structs.replace(both.spec.config, hnsw=hnsw))
+    connection = await connect_target()
+    await connection.execute("SET min_parallel_table_scan_size = 0")
+
+    with structlog.testing.capture_logs() as events:
+        assert await Rebuild(connection, SCHEMA, spec).run() == 4
+
+    (frugal,) = [event for event in events if event["event"] == "index_build_frugal"]
+    assert "shared memory" in frugal["error"]
 
 
 async def test_a_rebuild_that_was_given_up_leaves_storage_parameters_as_they_were(
