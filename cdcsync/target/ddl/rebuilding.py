@@ -43,6 +43,52 @@ FEW = 500
 ROUNDS = 20
 """Passes over what changed meanwhile, at most: under steady load there is always some."""
 
+_OWN_INDEXES: LiteralString = """
+    SELECT c.relname::text, copy.index, CASE WHEN k.oid IS NULL
+        THEN format('CREATE %%sINDEX %%I ON %%s', kind.word, copy.index, %(copy)s::text) || substr(
+            pg_get_indexdef(c.oid),
+            1 + length(format('CREATE %%sINDEX %%I ON %%I.%%I', kind.word, c.relname, n.nspname, t.relname)))
+        ELSE format('ALTER TABLE %%s ADD CONSTRAINT %%I %%s', %(copy)s::text, copy.index, pg_get_constraintdef(k.oid))
+        END
+    FROM (SELECT *, row_number() OVER (ORDER BY indexrelid) AS number FROM pg_index
+        WHERE indrelid = to_regclass(%(settled)s)) AS i
+    JOIN pg_class AS c ON c.oid = i.indexrelid JOIN pg_class AS t ON t.oid = i.indrelid
+    JOIN pg_namespace AS n ON n.oid = t.relnamespace
+    LEFT JOIN pg_constraint AS k ON k.conindid = c.oid AND k.conrelid = t.oid AND k.contype IN ('u', 'x')
+    CROSS JOIN LATERAL (SELECT CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END) AS kind (word)
+    CROSS JOIN LATERAL (SELECT %(name)s::text || '_' || i.number) AS copy (index)
+    WHERE i.indisvalid AND c.relname <> ALL (%(ours)s)
+"""
+"""The indexes of the settled tier that are not ours, those of its parent among them: the name of each, its name on the
+copy, and the statement that creates it there."""
+
+_BUILT_ON: LiteralString = """
+    WITH parts (class, oid) AS (
+        SELECT 'pg_class'::regclass, to_regclass(%(settled)s)::oid
+        UNION ALL SELECT 'pg_class'::regclass, indexrelid FROM pg_index WHERE indrelid = to_regclass(%(settled)s)
+        UNION ALL SELECT 'pg_constraint'::regclass, oid FROM pg_constraint WHERE conrelid = to_regclass(%(settled)s)
+        UNION ALL SELECT 'pg_type'::regclass, unnest(ARRAY[t.oid, t.typarray]) FROM pg_type AS t
+            WHERE typrelid = to_regclass(%(settled)s)
+    ), built (class, oid, column_no) AS (
+        SELECT d.classid, d.objid, d.objsubid FROM pg_depend AS d
+        JOIN parts AS p ON d.refclassid = p.class AND d.refobjid = p.oid
+        -- What depends on it in another way as well is dropped with it.
+        GROUP BY 1, 2, 3 HAVING bool_and(d.deptype = 'n')
+    )
+    SELECT DISTINCT o.type || ' ' || o.identity, CASE
+        WHEN k.oid IS NOT NULL THEN format('ALTER TABLE %%s DROP CONSTRAINT %%I', k.conrelid::regclass, k.conname)
+        WHEN a.attname IS NOT NULL THEN format('ALTER TABLE %%s DROP COLUMN %%I', a.attrelid::regclass, a.attname)
+        ELSE 'DROP ' || upper(o.type) || ' ' || o.identity END
+    FROM built AS b LEFT JOIN pg_rewrite AS r ON b.class = 'pg_rewrite'::regclass AND r.oid = b.oid
+    LEFT JOIN pg_constraint AS k ON b.class = 'pg_constraint'::regclass AND k.oid = b.oid
+    LEFT JOIN pg_attribute AS a ON b.class = 'pg_class'::regclass AND a.attrelid = b.oid AND a.attnum = b.column_no
+        AND b.column_no > 0
+    CROSS JOIN LATERAL pg_identify_object(CASE WHEN r.oid IS NULL THEN b.class ELSE 'pg_class'::regclass END,
+        coalesce(r.ev_class, b.oid), b.column_no) AS o
+    ORDER BY 1
+"""
+"""What keeps the settled tier from being dropped, and the statement that removes each."""
+
 
 class Emptied(Exception):
     """A tier was emptied while it was copied: the copy is worth nothing."""
@@ -76,11 +122,14 @@ class Rebuild:
         }
         self._files: tuple[object, ...] = ()
         """The files of both tiers: another one means that the tier was emptied."""
+        self._own: list[tuple[str, str, str]] = []
+        """An operator's indexes, as `_OWN_INDEXES` finds them."""
 
     async def run(self) -> int:
         """Rebuild and exchange; returns how many fresh vectors became settled.
 
-        :raises SetupError: an operator gave the settled tier row-level security or columns, which the copy would lack.
+        :raises SetupError: an operator gave the settled tier row-level security or columns, which the copy would lack,
+            or built something on it.
         :raises psycopg.Error: nothing has changed; what is left behind is dropped by the next rebuild or start.
         :raises Emptied: likewise.
         """
@@ -188,13 +237,37 @@ class Rebuild:
         await self._run("CREATE INDEX {hash} ON {copy} (content_hash)")
         crash_point("copy has its hashes")
         method = await hnsw_method(self._connection, self._spec)
-        await frugally(self._spec, partial(self._index, "CREATE INDEX {hnsw} ON {copy} USING {method}", method=method))
-        crash_point("copy has its graph")
+        create_hnsw = self._sql("CREATE INDEX {hnsw} ON {copy} USING {method}", method=method)
+        self._own = await fetch_rows(
+            self._connection,
+            _OWN_INDEXES,
+            {
+                "settled": self._parts["settled"].as_string(self._connection),
+                "copy": self._parts["copy"].as_string(self._connection),
+                "name": self._names.rebuild_name(self._spec.generation),
+                "ours": list(self._our_indexes.values()),
+            },
+        )
+        # Otherwise those of the parent would be built by the exchange, while searches wait.
+        for create in (create_hnsw, *(sql.SQL(create) for _, _, create in self._own)):
+            await frugally(self._spec, partial(self._create, create))
+            crash_point("copy has its graph")
         await self._run("ANALYZE {copy}")
 
-    async def _index(self, statement: LiteralString, frugal: Mapping[str, str], **parts: sql.Composable) -> None:
+    async def _create(self, index: sql.Composable, frugal: Mapping[str, str]) -> None:
         async with build_settings(self._connection, self._spec, frugal):
-            await self._run(statement, **parts)
+            await self._connection.execute(index)
+
+    @property
+    def _our_indexes(self) -> dict[str, str]:
+        """The names of our indexes on the copy, and those that they have on settled."""
+        names, generation = self._names, self._spec.generation
+        bare = names.rebuild_name(generation)
+        return {
+            f"{bare}_pkey": names.key_name(generation, SETTLED),
+            f"{bare}_hash": names.hash_name(generation, SETTLED),
+            f"{bare}_hnsw": names.hnsw_name(generation),
+        }
 
     async def _follow(self) -> int:
         """Take out of the copy what changed, and put in what came to settled; returns how many changes there were."""
@@ -235,14 +308,11 @@ class Rebuild:
                 " ALTER TABLE {vectors} ATTACH PARTITION {settled} FOR VALUES IN ({tier});"
                 " ALTER TABLE {settled} DROP CONSTRAINT cdcsync_tier"
             )
-            for old, new in (
-                ("key", names.key_name(spec.generation, SETTLED)),
-                ("hash", names.hash_name(spec.generation, SETTLED)),
-                ("hnsw", names.hnsw_name(spec.generation)),
-            ):
+            for old, new in [*self._our_indexes.items(), *((copied, name) for name, copied, _ in self._own)]:
                 await self._run(
-                    "ALTER INDEX {schema}.{" + old + "} RENAME TO {new}",
+                    "ALTER INDEX {schema}.{old} RENAME TO {new}",
                     schema=names.schema,
+                    old=sql.Identifier(old),
                     new=sql.Identifier(new),
                 )
             await succeed(connection, names.settled(spec.generation), grants)
@@ -273,6 +343,16 @@ class Rebuild:
                 " would lack",
                 where=f"index {self._spec.name}",
                 hint="vectors are inserted one by one until it has none; each search is held to that of the chunks",
+            )
+        table = settled.as_string(self._connection)
+        if built := await fetch_rows(self._connection, _BUILT_ON, {"settled": table}):
+            both = self._names.vectors(self._spec.generation).as_string(self._connection)
+            drops = "; ".join(drop for _, drop in built)
+            raise SetupError(
+                f"{', '.join(one for one, _ in built)}: built on {table}, and in the way of a table in its place",
+                where=f"index {self._spec.name}",
+                hint=f"vectors are inserted one by one until that is dropped: {drops}. Build on {both} instead, which"
+                " has the fresh vectors as well",
             )
 
     async def _tier_files(self) -> tuple[object, ...]:

@@ -106,6 +106,107 @@ async def test_a_rebuild_that_would_lose_columns_of_an_operator_is_refused(
     assert [tier for _, tier in await both.rows(TIERS)] == ["settled"] * 4 + ["fresh"] * 4
 
 
+BUILT = {
+    "a view": (
+        "CREATE VIEW cdcsync.mine AS SELECT chunk_id FROM cdcsync.articles_vectors_1_settled",
+        "DROP VIEW cdcsync.mine",
+    ),
+    "a view that groups by the key": (
+        "CREATE MATERIALIZED VIEW cdcsync.mine AS"
+        " SELECT chunk_id, stored_at FROM cdcsync.articles_vectors_1_settled GROUP BY chunk_id",
+        "DROP MATERIALIZED VIEW cdcsync.mine",
+    ),
+    "a function with a body of SQL": (
+        "CREATE FUNCTION cdcsync.mine() RETURNS bigint BEGIN ATOMIC"
+        " SELECT count(*) FROM cdcsync.articles_vectors_1_settled; END",
+        "DROP FUNCTION cdcsync.mine()",
+    ),
+    "a function of its rows": (
+        "CREATE FUNCTION cdcsync.mine(cdcsync.articles_vectors_1_settled) RETURNS int LANGUAGE sql AS 'SELECT 1'",
+        "DROP FUNCTION cdcsync.mine(cdcsync.articles_vectors_1_settled)",
+    ),
+    "a foreign key": (
+        "CREATE TABLE cdcsync.mine"
+        " (chunk_id bigint CONSTRAINT of_a_vector REFERENCES cdcsync.articles_vectors_1_settled)",
+        "ALTER TABLE cdcsync.mine DROP CONSTRAINT of_a_vector",
+    ),
+    "a column": (
+        "CREATE TABLE cdcsync.mine (vector cdcsync.articles_vectors_1_settled)",
+        "ALTER TABLE cdcsync.mine DROP COLUMN vector",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BUILT)
+async def test_a_rebuild_of_what_something_is_built_on_is_refused_before_it_copies(
+    both: LiveIndex, connect_target: ConnectTarget, what: str
+) -> None:
+    build, remedy = BUILT[what]
+    await both.connection.execute(build.encode())
+    rebuild = Interrupted(await connect_target(), SCHEMA, both.spec)
+    copied: list[bool] = []
+
+    async def note() -> None:
+        copied.append(True)
+
+    rebuild.meanwhile = note
+    with pytest.raises(SetupError) as caught:
+        await rebuild.run()
+    assert f" dropped: {remedy}. " in (caught.value.hint or "")
+    assert not copied
+
+    await both.connection.execute(remedy.encode())
+    assert await rebuild.run() == 4
+
+
+async def test_what_is_built_on_both_tiers_or_dropped_with_one_is_in_no_rebuild_s_way(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    await both.connection.execute(
+        "CREATE VIEW cdcsync.mine AS SELECT * FROM cdcsync.articles_vectors_1;"
+        " CREATE STATISTICS cdcsync.mine ON chunk_id, stored_at FROM cdcsync.articles_vectors_1_settled;"
+        " CREATE PUBLICATION mine FOR TABLE cdcsync.articles_vectors_1_settled (chunk_id) WHERE (chunk_id > 0)"
+    )
+    try:
+        assert await Rebuild(await connect_target(), SCHEMA, both.spec).run() == 4
+    finally:
+        await both.connection.execute("DROP PUBLICATION mine")
+    assert await both.rows("SELECT count(*)::int FROM cdcsync.mine") == [(8,)]
+
+
+async def test_an_operator_s_indexes_are_built_on_the_copy_and_keep_their_names(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    await both.connection.execute(
+        'CREATE INDEX mine ON cdcsync.articles_vectors_1 (stored_at DESC, lower(tier) COLLATE "C")'
+        " WHERE chunk_id > 0;"
+        ' CREATE UNIQUE INDEX "a USING b" ON cdcsync.articles_vectors_1 (tier, chunk_id) INCLUDE (stored_at);'
+        " ALTER TABLE cdcsync.articles_vectors_1 ADD CONSTRAINT once UNIQUE (chunk_id, tier);"
+        " CREATE INDEX of_settled ON cdcsync.articles_vectors_1_settled USING hash (chunk_id)"
+    )
+    before = await relations(both)
+    own = (
+        "SELECT i.indexrelid::regclass::text, pg_relation_filenode(i.indexrelid)::int8, h.inhparent::regclass::text"
+        " FROM pg_index i LEFT JOIN pg_inherits h ON h.inhrelid = i.indexrelid"
+        " WHERE i.indrelid = to_regclass(%s) AND i.indexrelid::regclass::text NOT LIKE '%%_hnsw'"
+    )
+    built: list[tuple[Any, ...]] = []
+
+    class Watched(Rebuild):
+        async def switch(self) -> int:
+            built.extend(await both.rows(own, "cdcsync.articles_vectors_1_new"))
+            return await super().switch()
+
+    await Watched(await connect_target(), SCHEMA, both.spec).run()
+
+    assert await relations(both) == before
+    exchanged = await both.rows(own, "cdcsync.articles_vectors_1_settled")
+    assert sorted(file for _, file, _ in exchanged) == sorted(file for _, file, _ in built)
+    assert {parent for _, _, parent in exchanged} == {None, "cdcsync.mine", 'cdcsync."a USING b"', "cdcsync.once"}
+    await Rebuild(await connect_target(), SCHEMA, both.spec).run()
+    assert await relations(both) == before
+
+
 async def test_a_rebuild_that_finds_too_little_shared_memory_is_done_by_one_process(
     both: LiveIndex, connect_target: ConnectTarget
 ) -> None:
