@@ -26,7 +26,7 @@ from psycopg import sql
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.autovacuums import Vacuumed
-from cdcsync.postgres.locking import BRIEFLY, until_locked
+from cdcsync.postgres.locking import BRIEFLY, REPLACING_WAITS, exclusive_locks, until_locked
 from cdcsync.postgres.queries import fetch_one, fetch_rows, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
@@ -124,6 +124,8 @@ class Rebuild:
         """The files of both tiers: another one means that the tier was emptied."""
         self._own: list[tuple[str, str, str]] = []
         """An operator's indexes, as `_OWN_INDEXES` finds them."""
+        self._waited_for: set[str] = set()
+        """The transactions that used the tiers when the exchange was last tried."""
 
     async def run(self) -> int:
         """Rebuild and exchange; returns how many fresh vectors became settled.
@@ -141,7 +143,7 @@ class Rebuild:
         for _ in range(ROUNDS):
             if await self._follow() < FEW:
                 break
-        return await self._until_locked(self.switch)
+        return await self._until_locked(self._exchange)
 
     async def clear(self, attempts: int | None = None) -> None:
         """Drop what an earlier rebuild left behind, once nobody uses the tiers; see `abandon`.
@@ -249,24 +251,25 @@ class Rebuild:
             },
         )
         # Otherwise those of the parent would be built by the exchange, while searches wait.
-        for create in (create_hnsw, *(sql.SQL(create) for _, _, create in self._own)):
+        creating: list[sql.SQL | sql.Composed] = [create_hnsw, *(sql.SQL(create) for _, _, create in self._own)]
+        for create in creating:
             await frugally(self._spec, partial(self._create, create))
             crash_point("copy has its graph")
         await self._run("ANALYZE {copy}")
 
-    async def _create(self, index: sql.Composable, frugal: Mapping[str, str]) -> None:
+    async def _create(self, index: sql.SQL | sql.Composed, frugal: Mapping[str, str]) -> None:
         async with build_settings(self._connection, self._spec, frugal):
             await self._connection.execute(index)
 
     @property
     def _our_indexes(self) -> dict[str, str]:
         """The names of our indexes on the copy, and those that they have on settled."""
-        names, generation = self._names, self._spec.generation
-        bare = names.rebuild_name(generation)
+        names, number = self._names, self._spec.generation
+        bare = names.rebuild_name(number)
         return {
-            f"{bare}_pkey": names.key_name(generation, SETTLED),
-            f"{bare}_hash": names.hash_name(generation, SETTLED),
-            f"{bare}_hnsw": names.hnsw_name(generation),
+            f"{bare}_pkey": names.key_name(number, SETTLED),
+            f"{bare}_hash": names.hash_name(number, SETTLED),
+            f"{bare}_hnsw": names.hnsw_name(number),
         }
 
     async def _follow(self) -> int:
@@ -287,6 +290,21 @@ class Rebuild:
                 arguments=[chunks],
             )
         return len(chunks)
+
+    async def _exchange(self) -> int:
+        """Exchange the tiers, unless that would be in vain: writers wait for each attempt.
+
+        :raises LockNotAvailable: a transaction from before the last attempt is still open, or this attempt was in vain.
+        """
+        await self._follow()
+        *_, vectors = self._names.written(self._spec.generation)
+        users = await exclusive_locks(self._connection, [vectors], modes=REPLACING_WAITS)
+        for one in users:
+            if one.transaction in self._waited_for:
+                raise psycopg.errors.LockNotAvailable(str(one))
+        self._waited_for.clear()
+        self._waited_for.update(one.transaction for one in users)
+        return await self.switch()
 
     async def switch(self) -> int:
         """Put the copy in the place of the settled tier; returns how many vectors left fresh."""

@@ -18,7 +18,7 @@ from cdcsync.target.ddl.generations import create_generations, drop_relations
 from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
 from cdcsync.target.keys import discard_vectors
 from cdcsync.target.settling import Settling
-from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, until
 from tests.support.kills import Killed, kill_at, points
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -388,6 +388,38 @@ async def test_searches_and_changes_go_on_while_it_is_built_and_exchanged(
 
     assert await both.rows("SELECT count(*) FROM {vectors}") == [(8,)]
     assert await both.faults() == []
+
+
+async def test_writers_do_not_wait_again_and_again_for_an_exchange_beside_a_long_reader(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    reader = await connect_target()
+    asked: list[int] = []
+
+    class Counted(Rebuild):
+        async def switch(self) -> int:
+            asked.append(1)
+            return await super().switch()
+
+    async def waited() -> bool:
+        return len([event for event in events if event["event"] == "lock_waits"]) >= 4
+
+    async def followed() -> bool:
+        return await both.rows("SELECT FROM cdcsync.articles_vectors_1_new_changed") == []
+
+    with structlog.testing.capture_logs() as events:
+        async with anyio.create_task_group() as tasks, reader.transaction():
+            await reader.execute("SELECT count(*) FROM cdcsync.articles_vectors_1")
+            tasks.start_soon(Counted(await connect_target(), SCHEMA, both.spec).run)
+            await until(waited)
+            assert len(asked) == 1
+            await both.apply(changes(document("1", "new", existed=True), inline=["new"]))
+            await until(followed)
+    assert len(asked) == 2
+    assert await both.rows("SELECT tier, count(*)::int FROM {vectors} GROUP BY 1 ORDER BY 1") == [
+        ("fresh", 1),
+        ("settled", 7),
+    ]
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["whole", "tiers dropped by hand"])
