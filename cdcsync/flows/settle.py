@@ -76,6 +76,9 @@ lets go."""
 TIDY_SHARE = 0.1
 """The share of the time that may go into removing what is dead in fresh: an old transaction can make it be in vain."""
 
+TIDY_AGAIN_S = 60.0
+"""How soon that is tried again after it failed."""
+
 
 class _Seen:
     """Recent observations of one index."""
@@ -179,7 +182,7 @@ class Settle:
             if isinstance(error, TargetUnavailable) and not locked_out(error):
                 raise
             # Of this index alone: its tables are looked after by others.
-            log.warning("settling_failed", index=spec.name, error=str(error))
+            log.warning("settling_failed", index=spec.name, error=error.with_fix)
             cooldown.failed(error)
             return False
         cooldown.succeeded()
@@ -191,9 +194,8 @@ class Settle:
         if not seen.cleared:
             await Rebuild(await self._sessions[0].connection(), self._schema, spec).clear(CLEAR_ATTEMPTS)
             seen.cleared = True
-        if seen.built and (began := anyio.current_time()) >= seen.tidy_at:
-            await tidy(await self._sessions[0].connection(), self._schema, spec)
-            seen.tidy_at = anyio.current_time() + (anyio.current_time() - began) / TIDY_SHARE
+        if seen.built and anyio.current_time() >= seen.tidy_at:
+            await self._tidy(spec, seen)
         tiers = await settling.look()
         seen.built = tiers.built
         scan_ms = seen.scan_ms(tiers)
@@ -217,6 +219,18 @@ class Settle:
             return False
         await self._move(spec, chunks, settings, pressing=pressing)
         return True
+
+    async def _tidy(self, spec: IndexSpec, seen: _Seen) -> None:
+        """Remove what is dead in fresh. A failure costs searches some time, and keeps no vector from moving."""
+        began = anyio.current_time()
+        seen.tidy_at = began + TIDY_AGAIN_S
+        try:
+            with speaking_of("target", where=f"index {spec.name}"):
+                await tidy(await self._sessions[0].connection(), self._schema, spec)
+        except SetupError as error:
+            log.warning("tidying_failed", index=spec.name, error=error.with_fix)
+        else:
+            seen.tidy_at = anyio.current_time() + (anyio.current_time() - began) / TIDY_SHARE
 
     async def _rebuild(self, spec: IndexSpec) -> None:
         """Build the settled tier anew with what is fresh in it; if that fails, vectors move one by one."""

@@ -26,6 +26,7 @@ from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.names import Names
+from cdcsync.target.ddl.tiers import LIST_MEMORY
 
 DEAD_ROWS = 1_000
 """So many dead rows of 384 dimensions add a quarter of a millisecond to a search; a VACUUM takes some milliseconds."""
@@ -84,7 +85,7 @@ async def tidy(connection: Connection, schema: str, spec: IndexSpec) -> None:
     if (await _look(connection, fresh, near)).rebuild(spec):
         try:
             async with connection.transaction():
-                await connection.execute(BRIEFLY)
+                await connection.execute(f"{BRIEFLY}; {LIST_MEMORY}")
                 await connection.execute(sql.SQL("REINDEX INDEX {}").format(near))
                 crash_point("fresh list written")
             crash_point("fresh list rebuilt")

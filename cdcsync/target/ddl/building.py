@@ -9,10 +9,11 @@ Source: PostgreSQL, "CREATE INDEX" (Building Indexes Concurrently); pgvector's R
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from types import MappingProxyType
-from typing import cast
+from functools import partial
+from itertools import pairwise
+from typing import TypeVar, cast
 
 import anyio
 import psycopg
@@ -32,6 +33,8 @@ from cdcsync.target.ddl.bm25 import bm25_of, bm25_option
 from cdcsync.target.ddl.names import Names, opclass, signs, vector_schema
 
 log = get_logger()
+
+T = TypeVar("T")
 
 FRUGAL: tuple[Mapping[str, str], ...] = (
     {},
@@ -61,7 +64,8 @@ async def build_search(
         return False
     names = Names(schema, spec.relations)
     method = sql.SQL("gin (search)")
-    return await _build(connection, schema, names.search_name, names.chunks_name, method, spec, patience_s)
+    build = partial(_build, connection, schema, names.search_name, names.chunks_name, method, spec, patience_s)
+    return await frugally(spec, build)
 
 
 async def keep_bm25(connection: Connection, schema: str, spec: IndexSpec, *, patience_s: float | None = None) -> bool:
@@ -86,7 +90,8 @@ async def keep_bm25(connection: Connection, schema: str, spec: IndexSpec, *, pat
         )
         crash_point("outdated BM25 index dropped")
     if wanted is not None:
-        await _build(connection, schema, names.bm25_name, names.chunks_name, wanted.method, spec, patience_s)
+        build = partial(_build, connection, schema, names.bm25_name, names.chunks_name, wanted.method, spec, patience_s)
+        await frugally(spec, build)
     return True
 
 
@@ -101,7 +106,8 @@ async def build_hnsw(connection: Connection, schema: str, spec: IndexSpec, *, pa
     names = Names(schema, spec.relations)
     method = await hnsw_method(connection, spec)
     settled = names.settled_name(spec.generation)
-    return await _build(connection, schema, names.hnsw_name(spec.generation), settled, method, spec, patience_s)
+    build = partial(_build, connection, schema, names.hnsw_name(spec.generation), settled, method, spec, patience_s)
+    return await frugally(spec, build)
 
 
 async def hnsw_method(connection: Connection, spec: IndexSpec) -> sql.Composed:
@@ -129,10 +135,24 @@ async def hnsw_options(connection: Connection, schema: str, spec: IndexSpec) -> 
     return dict(await cursor.fetchall())
 
 
+async def frugally(spec: IndexSpec, build: Callable[[Mapping[str, str]], Awaitable[T]]) -> T:
+    """Build an index by the settings of `FRUGAL`, the next ones each time the server lacks memory.
+
+    Parallel workers share the graph in shared memory, of which a container has 64 MB unless told otherwise.
+
+    :param build: is given the settings, for `build_settings`.
+    :raises DiskFull, OutOfMemory: the server lacks memory, or disk space, even for the last of them.
+    """
+    for settings, fewer in pairwise(FRUGAL):
+        try:
+            return await build(settings)
+        except (psycopg.errors.DiskFull, psycopg.errors.OutOfMemory) as error:
+            log.warning("index_build_frugal", index=spec.name, error=first_line(error), settings=fewer)
+    return await build(FRUGAL[-1])
+
+
 @asynccontextmanager
-async def build_settings(
-    connection: Connection, spec: IndexSpec, frugal: Mapping[str, str] = MappingProxyType({})
-) -> AsyncIterator[None]:
+async def build_settings(connection: Connection, spec: IndexSpec, frugal: Mapping[str, str]) -> AsyncIterator[None]:
     """Give a session the memory and the workers that the spec has for building an index, but for what `frugal` says.
 
     A build ends by waiting for older transactions: it would be in vain if the session's `lock_timeout` ended that.
@@ -160,12 +180,12 @@ async def _build(
     method: sql.Composable,
     spec: IndexSpec,
     patience_s: float | None,
+    frugal: Mapping[str, str],
 ) -> bool:
     """Build an index unless it is there. One that an interrupted build left invalid is dropped and built again.
 
     A server that has not noticed that its client is gone continues the build: we wait for it, and use its result.
     """
-    frugal = 0
     table = sql.Identifier(schema, table_name)
     while True:
         if await _validity(connection, schema, name):
@@ -182,14 +202,8 @@ async def _build(
             crash_point("invalid search index dropped")
             continue
         try:
-            await _create(connection, name, table, method, spec, FRUGAL[frugal])
+            await _create(connection, name, table, method, spec, frugal)
             return True
-        except (psycopg.errors.DiskFull, psycopg.errors.OutOfMemory) as error:
-            # Parallel workers share the graph in shared memory, of which a container has 64 MB unless told otherwise.
-            frugal += 1
-            if frugal == len(FRUGAL):
-                raise
-            log.warning("index_build_frugal", index=spec.name, error=first_line(error), settings=FRUGAL[frugal])
         except psycopg.errors.DeadlockDetected:
             # Two builds that were begun at once wait for each other.
             log.info("index_build_again", table=table.as_string(connection))

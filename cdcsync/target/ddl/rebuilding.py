@@ -16,7 +16,8 @@ Time).
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
@@ -25,11 +26,11 @@ from psycopg import sql
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.autovacuums import Vacuumed
-from cdcsync.postgres.locking import BRIEFLY, until_locked
+from cdcsync.postgres.locking import BRIEFLY, REPLACING_WAITS, exclusive_locks, until_locked
 from cdcsync.postgres.queries import fetch_one, fetch_rows, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
-from cdcsync.target.ddl.building import build_settings, hnsw_method
+from cdcsync.target.ddl.building import build_settings, frugally, hnsw_method
 from cdcsync.target.ddl.grants import grants_of, guarded, succeed
 from cdcsync.target.ddl.names import SETTLED, Names
 from cdcsync.target.ddl.tiers import COLUMN_NAMES, describe_vectors
@@ -41,6 +42,52 @@ FEW = 500
 
 ROUNDS = 20
 """Passes over what changed meanwhile, at most: under steady load there is always some."""
+
+_OWN_INDEXES: LiteralString = """
+    SELECT c.relname::text, copy.index, CASE WHEN k.oid IS NULL
+        THEN format('CREATE %%sINDEX %%I ON %%s', kind.word, copy.index, %(copy)s::text) || substr(
+            pg_get_indexdef(c.oid),
+            1 + length(format('CREATE %%sINDEX %%I ON %%I.%%I', kind.word, c.relname, n.nspname, t.relname)))
+        ELSE format('ALTER TABLE %%s ADD CONSTRAINT %%I %%s', %(copy)s::text, copy.index, pg_get_constraintdef(k.oid))
+        END
+    FROM (SELECT *, row_number() OVER (ORDER BY indexrelid) AS number FROM pg_index
+        WHERE indrelid = to_regclass(%(settled)s)) AS i
+    JOIN pg_class AS c ON c.oid = i.indexrelid JOIN pg_class AS t ON t.oid = i.indrelid
+    JOIN pg_namespace AS n ON n.oid = t.relnamespace
+    LEFT JOIN pg_constraint AS k ON k.conindid = c.oid AND k.conrelid = t.oid AND k.contype IN ('u', 'x')
+    CROSS JOIN LATERAL (SELECT CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END) AS kind (word)
+    CROSS JOIN LATERAL (SELECT %(name)s::text || '_' || i.number) AS copy (index)
+    WHERE i.indisvalid AND c.relname <> ALL (%(ours)s)
+"""
+"""The indexes of the settled tier that are not ours, those of its parent among them: the name of each, its name on the
+copy, and the statement that creates it there."""
+
+_BUILT_ON: LiteralString = """
+    WITH parts (class, oid) AS (
+        SELECT 'pg_class'::regclass, to_regclass(%(settled)s)::oid
+        UNION ALL SELECT 'pg_class'::regclass, indexrelid FROM pg_index WHERE indrelid = to_regclass(%(settled)s)
+        UNION ALL SELECT 'pg_constraint'::regclass, oid FROM pg_constraint WHERE conrelid = to_regclass(%(settled)s)
+        UNION ALL SELECT 'pg_type'::regclass, unnest(ARRAY[t.oid, t.typarray]) FROM pg_type AS t
+            WHERE typrelid = to_regclass(%(settled)s)
+    ), built (class, oid, column_no) AS (
+        SELECT d.classid, d.objid, d.objsubid FROM pg_depend AS d
+        JOIN parts AS p ON d.refclassid = p.class AND d.refobjid = p.oid
+        -- What depends on it in another way as well is dropped with it.
+        GROUP BY 1, 2, 3 HAVING bool_and(d.deptype = 'n')
+    )
+    SELECT DISTINCT o.type || ' ' || o.identity, CASE
+        WHEN k.oid IS NOT NULL THEN format('ALTER TABLE %%s DROP CONSTRAINT %%I', k.conrelid::regclass, k.conname)
+        WHEN a.attname IS NOT NULL THEN format('ALTER TABLE %%s DROP COLUMN %%I', a.attrelid::regclass, a.attname)
+        ELSE 'DROP ' || upper(o.type) || ' ' || o.identity END
+    FROM built AS b LEFT JOIN pg_rewrite AS r ON b.class = 'pg_rewrite'::regclass AND r.oid = b.oid
+    LEFT JOIN pg_constraint AS k ON b.class = 'pg_constraint'::regclass AND k.oid = b.oid
+    LEFT JOIN pg_attribute AS a ON b.class = 'pg_class'::regclass AND a.attrelid = b.oid AND a.attnum = b.column_no
+        AND b.column_no > 0
+    CROSS JOIN LATERAL pg_identify_object(CASE WHEN r.oid IS NULL THEN b.class ELSE 'pg_class'::regclass END,
+        coalesce(r.ev_class, b.oid), b.column_no) AS o
+    ORDER BY 1
+"""
+"""What keeps the settled tier from being dropped, and the statement that removes each."""
 
 
 class Emptied(Exception):
@@ -75,11 +122,16 @@ class Rebuild:
         }
         self._files: tuple[object, ...] = ()
         """The files of both tiers: another one means that the tier was emptied."""
+        self._own: list[tuple[str, str, str]] = []
+        """An operator's indexes, as `_OWN_INDEXES` finds them."""
+        self._waited_for: set[str] = set()
+        """The transactions that used the tiers when the exchange was last tried."""
 
     async def run(self) -> int:
         """Rebuild and exchange; returns how many fresh vectors became settled.
 
-        :raises SetupError: an operator gave the settled tier row-level security or columns, which the copy would lack.
+        :raises SetupError: an operator gave the settled tier row-level security or columns, which the copy would lack,
+            or built something on it.
         :raises psycopg.Error: nothing has changed; what is left behind is dropped by the next rebuild or start.
         :raises Emptied: likewise.
         """
@@ -91,7 +143,7 @@ class Rebuild:
         for _ in range(ROUNDS):
             if await self._follow() < FEW:
                 break
-        return await self._until_locked(self.switch)
+        return await self._until_locked(self._exchange)
 
     async def clear(self, attempts: int | None = None) -> None:
         """Drop what an earlier rebuild left behind, once nobody uses the tiers; see `abandon`.
@@ -186,12 +238,39 @@ class Rebuild:
         crash_point("copy has its key")
         await self._run("CREATE INDEX {hash} ON {copy} (content_hash)")
         crash_point("copy has its hashes")
-        async with build_settings(self._connection, self._spec):
-            await self._run(
-                "CREATE INDEX {hnsw} ON {copy} USING {method}", method=await hnsw_method(self._connection, self._spec)
-            )
-        crash_point("copy has its graph")
+        method = await hnsw_method(self._connection, self._spec)
+        create_hnsw = self._sql("CREATE INDEX {hnsw} ON {copy} USING {method}", method=method)
+        self._own = await fetch_rows(
+            self._connection,
+            _OWN_INDEXES,
+            {
+                "settled": self._parts["settled"].as_string(self._connection),
+                "copy": self._parts["copy"].as_string(self._connection),
+                "name": self._names.rebuild_name(self._spec.generation),
+                "ours": list(self._our_indexes.values()),
+            },
+        )
+        # Otherwise those of the parent would be built by the exchange, while searches wait.
+        creating: list[sql.SQL | sql.Composed] = [create_hnsw, *(sql.SQL(create) for _, _, create in self._own)]
+        for create in creating:
+            await frugally(self._spec, partial(self._create, create))
+            crash_point("copy has its graph")
         await self._run("ANALYZE {copy}")
+
+    async def _create(self, index: sql.SQL | sql.Composed, frugal: Mapping[str, str]) -> None:
+        async with build_settings(self._connection, self._spec, frugal):
+            await self._connection.execute(index)
+
+    @property
+    def _our_indexes(self) -> dict[str, str]:
+        """The names of our indexes on the copy, and those that they have on settled."""
+        names, number = self._names, self._spec.generation
+        bare = names.rebuild_name(number)
+        return {
+            f"{bare}_pkey": names.key_name(number, SETTLED),
+            f"{bare}_hash": names.hash_name(number, SETTLED),
+            f"{bare}_hnsw": names.hnsw_name(number),
+        }
 
     async def _follow(self) -> int:
         """Take out of the copy what changed, and put in what came to settled; returns how many changes there were."""
@@ -211,6 +290,21 @@ class Rebuild:
                 arguments=[chunks],
             )
         return len(chunks)
+
+    async def _exchange(self) -> int:
+        """Exchange the tiers, unless that would be in vain: writers wait for each attempt.
+
+        :raises LockNotAvailable: a transaction from before the last attempt is still open, or this attempt was in vain.
+        """
+        await self._follow()
+        *_, vectors = self._names.written(self._spec.generation)
+        users = await exclusive_locks(self._connection, [vectors], modes=REPLACING_WAITS)
+        for one in users:
+            if one.transaction in self._waited_for:
+                raise psycopg.errors.LockNotAvailable(str(one))
+        self._waited_for.clear()
+        self._waited_for.update(one.transaction for one in users)
+        return await self.switch()
 
     async def switch(self) -> int:
         """Put the copy in the place of the settled tier; returns how many vectors left fresh."""
@@ -232,14 +326,11 @@ class Rebuild:
                 " ALTER TABLE {vectors} ATTACH PARTITION {settled} FOR VALUES IN ({tier});"
                 " ALTER TABLE {settled} DROP CONSTRAINT cdcsync_tier"
             )
-            for old, new in (
-                ("key", names.key_name(spec.generation, SETTLED)),
-                ("hash", names.hash_name(spec.generation, SETTLED)),
-                ("hnsw", names.hnsw_name(spec.generation)),
-            ):
+            for old, new in [*self._our_indexes.items(), *((copied, name) for name, copied, _ in self._own)]:
                 await self._run(
-                    "ALTER INDEX {schema}.{" + old + "} RENAME TO {new}",
+                    "ALTER INDEX {schema}.{old} RENAME TO {new}",
                     schema=names.schema,
+                    old=sql.Identifier(old),
                     new=sql.Identifier(new),
                 )
             await succeed(connection, names.settled(spec.generation), grants)
@@ -270,6 +361,16 @@ class Rebuild:
                 " would lack",
                 where=f"index {self._spec.name}",
                 hint="vectors are inserted one by one until it has none; each search is held to that of the chunks",
+            )
+        table = settled.as_string(self._connection)
+        if built := await fetch_rows(self._connection, _BUILT_ON, {"settled": table}):
+            both = self._names.vectors(self._spec.generation).as_string(self._connection)
+            drops = "; ".join(drop for _, drop in built)
+            raise SetupError(
+                f"{', '.join(one for one, _ in built)}: built on {table}, and in the way of a table in its place",
+                where=f"index {self._spec.name}",
+                hint=f"vectors are inserted one by one until that is dropped: {drops}. Build on {both} instead, which"
+                " has the fresh vectors as well",
             )
 
     async def _tier_files(self) -> tuple[object, ...]:

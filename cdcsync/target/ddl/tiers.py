@@ -64,6 +64,11 @@ OPTIONS: dict[str, LiteralString] = {
 }
 
 
+LIST_MEMORY: LiteralString = "SET LOCAL maintenance_work_mem = '256MB'"
+"""In the transaction that builds the list of fresh: IVFFlat fails unless it has room for a sample of the vectors, 80 MB
+of the largest ones."""
+
+
 async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -> None:
     """Create the vectors table of the spec's generation, without its HNSW index. The caller's transaction commits.
 
@@ -106,8 +111,7 @@ async def create_vectors(connection: Connection, schema: str, spec: IndexSpec) -
         await _attach(connection, vectors, table, tier)
         definition = sql.SQL("{} (content_hash)").format(table)
         await create_index(connection, schema, names.hash_name(spec.generation, tier), definition)
-    # To build it over vectors that are there takes a sample of them: 80 MB for 2,000 dimensions.
-    await connection.execute("SELECT set_config('maintenance_work_mem', '256MB', true)")
+    await connection.execute(LIST_MEMORY)
     definition = sql.SQL("{} USING ivfflat (embedding {}) WITH (lists = 1)").format(
         names.fresh(spec.generation), await opclass(connection, spec)
     )

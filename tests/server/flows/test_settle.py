@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import anyio
 import msgspec
 import pytest
+import structlog
 
 from cdcsync.config.sections import Worker
 from cdcsync.flows import settle
@@ -17,7 +18,8 @@ from cdcsync.flows.settle import Settle
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import Lag
-from cdcsync.postgres.sessions import connect
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.ddl.rebuilding import Rebuild
 from cdcsync.target.pipelines import Pipelines
@@ -195,6 +197,26 @@ async def test_so_much_that_inserting_it_takes_longer_is_built_anew(
     assert rebuilt == [100]
     assert await tiers(built) == {"settled": 100}
     assert await built.faults() == []
+
+
+@pytest.mark.parametrize(("sqlstate", "told"), [("54000", ["tidying_failed"]), ("53100", ["settling_waits"])])
+async def test_vectors_move_where_fresh_cannot_be_tidied_and_the_log_says_so(
+    built: LiveIndex, target: Database, monkeypatch: pytest.MonkeyPatch, sqlstate: str, told: list[str]
+) -> None:
+    async def fail(connection: Connection, schema: str, spec: IndexSpec) -> None:
+        await connection.execute(f"DO $$ BEGIN RAISE 'too little' USING ERRCODE = '{sqlstate}'; END $$".encode())
+
+    monkeypatch.setattr(settle, "tidy", fail)
+    flow = Flow(target.dsn, [built])
+    flow.worker = msgspec.structs.replace(EAGER, settle_connections=0)
+    with structlog.testing.capture_logs() as events:
+        async with flow.running():
+            await flow.looks_in_vain()
+            flow.worker = EAGER
+            await until(settled(built, 100))
+    warned = [event for event in events if event["log_level"] == "warning"]
+    assert [event["event"] for event in warned] == told
+    assert "too little" in warned[0]["error"]
 
 
 async def test_an_index_whose_tables_are_gone_does_not_keep_another_from_settling(

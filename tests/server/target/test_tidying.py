@@ -89,6 +89,24 @@ async def test_a_search_that_runs_for_long_is_not_waited_for_and_not_disturbed(
     assert (await counted(index))[1] < pages / 4
 
 
+async def test_a_list_is_built_anew_where_its_sample_needs_more_memory_than_the_server_gives(
+    open_index: OpenIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdcsync.target.tidying.SPARE_PAGES", -10)
+    index = await open_index(search=None, dimensions=2000)
+    await index.apply(changes(document("1", "text", "another", "a third")))
+    await index.connection.execute(
+        "SET maintenance_work_mem = '1MB'; INSERT INTO cdcsync.articles_vectors_1_fresh"
+        " SELECT chunk_id, content_hash, array_fill(1, ARRAY[2000])::public.vector FROM cdcsync.articles_chunks"
+    )
+    file = f"SELECT pg_relation_filenode('{NEAR}')"
+    before = await index.rows(file)
+
+    await tidy(index.connection, SCHEMA, index.spec)
+
+    assert await index.rows(file) != before
+
+
 @pytest.mark.parametrize("point", [point for point in points(tidying) if point.startswith("fresh")])
 async def test_wherever_tidying_is_killed_the_vectors_are_there_and_the_next_look_finishes_it(
     index: LiveIndex, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, point: str

@@ -8,6 +8,7 @@ from typing import Any
 import anyio
 import msgspec
 import pytest
+import structlog
 
 from cdcsync.errors import SetupError
 from cdcsync.postgres.sessions import Connection
@@ -18,7 +19,7 @@ from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
 from cdcsync.target.keys import discard_vectors
 from cdcsync.target.settling import Settling
 from tests.support.exchanges import ConnectTarget, read_after_exchange
-from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, until
 from tests.support.kills import Killed, kill_at, points
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -106,6 +107,123 @@ async def test_a_rebuild_that_would_lose_columns_of_an_operator_is_refused(
     with pytest.raises(SetupError, match=r"columns of your own \(note\)"):
         await Rebuild(await connect_target(), SCHEMA, both.spec).run()
     assert [tier for _, tier in await both.rows(TIERS)] == ["settled"] * 4 + ["fresh"] * 4
+
+
+BUILT = {
+    "a view": (
+        "CREATE VIEW cdcsync.mine AS SELECT chunk_id FROM cdcsync.articles_vectors_1_settled",
+        "DROP VIEW cdcsync.mine",
+    ),
+    "a view that groups by the key": (
+        "CREATE MATERIALIZED VIEW cdcsync.mine AS"
+        " SELECT chunk_id, stored_at FROM cdcsync.articles_vectors_1_settled GROUP BY chunk_id",
+        "DROP MATERIALIZED VIEW cdcsync.mine",
+    ),
+    "a function with a body of SQL": (
+        "CREATE FUNCTION cdcsync.mine() RETURNS bigint BEGIN ATOMIC"
+        " SELECT count(*) FROM cdcsync.articles_vectors_1_settled; END",
+        "DROP FUNCTION cdcsync.mine()",
+    ),
+    "a function of its rows": (
+        "CREATE FUNCTION cdcsync.mine(cdcsync.articles_vectors_1_settled) RETURNS int LANGUAGE sql AS 'SELECT 1'",
+        "DROP FUNCTION cdcsync.mine(cdcsync.articles_vectors_1_settled)",
+    ),
+    "a foreign key": (
+        "CREATE TABLE cdcsync.mine"
+        " (chunk_id bigint CONSTRAINT of_a_vector REFERENCES cdcsync.articles_vectors_1_settled)",
+        "ALTER TABLE cdcsync.mine DROP CONSTRAINT of_a_vector",
+    ),
+    "a column": (
+        "CREATE TABLE cdcsync.mine (vector cdcsync.articles_vectors_1_settled)",
+        "ALTER TABLE cdcsync.mine DROP COLUMN vector",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BUILT)
+async def test_a_rebuild_of_what_something_is_built_on_is_refused_before_it_copies(
+    both: LiveIndex, connect_target: ConnectTarget, what: str
+) -> None:
+    build, remedy = BUILT[what]
+    await both.connection.execute(build.encode())
+    rebuild = Interrupted(await connect_target(), SCHEMA, both.spec)
+    copied: list[bool] = []
+
+    async def note() -> None:
+        copied.append(True)
+
+    rebuild.meanwhile = note
+    with pytest.raises(SetupError) as caught:
+        await rebuild.run()
+    assert f" dropped: {remedy}. " in (caught.value.hint or "")
+    assert not copied
+
+    await both.connection.execute(remedy.encode())
+    assert await rebuild.run() == 4
+
+
+async def test_what_is_built_on_both_tiers_or_dropped_with_one_is_in_no_rebuild_s_way(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    await both.connection.execute(
+        "CREATE VIEW cdcsync.mine AS SELECT * FROM cdcsync.articles_vectors_1;"
+        " CREATE STATISTICS cdcsync.mine ON chunk_id, stored_at FROM cdcsync.articles_vectors_1_settled;"
+        " CREATE PUBLICATION mine FOR TABLE cdcsync.articles_vectors_1_settled (chunk_id) WHERE (chunk_id > 0)"
+    )
+    try:
+        assert await Rebuild(await connect_target(), SCHEMA, both.spec).run() == 4
+    finally:
+        await both.connection.execute("DROP PUBLICATION mine")
+    assert await both.rows("SELECT count(*)::int FROM cdcsync.mine") == [(8,)]
+
+
+async def test_an_operator_s_indexes_are_built_on_the_copy_and_keep_their_names(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    await both.connection.execute(
+        'CREATE INDEX mine ON cdcsync.articles_vectors_1 (stored_at DESC, lower(tier) COLLATE "C")'
+        " WHERE chunk_id > 0;"
+        ' CREATE UNIQUE INDEX "a USING b" ON cdcsync.articles_vectors_1 (tier, chunk_id) INCLUDE (stored_at);'
+        " ALTER TABLE cdcsync.articles_vectors_1 ADD CONSTRAINT once UNIQUE (chunk_id, tier);"
+        " CREATE INDEX of_settled ON cdcsync.articles_vectors_1_settled USING hash (chunk_id)"
+    )
+    before = await relations(both)
+    own = (
+        "SELECT i.indexrelid::regclass::text, pg_relation_filenode(i.indexrelid)::int8, h.inhparent::regclass::text"
+        " FROM pg_index i LEFT JOIN pg_inherits h ON h.inhrelid = i.indexrelid"
+        " WHERE i.indrelid = to_regclass(%s) AND i.indexrelid::regclass::text NOT LIKE '%%_hnsw'"
+    )
+    built: list[tuple[Any, ...]] = []
+
+    class Watched(Rebuild):
+        async def switch(self) -> int:
+            built.extend(await both.rows(own, "cdcsync.articles_vectors_1_new"))
+            return await super().switch()
+
+    await Watched(await connect_target(), SCHEMA, both.spec).run()
+
+    assert await relations(both) == before
+    exchanged = await both.rows(own, "cdcsync.articles_vectors_1_settled")
+    assert sorted(file for _, file, _ in exchanged) == sorted(file for _, file, _ in built)
+    assert {parent for _, _, parent in exchanged} == {None, "cdcsync.mine", 'cdcsync."a USING b"', "cdcsync.once"}
+    await Rebuild(await connect_target(), SCHEMA, both.spec).run()
+    assert await relations(both) == before
+
+
+async def test_a_rebuild_that_finds_too_little_shared_memory_is_done_by_one_process(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    """Parallel workers share a graph of the size of maintenance_work_mem: no machine has so much."""
+    hnsw = msgspec.structs.replace(both.spec.config.hnsw, build_memory="2000GB", build_workers=2)
+    spec = msgspec.structs.replace(both.spec, config=msgspec.structs.replace(both.spec.config, hnsw=hnsw))
+    connection = await connect_target()
+    await connection.execute("SET min_parallel_table_scan_size = 0")
+
+    with structlog.testing.capture_logs() as events:
+        assert await Rebuild(connection, SCHEMA, spec).run() == 4
+
+    (frugal,) = [event for event in events if event["event"] == "index_build_frugal"]
+    assert "shared memory" in frugal["error"]
 
 
 async def test_a_rebuild_that_was_given_up_leaves_storage_parameters_as_they_were(
@@ -330,6 +448,38 @@ async def test_a_search_that_waited_for_the_exchange_shows_the_vector_of_the_tex
 
     assert found == await search(both.connection)
     assert found[0][0] == "new"
+
+
+async def test_writers_do_not_wait_again_and_again_for_an_exchange_beside_a_long_reader(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    reader = await connect_target()
+    asked: list[int] = []
+
+    class Counted(Rebuild):
+        async def switch(self) -> int:
+            asked.append(1)
+            return await super().switch()
+
+    async def waited() -> bool:
+        return len([event for event in events if event["event"] == "lock_waits"]) >= 4
+
+    async def followed() -> bool:
+        return await both.rows("SELECT FROM cdcsync.articles_vectors_1_new_changed") == []
+
+    with structlog.testing.capture_logs() as events:
+        async with anyio.create_task_group() as tasks, reader.transaction():
+            await reader.execute("SELECT count(*) FROM cdcsync.articles_vectors_1")
+            tasks.start_soon(Counted(await connect_target(), SCHEMA, both.spec).run)
+            await until(waited)
+            assert len(asked) == 1
+            await both.apply(changes(document("1", "new", existed=True), inline=["new"]))
+            await until(followed)
+    assert len(asked) == 2
+    assert await both.rows("SELECT tier, count(*)::int FROM {vectors} GROUP BY 1 ORDER BY 1") == [
+        ("fresh", 1),
+        ("settled", 7),
+    ]
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["whole", "tiers dropped by hand"])
