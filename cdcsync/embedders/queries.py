@@ -127,6 +127,7 @@ class QueryEmbedder(OnCall):
             remote=isinstance(embedder, RemoteEmbedder),
         )
         self.embedder = embedder
+        self._share = anyio.CapacityLimiter(max(1, embedder.concurrency // 2))
         self._remembered: dict[str, tuple[float, Vectors]] = {}
         self._asking: dict[str, tuple[anyio.Lock, int]] = {}
 
@@ -144,13 +145,12 @@ class QueryEmbedder(OnCall):
     async def embed_each(self, texts: Sequence[str]) -> Vectors:
         """Return the vectors of queries as `embed` does, each by a call of its own as `embed_one` makes it.
 
-        They take half of the model's calls at the same time, so that queries of other callers come between them.
+        All that are embedded so take half of the model's calls at the same time: queries of searches come between them.
         """
-        share = anyio.CapacityLimiter(max(1, self.embedder.concurrency // 2))
         vectors: dict[int, Vectors] = {}
 
         async def embed(at: int) -> None:
-            async with share:
+            async with self._share:
                 vectors[at] = await self.embed_one(texts[at])
 
         try:

@@ -18,7 +18,7 @@ from psycopg import sql
 from psycopg.pq import TransactionStatus
 
 from cdcsync.backoff import Backoff
-from cdcsync.errors import CdcsyncError, TargetUnavailable
+from cdcsync.errors import CdcsyncError, LeaseLost, TargetRewound, TargetUnavailable
 from cdcsync.model.pauses import LOAD_CANCELLED, Pause
 from cdcsync.model.requests import Request
 from cdcsync.model.spec import IndexSpec
@@ -65,7 +65,8 @@ class Builds:
 
     A pipeline ends whenever a table of any of its indexes changes. If a build ended with it, it would begin again from
     nothing, and where tables change more often than it takes, it would never be through. The next pipeline waits for
-    the build that is under way, unless that is in its way: see `keep`. All of them end with the worker.
+    the build that is under way, unless that is in its way: see `keep`. All of them end with the worker. One of each
+    kind is under way at a time: each takes the memory and the processes that the configuration gives to a build.
 
     The session of a build keeps the mark of the fence under which it was admitted. Its own worker, which raises the
     fence with each pipeline, spares it (`pids`); whoever else takes over ends it. It does nothing but build.
@@ -121,10 +122,17 @@ class Builds:
 
     async def _through(self, kind: str, work: Callable[..., Awaitable[bool]], spec: IndexSpec) -> bool:
         place = kind, spec.name, spec.generation
-        if (build := self._under_way.get(place)) is None:
+        build = self._under_way.get(place)
+        joined = build is not None
+        while build is None and (others := [one for of, one in self._under_way.items() if of[0] == kind]):
+            await others[0].over.wait()
+            build = self._under_way.get(place)
+        if build is None:
             build = self._under_way[place] = _Build(spec)
             self._tasks.start_soon(self._run, place, build, work)
         await build.over.wait()
+        if joined and isinstance(build.outcome, LeaseLost | TargetRewound):
+            return await self._through(kind, work, spec)  # an earlier pipeline's lease, under which it began
         if isinstance(build.outcome, Exception):
             raise build.outcome
         return build.outcome

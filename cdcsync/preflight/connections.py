@@ -21,9 +21,9 @@ ON_SOURCE = 9
 """Sessions of a worker on the source at most, besides the slot's own, which `max_wal_senders` counts: to connect, watch
 tables, watch the slot, read rows again, load, compare, audit, read the status, and send heartbeats."""
 
-ON_TARGET = 12
+ON_TARGET = 13
 """Sessions of a worker on the target at most, besides those that embed and settle: to apply, look up, watch, load,
-compare, audit, build (two), rebuild, count and enter words, and read the status."""
+compare, audit, build (three), rebuild, count and enter words, and read the status."""
 
 EMBEDDING_EACH, EMBEDDING_MOST = 2, 8
 """Sessions that embed, for each index, and in all; see `flows/embed/pool`."""

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from cdcsync import tracing
 from cdcsync.config import Config
-from cdcsync.errors import CdcsyncError
+from cdcsync.errors import CdcsyncError, EmbedError
 from cdcsync.serve.budget import BYTES_PER_TOKEN, cut_answer, cut_document, tokens
 from cdcsync.serve.calls import Recorder, query_hash
 from cdcsync.serve.identity import Authenticator, Principal
@@ -188,7 +188,11 @@ class Service:
                 )
             offered = self.reader.index(index)
             self.limits.count(who.account, len(texts) - 1)
-            vectors, generation = await offered.embed_queries(texts)
+            try:
+                vectors, generation = await offered.embed_queries(texts)
+            except EmbedError:
+                self.limits.count(who.account, 1 - len(texts))  # nothing was embedded for it
+                raise
             return Vectors([[float(value) for value in vector] for vector in vectors], generation)
 
         return await self._call("embed", caller, _Noted(index), work)

@@ -46,6 +46,9 @@ BLOCKED_POLL_S = 0.5
 BLOCKED_REPORT_S = 10.0
 """How often those transactions are logged."""
 
+RENEWAL_S = 60.0
+"""How long it is waited for the stream to come to a position before a later one, or an earlier one, is asked for."""
+
 Renew = Callable[[Lsn], Awaitable[None]]
 """Opens the stream anew, from a position or a later one."""
 
@@ -139,10 +142,15 @@ async def _compare(
     """Compare an index with its source and replay what differs; returns how many documents the source has."""
     await _outlast(source, spec.name, deliveries)
     if fixed_in(source.info.server_version) is not None:
-        with speaking_of("source"):
-            end = await insert_lsn(source)
-        # From there on, no transaction of before is decoded. What was not sent until then is found by comparing.
-        await renew(end)
+        renewed = False
+        while not renewed:
+            with speaking_of("source"):
+                end = await insert_lsn(source)
+            # From there on, no transaction of before is decoded. What was not sent until then is found by comparing. A
+            # source that another took the place of may never come there.
+            with anyio.move_on_after(RENEWAL_S):
+                await renew(end)
+                renewed = True
     findings = await verify(source, target, schema, spec, to_the_end=False)
     found = findings.verification
     if found.differs:

@@ -26,6 +26,7 @@ from psycopg import sql
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.autovacuums import Vacuumed
+from cdcsync.postgres.errors import first_line
 from cdcsync.postgres.locking import BRIEFLY, REPLACING_WAITS, exclusive_locks, until_locked
 from cdcsync.postgres.queries import fetch_one, fetch_rows, fetch_value
 from cdcsync.postgres.sessions import Connection
@@ -49,18 +50,21 @@ _OWN_INDEXES: LiteralString = """
             pg_get_indexdef(c.oid),
             1 + length(format('CREATE %%sINDEX %%I ON %%I.%%I', kind.word, c.relname, n.nspname, t.relname)))
         ELSE format('ALTER TABLE %%s ADD CONSTRAINT %%I %%s', %(copy)s::text, copy.index, pg_get_constraintdef(k.oid))
-        END
+        END, CASE WHEN whole.oid IS NULL THEN format('DROP INDEX %%s', root.oid::regclass)
+        ELSE format('ALTER TABLE %%s DROP CONSTRAINT %%I', whole.conrelid::regclass, whole.conname) END
     FROM (SELECT *, row_number() OVER (ORDER BY indexrelid) AS number FROM pg_index
         WHERE indrelid = to_regclass(%(settled)s)) AS i
     JOIN pg_class AS c ON c.oid = i.indexrelid JOIN pg_class AS t ON t.oid = i.indrelid
     JOIN pg_namespace AS n ON n.oid = t.relnamespace
     LEFT JOIN pg_constraint AS k ON k.conindid = c.oid AND k.conrelid = t.oid AND k.contype IN ('u', 'x')
+    CROSS JOIN LATERAL (SELECT coalesce(pg_partition_root(c.oid), c.oid)) AS root (oid)
+    LEFT JOIN pg_constraint AS whole ON whole.conindid = root.oid AND whole.contype IN ('u', 'x')
     CROSS JOIN LATERAL (SELECT CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END) AS kind (word)
     CROSS JOIN LATERAL (SELECT %(name)s::text || '_' || i.number) AS copy (index)
     WHERE i.indisvalid AND c.relname <> ALL (%(ours)s)
 """
 """The indexes of the settled tier that are not ours, those of its parent among them: the name of each, its name on the
-copy, and the statement that creates it there."""
+copy, the statement that creates it there, and the one that drops it."""
 
 _BUILT_ON: LiteralString = """
     WITH parts (class, oid) AS (
@@ -122,7 +126,7 @@ class Rebuild:
         }
         self._files: tuple[object, ...] = ()
         """The files of both tiers: another one means that the tier was emptied."""
-        self._own: list[tuple[str, str, str]] = []
+        self._own: list[tuple[str, str, str, str]] = []
         """An operator's indexes, as `_OWN_INDEXES` finds them."""
         self._waited_for: set[str] = set()
         """The transactions that used the tiers when the exchange was last tried."""
@@ -250,11 +254,20 @@ class Rebuild:
                 "ours": list(self._our_indexes.values()),
             },
         )
-        # Otherwise those of the parent would be built by the exchange, while searches wait.
-        creating: list[sql.SQL | sql.Composed] = [create_hnsw, *(sql.SQL(create) for _, _, create in self._own)]
-        for create in creating:
-            await frugally(self._spec, partial(self._create, create))
-            crash_point("copy has its graph")
+        # Otherwise those of the parent would be built by the exchange, while searches wait. HNSW takes the longest.
+        for name, _, create, drop in self._own:
+            try:
+                await frugally(self._spec, partial(self._create, sql.SQL(create)))
+            except (psycopg.IntegrityError, psycopg.ProgrammingError) as error:
+                raise SetupError(
+                    f"the index {name} cannot be built on the table that takes the settled tier's place:"
+                    f" {first_line(error)}",
+                    where=f"index {self._spec.name}",
+                    hint=f"vectors are inserted one by one until it is dropped: {drop}",
+                ) from error
+            crash_point("copy has an operator's index")
+        await frugally(self._spec, partial(self._create, create_hnsw))
+        crash_point("copy has its graph")
         await self._run("ANALYZE {copy}")
 
     async def _create(self, index: sql.SQL | sql.Composed, frugal: Mapping[str, str]) -> None:
@@ -326,7 +339,7 @@ class Rebuild:
                 " ALTER TABLE {vectors} ATTACH PARTITION {settled} FOR VALUES IN ({tier});"
                 " ALTER TABLE {settled} DROP CONSTRAINT cdcsync_tier"
             )
-            for old, new in [*self._our_indexes.items(), *((copied, name) for name, copied, _ in self._own)]:
+            for old, new in [*self._our_indexes.items(), *((copied, name) for name, copied, *_ in self._own)]:
                 await self._run(
                     "ALTER INDEX {schema}.{old} RENAME TO {new}",
                     schema=names.schema,

@@ -174,9 +174,10 @@ async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
     if await describe_column(connection, names.chunks, "commit_lsn", POSITION) and present:
         # Earlier versions moved the position of a text that waits with each change of its row.
         await connection.execute(
-            sql.SQL("UPDATE {chunks} SET commit_lsn = '0/0' WHERE chunk_id IN (SELECT chunk_id FROM {backlog})").format(
-                **identifiers
-            )
+            sql.SQL(
+                "UPDATE {chunks} SET commit_lsn = '0/0' WHERE commit_lsn > '0/0'"
+                " AND chunk_id IN (SELECT chunk_id FROM {backlog} WHERE generation = {generation})"
+            ).format(**identifiers, generation=spec.generation)
         )
     for relation, comment in (
         (names.chunks, f"cdcsync index {spec.name}: the chunks of {spec.shape.table}, by key and number"),

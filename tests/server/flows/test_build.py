@@ -299,6 +299,27 @@ async def test_an_index_that_waits_for_its_vectors_only_says_no_more_that_it_wai
         tasks.cancel_scope.cancel()
 
 
+async def test_a_worker_builds_one_after_the_other(
+    building: LiveIndex, builds: Builds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, let_go = list[str](), anyio.Event()
+
+    async def held(_: Connection, schema: str, spec: IndexSpec, *, patience_s: float) -> bool:
+        await let_go.wait()
+        done.append(spec.name)
+        return True
+
+    monkeypatch.setattr(build, "build_hnsw", held)
+    names = ["articles", "notes", "others"]
+    async with anyio.create_task_group() as tasks:
+        for name in [*names, "articles"]:
+            tasks.start_soon(builds.hnsw, msgspec.structs.replace(building.spec, name=name))
+        await anyio.wait_all_tasks_blocked()
+        assert len(builds._under_way) == 1
+        let_go.set()
+    assert sorted(done) == names
+
+
 # -- vectors move before HNSW is built ---------------------------------------------------------------------------------
 
 

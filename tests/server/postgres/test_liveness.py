@@ -18,7 +18,7 @@ import structlog
 from psycopg import conninfo
 
 from cdcsync.demo.cluster import Cluster, free_port
-from cdcsync.postgres import liveness, settings
+from cdcsync.postgres import liveness, sessions, settings
 from cdcsync.postgres.interrupts import hang_up
 from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.sessions import connect
@@ -346,14 +346,14 @@ async def test_a_transaction_that_is_left_behind_is_ended_whatever_the_server_wa
     await connection.close()
 
 
+@pytest.mark.parametrize("side", ["source", "target"])
 async def test_the_server_ends_what_a_process_that_has_ended_left_behind_in_a_transaction(
-    database: Database, make_proxy: Callable[[int], Proxy], monkeypatch: pytest.MonkeyPatch
+    database: Database, make_proxy: Callable[[int], Proxy], monkeypatch: pytest.MonkeyPatch, side: settings.Side
 ) -> None:
-    soon = settings.DURABILITY["target"].replace("120s", "100ms")
-    monkeypatch.setitem(settings.DURABILITY, "target", soon)
+    monkeypatch.setattr(sessions, "SAFETY", settings.SAFETY.replace("120s", "100ms"))
     dsn = conninfo.conninfo_to_dict(database.dsn)
     proxy = make_proxy(int(str(dsn["port"])))
-    connection = await connect(conninfo.make_conninfo("", **dsn | {"host": "127.0.0.1", "port": proxy.port}), "target")
+    connection = await connect(conninfo.make_conninfo("", **dsn | {"host": "127.0.0.1", "port": proxy.port}), side)
     async with await psycopg.AsyncConnection.connect(database.dsn, autocommit=True) as administrator:
 
         async def free() -> bool:

@@ -210,6 +210,37 @@ async def test_an_operator_s_indexes_are_built_on_the_copy_and_keep_their_names(
     assert await relations(both) == before
 
 
+@pytest.mark.parametrize(
+    ("create", "drop"),
+    [
+        (
+            "CREATE UNIQUE INDEX mine ON cdcsync.articles_vectors_1_settled (content_hash)",
+            "DROP INDEX cdcsync.mine",
+        ),
+        (
+            "ALTER TABLE cdcsync.articles_vectors_1 ADD CONSTRAINT mine UNIQUE (tier, content_hash)",
+            "ALTER TABLE cdcsync.articles_vectors_1 DROP CONSTRAINT mine",
+        ),
+    ],
+    ids=["index of the tier", "constraint of both"],
+)
+async def test_an_operator_s_index_that_cannot_be_built_on_the_copy_is_told_before_hnsw_is_built(
+    both: LiveIndex, connect_target: ConnectTarget, create: str, drop: str
+) -> None:
+    await both.apply(changes(document("9", "text 1"), inline=["text 1"]))  # each tier has this text, and the copy both
+    await both.connection.execute(create.encode())
+    before = await relations(both)
+
+    with pytest.raises(SetupError, match="cannot be built") as refused:
+        await Rebuild(await connect_target(), SCHEMA, both.spec).run()
+
+    assert refused.value.hint == f"vectors are inserted one by one until it is dropped: {drop}"
+    await Rebuild(await connect_target(), SCHEMA, both.spec).clear()
+    assert await relations(both) == before
+    await both.connection.execute(drop.encode())
+    assert await Rebuild(await connect_target(), SCHEMA, both.spec).run() == 5
+
+
 async def test_a_rebuild_that_finds_too_little_shared_memory_is_done_by_one_process(
     both: LiveIndex, connect_target: ConnectTarget
 ) -> None:
@@ -344,6 +375,8 @@ async def test_a_rebuild_that_was_killed_is_dropped_by_the_next_one(
 async def test_wherever_a_rebuild_is_killed_each_vector_is_in_one_tier_and_the_next_one_succeeds(
     both: LiveIndex, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
+    if "operator's" in point:
+        await both.connection.execute("CREATE INDEX mine ON cdcsync.articles_vectors_1 (stored_at)")
     before, made = await relations(both), await both.embedded()
     left = await connect_target()
     await Rebuild(left, SCHEMA, both.spec).record()  # so that there is something to drop at the start
