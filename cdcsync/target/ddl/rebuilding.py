@@ -255,19 +255,24 @@ class Rebuild:
             },
         )
         # Otherwise those of the parent would be built by the exchange, while searches wait. HNSW takes the longest.
-        for name, _, create, drop in self._own:
+        creating: list[tuple[sql.SQL | sql.Composed, tuple[str, str] | None]] = [
+            *((sql.SQL(create), (name, drop)) for name, _, create, drop in self._own),
+            (create_hnsw, None),
+        ]
+        for create, operators in creating:
             try:
-                await frugally(self._spec, partial(self._create, sql.SQL(create)))
+                await frugally(self._spec, partial(self._create, create))
             except (psycopg.IntegrityError, psycopg.ProgrammingError) as error:
+                if operators is None:
+                    raise
+                name, drop = operators
                 raise SetupError(
                     f"the index {name} cannot be built on the table that takes the settled tier's place:"
                     f" {first_line(error)}",
                     where=f"index {self._spec.name}",
                     hint=f"vectors are inserted one by one until it is dropped: {drop}",
                 ) from error
-            crash_point("copy has an operator's index")
-        await frugally(self._spec, partial(self._create, create_hnsw))
-        crash_point("copy has its graph")
+            crash_point("copy has its graph")
         await self._run("ANALYZE {copy}")
 
     async def _create(self, index: sql.SQL | sql.Composed, frugal: Mapping[str, str]) -> None:

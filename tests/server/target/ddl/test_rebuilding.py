@@ -375,8 +375,6 @@ async def test_a_rebuild_that_was_killed_is_dropped_by_the_next_one(
 async def test_wherever_a_rebuild_is_killed_each_vector_is_in_one_tier_and_the_next_one_succeeds(
     both: LiveIndex, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
-    if "operator's" in point:
-        await both.connection.execute("CREATE INDEX mine ON cdcsync.articles_vectors_1 (stored_at)")
     before, made = await relations(both), await both.embedded()
     left = await connect_target()
     await Rebuild(left, SCHEMA, both.spec).record()  # so that there is something to drop at the start
