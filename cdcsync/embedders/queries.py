@@ -44,7 +44,7 @@ class OnCall:
 
     :param where: the section that describes it, for messages.
     :param timeout_s: how long a call may take for each query, and for a model that has to be loaded first. The load
-        goes on after that.
+        continues after that.
     :param concurrency: how many calls may run at the same time.
     :param remote: whether a provider answers, also when the model is opened.
     """

@@ -69,7 +69,7 @@ class Builds:
     kind is under way at a time: each takes the memory and the processes that the configuration gives to a build.
 
     The session of a build keeps the mark of the fence under which it was admitted. Its own worker, which raises the
-    fence with each pipeline, spares it (`pids`); whoever else takes over ends it. It does nothing but build.
+    fence with each pipeline, spares it (`pids`); another worker that takes over ends it. The session only builds.
     """
 
     def __init__(self, dsn: str, schema: str, tasks: anyio.abc.TaskGroup) -> None:
@@ -90,7 +90,7 @@ class Builds:
     async def search(self, spec: IndexSpec) -> bool:
         """Build an index's keyword search as `build_search` does, or wait for the build that is under way.
 
-        If the caller is cancelled, the build goes on.
+        If the caller is cancelled, the build continues.
 
         :raises CdcsyncError, psycopg.Error: as `build_search`, and if no session can be opened.
         """
@@ -122,11 +122,11 @@ class Builds:
 
     async def _through(self, kind: str, work: Callable[..., Awaitable[bool]], spec: IndexSpec) -> bool:
         place = kind, spec.name, spec.generation
-        build = self._under_way.get(place)
-        joined = build is not None
-        while build is None and (others := [one for of, one in self._under_way.items() if of[0] == kind]):
+        while (build := self._under_way.get(place)) is None and (
+            others := [one for of, one in self._under_way.items() if of[0] == kind]
+        ):
             await others[0].over.wait()
-            build = self._under_way.get(place)
+        joined = build is not None
         if build is None:
             build = self._under_way[place] = _Build(spec)
             self._tasks.start_soon(self._run, place, build, work)
@@ -146,7 +146,7 @@ class Builds:
                 async with interrupted_by(build.ending, connection):
                     build.outcome = await work(connection, self._schema, build.spec, patience_s=HELD_S)
         except (CdcsyncError, psycopg.Error) as error:
-            build.outcome = error  # for whoever waits for it
+            build.outcome = error  # raised to the flows that wait for it
         finally:
             del self._under_way[place]
             build.over.set()

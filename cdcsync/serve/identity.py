@@ -417,7 +417,7 @@ class _Keys:
                 raise jwt.PyJWKSetError(f"it has more than {KEYS_BYTES} bytes")
             self._keys = decode_keys(content)
             self._read_at = anyio.current_time()
-        except Exception as error:  # whatever a provider does, callers whose keys are known are answered
+        except Exception as error:  # callers with known keys are answered despite any fault of a provider
             log.error("keys_unreadable", where=redact_url(self._place), error=type(error).__name__)
         self._tried_at = anyio.current_time()
 

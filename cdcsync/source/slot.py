@@ -327,7 +327,7 @@ class SlotConnection:
                 raise failure
             for row in range(result.ntuples):
                 values = [result.get_value(row, column) for column in range(result.nfields)]
-                # The file of a timeline is sent as it was written, in whatever encoding a restore point was named in.
+                # The file of a timeline is sent as it was written, in the encoding that a restore point was named in.
                 rows.append(tuple(None if value is None else value.decode(errors="replace") for value in values))
         return rows
 

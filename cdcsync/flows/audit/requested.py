@@ -142,15 +142,14 @@ async def _compare(
     """Compare an index with its source and replay what differs; returns how many documents the source has."""
     await _outlast(source, spec.name, deliveries)
     if fixed_in(source.info.server_version) is not None:
-        renewed = False
-        while not renewed:
+        while True:
             with speaking_of("source"):
                 end = await insert_lsn(source)
             # From there on, no transaction of before is decoded. What was not sent until then is found by comparing. A
             # source that another took the place of may never come there.
             with anyio.move_on_after(RENEWAL_S):
                 await renew(end)
-                renewed = True
+                break
     findings = await verify(source, target, schema, spec, to_the_end=False)
     found = findings.verification
     if found.differs:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
 from itertools import pairwise
 from typing import TypeVar, cast
 
@@ -64,8 +63,8 @@ async def build_search(
         return False
     names = Names(schema, spec.relations)
     method = sql.SQL("gin (search)")
-    build = partial(_build, connection, schema, names.search_name, names.chunks_name, method, spec, patience_s)
-    return await frugally(spec, build)
+    place = names.search_name, names.chunks_name
+    return await frugally(spec, lambda less: _build(connection, schema, *place, method, spec, patience_s, less))
 
 
 async def keep_bm25(connection: Connection, schema: str, spec: IndexSpec, *, patience_s: float | None = None) -> bool:
@@ -90,8 +89,8 @@ async def keep_bm25(connection: Connection, schema: str, spec: IndexSpec, *, pat
         )
         crash_point("outdated BM25 index dropped")
     if wanted is not None:
-        build = partial(_build, connection, schema, names.bm25_name, names.chunks_name, wanted.method, spec, patience_s)
-        await frugally(spec, build)
+        place, method = (names.bm25_name, names.chunks_name), wanted.method
+        await frugally(spec, lambda less: _build(connection, schema, *place, method, spec, patience_s, less))
     return True
 
 
@@ -105,9 +104,8 @@ async def build_hnsw(connection: Connection, schema: str, spec: IndexSpec, *, pa
     """
     names = Names(schema, spec.relations)
     method = await hnsw_method(connection, spec)
-    settled = names.settled_name(spec.generation)
-    build = partial(_build, connection, schema, names.hnsw_name(spec.generation), settled, method, spec, patience_s)
-    return await frugally(spec, build)
+    place = names.hnsw_name(spec.generation), names.settled_name(spec.generation)
+    return await frugally(spec, lambda less: _build(connection, schema, *place, method, spec, patience_s, less))
 
 
 async def hnsw_method(connection: Connection, spec: IndexSpec) -> sql.Composed:

@@ -17,7 +17,6 @@ Time).
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
@@ -242,8 +241,6 @@ class Rebuild:
         crash_point("copy has its key")
         await self._run("CREATE INDEX {hash} ON {copy} (content_hash)")
         crash_point("copy has its hashes")
-        method = await hnsw_method(self._connection, self._spec)
-        create_hnsw = self._sql("CREATE INDEX {hnsw} ON {copy} USING {method}", method=method)
         self._own = await fetch_rows(
             self._connection,
             _OWN_INDEXES,
@@ -255,27 +252,26 @@ class Rebuild:
             },
         )
         # Otherwise those of the parent would be built by the exchange, while searches wait. HNSW takes the longest.
-        creating: list[tuple[sql.SQL | sql.Composed, tuple[str, str] | None]] = [
-            *((sql.SQL(create), (name, drop)) for name, _, create, drop in self._own),
-            (create_hnsw, None),
-        ]
-        for create, operators in creating:
+        for name, _, create, drop in self._own:
             try:
-                await frugally(self._spec, partial(self._create, create))
+                await self._create(sql.SQL(create))
             except (psycopg.IntegrityError, psycopg.ProgrammingError) as error:
-                if operators is None:
-                    raise
-                name, drop = operators
                 raise SetupError(
                     f"the index {name} cannot be built on the table that takes the settled tier's place:"
                     f" {first_line(error)}",
                     where=f"index {self._spec.name}",
                     hint=f"vectors are inserted one by one until it is dropped: {drop}",
                 ) from error
-            crash_point("copy has its graph")
+        method = await hnsw_method(self._connection, self._spec)
+        await self._create(self._sql("CREATE INDEX {hnsw} ON {copy} USING {method}", method=method))
+        crash_point("copy has its graph")
         await self._run("ANALYZE {copy}")
 
-    async def _create(self, index: sql.SQL | sql.Composed, frugal: Mapping[str, str]) -> None:
+    async def _create(self, index: sql.SQL | sql.Composed) -> None:
+        """Build an index of the copy, with fewer processes and less memory if the server lacks it."""
+        await frugally(self._spec, lambda less: self._create_with(index, less))
+
+    async def _create_with(self, index: sql.SQL | sql.Composed, frugal: Mapping[str, str]) -> None:
         async with build_settings(self._connection, self._spec, frugal):
             await self._connection.execute(index)
 

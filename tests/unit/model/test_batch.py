@@ -40,7 +40,7 @@ Step = Change | tuple[RowChange, ...]
 """A change of the stream, or the rows of a page."""
 
 
-def taken(steps: Sequence[Step]) -> IndexChanges:
+def taken(steps: Sequence[Step | Touch]) -> IndexChanges:
     changes = IndexChanges(SHAPE)
     for step in steps:
         if isinstance(step, tuple):
@@ -304,13 +304,7 @@ def test_no_transaction_that_touched_related_rows_is_forgotten_for_a_later_one()
 def test_a_document_may_be_as_old_as_the_first_change_of_its_row_or_its_related_ones_and_as_anything_if_it_was_read(
     steps: list[Step | Touch], since: int
 ) -> None:
-    changes = IndexChanges(SHAPE)
-    for step in steps:
-        if isinstance(step, tuple):
-            changes.add_page(step, new=True)
-        else:
-            changes.add(step)
-    assert changes.since(("a",), 30) == since
+    assert taken(steps).since(("a",), 30) == since
 
 
 @pytest.mark.parametrize("rewrites", [(False, False), (True, False), (False, True)])
