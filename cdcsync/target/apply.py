@@ -307,6 +307,7 @@ class IndexWriter(LookUps):
         comma, both = sql.SQL(", "), sql.SQL(" AND ")
         chunk_columns = [sql.Identifier(name) for name in CHUNK_COLUMNS]
         targets = [*self._keys, *self._carried, *chunk_columns]
+        position = sql.Identifier("commit_lsn")
         # The key of a document that did not change too: 1.0 may be 1.00 now.
         pairs = list(zip(self._keys + self._carried, self._places + self._slots, strict=True))
         return {
@@ -336,10 +337,12 @@ class IndexWriter(LookUps):
             ),
             "targets": comma.join(targets),
             "sources": comma.join([*self._places, *self._slots, *chunk_columns]),
-            "updates": comma.join(sql.SQL("{} = excluded.{}").format(column, column) for column in targets),
+            "updates": comma.join(
+                sql.SQL("{} = excluded.{}").format(column, column) for column in targets if column != position
+            ),
             "replacements": comma.join(
                 sql.SQL("{} = s.{}").format(column, slot)
-                for column, slot in [*pairs, *zip(chunk_columns, chunk_columns, strict=True)]
+                for column, slot in [*pairs, *((column, column) for column in chunk_columns if column != position)]
             ),
             "assignments": comma.join(sql.SQL("{} = s.{}").format(column, slot) for column, slot in pairs),
             # Compared as images: some types (json, xml, point) have no equality, and 1.0 must be able to become 1.00.

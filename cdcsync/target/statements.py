@@ -8,14 +8,25 @@ from __future__ import annotations
 
 from typing import LiteralString
 
+_OWN_POSITION = (
+    "commit_lsn = least({new}.commit_lsn, CASE WHEN c.content_hash = {new}.content_hash THEN c.commit_lsn END),"
+    " applied_at = least({new}.applied_at, CASE WHEN c.content_hash = {new}.content_hash THEN c.applied_at"
+    " ELSE coalesce({new}.applied_at, now()) END)"
+)
+"""Lets a chunk whose text stays keep its position and time: the text may wait for a vector since then."""
+
 SINCE = (
     "UPDATE {stage} AS s SET commit_lsn = least(s.commit_lsn, c.commit_lsn), applied_at = c.applied_at FROM"
     " (SELECT {own_key}, c.content_hash, min(c.commit_lsn) AS commit_lsn, min(c.applied_at) AS applied_at"
-    " FROM {stage} AS s CROSS JOIN LATERAL (SELECT * FROM {chunks} AS c WHERE {same_key} OFFSET 0) AS c"
+    " FROM {stage} AS s CROSS JOIN LATERAL"
+    " (SELECT * FROM {chunks} AS c WHERE {same_key} AND c.chunk_no >= (s.chunk_total = 1)::int OFFSET 0) AS c"
     " WHERE s.op IN ({put_op}, {replace}) AND s.chunk_no = 0 GROUP BY {own_key}, c.content_hash) AS c"
     " WHERE s.op IN ({put_op}, {replace}) AND {same_key} AND s.content_hash = c.content_hash"
 )
-"""Lets a text that its document had before keep its position and time, whichever chunk of the document it was."""
+"""Does the same for texts that were another chunk of their document, before chunks are deleted or written.
+
+Of a document of one chunk that stays one no row is read here.
+"""
 
 DELETE_SURPLUS = (
     "WITH gone AS (DELETE FROM {chunks} AS c USING {stage} AS s"
@@ -31,16 +42,19 @@ UPDATE_KEPT = (
 )
 
 REPLACE = (
-    "WITH put AS (UPDATE {chunks} AS c SET {replacements}, applied_at = coalesce(s.applied_at, now()) FROM {stage} AS s"
+    "WITH put AS (UPDATE {chunks} AS c SET {replacements}, "
+    + _OWN_POSITION.replace("{new}", "s")
+    + " FROM {stage} AS s"
     " WHERE s.op = {replace} AND {same_key} AND c.chunk_no = s.chunk_no RETURNING c.chunk_id, c.content_hash)"
     " INSERT INTO {put} SELECT chunk_id, content_hash FROM put"
 )
 
 _PUT = (
-    "WITH put AS (INSERT INTO {chunks} ({targets}, applied_at) SELECT {sources}, coalesce(s.applied_at, now())"
+    "WITH put AS (INSERT INTO {chunks} AS c ({targets}, applied_at) SELECT {sources}, coalesce(s.applied_at, now())"
     " FROM {stage} AS s WHERE ",
-    " ON CONFLICT ({keys}, chunk_no) DO UPDATE SET {updates}, applied_at = excluded.applied_at"
-    " RETURNING chunk_id, content_hash)"
+    " ON CONFLICT ({keys}, chunk_no) DO UPDATE SET {updates}, "
+    + _OWN_POSITION.replace("{new}", "excluded")
+    + " RETURNING chunk_id, content_hash)"
     " INSERT INTO {put} SELECT chunk_id, content_hash FROM put",
 )
 

@@ -207,6 +207,19 @@ async def test_a_text_that_waits_keeps_the_position_and_the_time_since_which_its
     index: LiveIndex, change: Document | Kept, inline: list[str]
 ) -> None:
     await index.apply(changes(document("1", "a", "b")))
+    await a_change_leaves_it_to_b(index, change, inline)
+
+
+@pytest.mark.parametrize("existed", [True, False], ids=["known", "thought new"])
+@pytest.mark.parametrize("texts", [("b",), ("x", "b"), ("b", "x")], ids=["written anew", "further back", "longer"])
+async def test_the_only_text_of_a_document_keeps_them_too(
+    index: LiveIndex, texts: tuple[str, ...], existed: bool
+) -> None:
+    await index.apply(changes(document("1", "b")))
+    await a_change_leaves_it_to_b(index, document("1", *texts, lsn=0x200, existed=existed), [])
+
+
+async def a_change_leaves_it_to_b(index: LiveIndex, change: Document | Kept, inline: list[str]) -> None:
     await index.rows("UPDATE {chunks} SET applied_at = '2020-01-01' RETURNING 1")
 
     await index.apply(changes(change, inline=inline))
