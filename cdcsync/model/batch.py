@@ -83,7 +83,8 @@ class IndexChanges:
         self.live: dict[Key, RowChange] = {}
         """The last change of each key that came through the stream."""
         self.first: dict[Key, int] = {}
-        """Where the first change is of each key that changed more than once; 0 if a backfill read its row before."""
+        """Where the first change is of each key that changed more than once; 0 where nobody knows since when the row's
+        text was there: a backfill read it before, or it had another key."""
         self.filled: dict[Key, Upsert] = {}
         """Rows that a backfill read; a key is never both here and in `live`."""
         self.touched: dict[tuple[int, Values], Touch] = {}
@@ -151,7 +152,7 @@ class IndexChanges:
     def since(self, key: Key, lsn: int) -> int:
         """Return a position no later than the commit that brought what this row's document says after the batch.
 
-        Nobody knows since when the source has had a row that a backfill read.
+        Nobody knows since when the source has had a row that a backfill read, or what a row says that got another key.
 
         :param lsn: where the last change of the row is.
         """
@@ -179,6 +180,8 @@ class IndexChanges:
         if row is not change.row:
             change = Upsert(change.shape, change.key, row, change.xid, change.lsn)
         self._put(change)
+        if before_key != change.key:
+            self.first[change.key] = 0
 
     def add_page(self, rows: Sequence[RowChange], *, new: bool) -> None:
         """Add the rows of a page at its mark: those that a backfill read, and those that it found missing."""

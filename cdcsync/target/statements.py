@@ -19,13 +19,15 @@ SINCE = (
     "UPDATE {stage} AS s SET commit_lsn = least(s.commit_lsn, c.commit_lsn), applied_at = c.applied_at FROM"
     " (SELECT {own_key}, c.content_hash, min(c.commit_lsn) AS commit_lsn, min(c.applied_at) AS applied_at"
     " FROM {stage} AS s CROSS JOIN LATERAL"
-    " (SELECT * FROM {chunks} AS c WHERE {same_key} AND c.chunk_no >= (s.chunk_total = 1)::int OFFSET 0) AS c"
+    " (SELECT * FROM {chunks} AS c"
+    " WHERE {same_key} AND c.chunk_no >= (s.op = {replace} AND s.chunk_total = 1)::int OFFSET 0) AS c"
     " WHERE s.op IN ({put_op}, {replace}) AND s.chunk_no = 0 GROUP BY {own_key}, c.content_hash) AS c"
     " WHERE s.op IN ({put_op}, {replace}) AND {same_key} AND s.content_hash = c.content_hash"
 )
 """Does the same for texts that were another chunk of their document, before chunks are deleted or written.
 
-Of a document of one chunk that stays one no row is read here.
+Of a document of one chunk that stays one no row is read here. One that is thought new may be a row whose key is written
+in another way now, and which is deleted before that.
 """
 
 DELETE_SURPLUS = (

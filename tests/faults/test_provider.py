@@ -186,6 +186,30 @@ def test_rows_of_the_backlog_that_another_session_holds_are_waited_for_and_hold_
     until(lambda: json.loads(pipeline.get("/readyz")[1])["reasons"] == [], pipeline.tail)
 
 
+@pytest.mark.parametrize("type_", ["bigint", "numeric", "citext"])
+def test_a_text_that_waits_while_its_row_gets_another_key_is_still_waited_for(
+    pipeline: Pipeline, provider: FakeProvider, type_: str
+) -> None:
+    pipeline.source.execute("TRUNCATE articles")
+    pipeline.source.execute("CREATE EXTENSION IF NOT EXISTS citext")
+    pipeline.source.execute(f"ALTER TABLE articles ALTER id TYPE {type_} USING id::text::{type_}".encode())
+    before, after = {"bigint": ("1", "2"), "numeric": ("1.0", "1.00"), "citext": ("a", "A")}[type_]
+    pipeline.start()
+    pipeline.live()
+    provider.stop()
+    pipeline.source.execute("INSERT INTO articles VALUES (%s, 1, 'waits')", [before])
+    (there,) = pipeline.source.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone() or (None,)
+    pipeline.in_step(vectors=False)
+
+    pipeline.source.execute("UPDATE articles SET id = %s", [after])
+    pipeline.in_step(vectors=False)
+
+    waits = "SELECT cdcsync.wait_for('articles', %s::text::pg_lsn, '0 s', vectors => %s)"
+    assert pipeline.target.execute("SELECT id::text FROM articles_index_chunks").fetchall() == [(after,)]
+    assert pipeline.target.execute(waits, [there, False]).fetchone() == (True,)
+    assert pipeline.target.execute(waits, [there, True]).fetchone() == (False,)
+
+
 def test_an_outage_costs_vectors_their_freshness_and_nothing_else(pipeline: Pipeline, provider: FakeProvider) -> None:
     pipeline.start()
     pipeline.live()

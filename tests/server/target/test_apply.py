@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import anyio
@@ -219,10 +219,18 @@ async def test_the_only_text_of_a_document_keeps_them_too(
     await a_change_leaves_it_to_b(index, document("1", *texts, lsn=0x200, existed=existed), [])
 
 
-async def a_change_leaves_it_to_b(index: LiveIndex, change: Document | Kept, inline: list[str]) -> None:
+async def test_the_text_of_a_row_whose_key_is_written_in_another_way_keeps_them_too(open_index: OpenIndex) -> None:
+    index = await open_index(key={"id": "numeric"})
+    await index.apply(changes(document("1.0", "b")))
+    await a_change_leaves_it_to_b(index, document("1.00", "b", lsn=0x200), [], deleted=["1.0"])
+
+
+async def a_change_leaves_it_to_b(
+    index: LiveIndex, change: Document | Kept, inline: list[str], deleted: Sequence[str] = ()
+) -> None:
     await index.rows("UPDATE {chunks} SET applied_at = '2020-01-01' RETURNING 1")
 
-    await index.apply(changes(change, inline=inline))
+    await index.apply(changes(change, deleted=deleted, inline=inline))
 
     waiting = "SELECT DISTINCT commit_lsn::text, applied_at < now() FROM {chunks} JOIN {backlog} USING (chunk_id)"
     assert await index.rows(waiting + " WHERE content = 'b'") == [("0/10", True)]

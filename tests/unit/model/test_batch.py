@@ -296,12 +296,14 @@ def test_no_transaction_that_touched_related_rows_is_forgotten_for_a_later_one()
         ([put("a", "1", "x", lsn=20), put("a", "2", "x", lsn=25), put("a", "2", "y", lsn=30)], 20),
         ([put("b", "1", "x", lsn=20), put("a", "2", "x", lsn=30)], 30),
         ([gone("a", lsn=20), put("a", "2", "x", lsn=30)], 30),
+        ([put("a", "2", "x", moved_from="b", lsn=30)], 0),
+        ([put("b", "1", "x", lsn=20), put("a", "2", UNCHANGED, moved_from="b", lsn=30), put("a", "3", "x", lsn=40)], 0),
         ([page(put("a", "1", "x", lsn=30))], 0),
         ([page(put("a", "1", "x", lsn=20)), put("a", "2", "x", lsn=30)], 0),
         ([Touch(SHAPE, 0, (("3",),), 1, 10), Touch(SHAPE, 0, None, 2, 20), put("a", "2", "x", lsn=30)], 10),
     ],
 )
-def test_a_document_may_be_as_old_as_the_first_change_of_its_row_or_its_related_ones_and_as_anything_if_it_was_read(
+def test_a_document_may_be_as_old_as_the_first_change_of_its_row_or_its_related_ones_and_as_anything_if_read_or_moved(
     steps: list[Step | Touch], since: int
 ) -> None:
     assert taken(steps).since(("a",), 30) == since
