@@ -112,7 +112,10 @@ async def _for_ever(
 
 
 async def _written(connection: Connection, schema: str, spec: IndexSpec) -> tuple[int, int, int | None] | None:
-    """Return how many rows of chunks were ever written, how many there are, and how many were counted last."""
+    """Return how many rows of chunks were written, how many there are, and how many were counted last.
+
+    The first two are of the server's statistics. They begin anew at zero after a crash, a failover or pg_stat_reset().
+    """
     async with connection.transaction():
         await connection.execute(BRIEFLY)
         return await fetch_row(
@@ -134,7 +137,8 @@ async def _count_if_changed(connection: Connection, schema: str, spec: IndexSpec
     before = counted_at.get(spec.name)
     if before is None and counted is not None and abs(live - counted) <= CHANGED_SHARE * live:
         counted_at[spec.name] = written  # by the worker before this one
-    elif before is None or written - before > CHANGED_SHARE * live:
+    elif before is None or counted is None or not 0 <= written - before <= CHANGED_SHARE * counted:
+        # Less was written than before if the server's statistics began anew: nobody knows how much has changed.
         looked_at = await count_words(connection, schema, spec)
         counted_at[spec.name] = written
         log.info("words_counted", index=spec.name, chunks=looked_at)

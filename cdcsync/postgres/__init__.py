@@ -10,6 +10,7 @@
     sessions      connections that come back after an outage
     queries       one row, one value, or rows as text
     autovacuums   autovacuums that are to give way
+    horizons      snapshots from before a moment
     locking       locks that nobody else has to suffer for
     temporary     temporary tables of sessions that live for weeks
     pool          a few sessions shared by the tasks of an application

@@ -52,13 +52,18 @@ VALUE_BYTES = {"vector": 4, "halfvec": 2}
 class Untidy(msgspec.Struct, frozen=True):
     """Parts of the fresh tier that it does not need.
 
-    :ivar live: rows, as the server counts them.
-    :ivar dead: rows that VACUUM would remove, unless an old transaction still sees them.
+    The server's statistics begin anew at zero after a crash, a failover or pg_stat_reset(). A VACUUM too many does no
+    harm, but searches wait while the list is built, so its rows are counted.
+
+    :ivar live: rows, by the server's statistics.
+    :ivar dead: rows that VACUUM would remove, unless an old transaction still sees them; by the statistics.
+    :ivar listed: rows, counted; one more than `LIST_ROWS` at most.
     :ivar pages: pages of the list.
     """
 
     live: int
     dead: int
+    listed: int
     pages: int
 
     @property
@@ -69,8 +74,8 @@ class Untidy(msgspec.Struct, frozen=True):
     def rebuild(self, spec: IndexSpec) -> bool:
         """Say whether to build the list anew."""
         entry = ENTRY_BYTES + spec.dimensions * VALUE_BYTES[spec.config.vector_type]
-        needed = (self.live + self.dead) // max(1, PAGE_BYTES // entry) + 1
-        return self.live <= LIST_ROWS and self.pages > 2 * needed + SPARE_PAGES
+        needed = (self.listed + self.dead) // max(1, PAGE_BYTES // entry) + 1
+        return self.listed <= LIST_ROWS and self.pages > 2 * needed + SPARE_PAGES
 
 
 async def tidy(connection: Connection, schema: str, spec: IndexSpec) -> None:
@@ -116,9 +121,12 @@ async def _look(connection: Connection, fresh: sql.Identifier, near: sql.Identif
     return Untidy(
         *await fetch_one(
             connection,
-            "SELECT pg_stat_get_live_tuples(f.oid), pg_stat_get_dead_tuples(f.oid), coalesce("
-            "pg_relation_size(to_regclass(%s)) / current_setting('block_size')::int8, 0)"
-            " FROM (SELECT %s::regclass AS oid) AS f",
+            sql.SQL(
+                "SELECT pg_stat_get_live_tuples(f.oid), pg_stat_get_dead_tuples(f.oid),"
+                " (SELECT count(*) FROM (SELECT FROM {} LIMIT {}) AS listed), coalesce("
+                "pg_relation_size(to_regclass(%s)) / current_setting('block_size')::int8, 0)"
+                " FROM (SELECT %s::regclass AS oid) AS f"
+            ).format(fresh, LIST_ROWS + 1),
             [near.as_string(connection), fresh.as_string(connection)],
         )
     )

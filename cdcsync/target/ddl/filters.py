@@ -76,35 +76,46 @@ async def read_columns(connection: Connection, spec: IndexSpec) -> dict[str, Col
     columns = dict(zip(spec.shape.key + spec.shape.carried, spec.key_types + spec.carried_types, strict=True))
     cursor = await connection.execute(
         """
-        WITH RECURSIVE made_of (place, oid) AS (
-            SELECT place, to_regtype(name)::oid FROM unnest(%s::text[]) WITH ORDINALITY AS wanted (name, place)
-            UNION ALL
-            SELECT m.place, t.typbasetype FROM made_of m JOIN pg_type t USING (oid) WHERE t.typtype = 'd'
-        ), base AS (
-            SELECT m.place, t.oid, format('%%I.%%I', n.nspname, t.typname) AS type, t.typtype, t.typelem, t.typcategory,
-                (SELECT array_agg(c.oid) FROM pg_opclass c JOIN pg_am a ON a.oid = c.opcmethod AND a.amname = 'btree'
-                 WHERE c.opcdefault AND c.opcintype = t.oid) AS own,
-                EXISTS (SELECT FROM pg_cast k JOIN pg_opclass c ON c.opcintype = k.casttarget AND c.opcdefault
-                        JOIN pg_am a ON a.oid = c.opcmethod AND a.amname = 'btree'
-                        WHERE k.castsource = t.oid AND k.castmethod = 'b' AND k.castcontext = 'i') AS as_another
+        WITH RECURSIVE sorted (oid, family) AS MATERIALIZED (
+            SELECT c.opcintype, c.opcfamily FROM pg_opclass c JOIN pg_am a ON a.oid = c.opcmethod
+            WHERE a.amname = 'btree' AND c.opcdefault
+        ), made_of (place, oid, whole) AS (
+            SELECT place, to_regtype(name)::oid, true FROM unnest(%s::text[]) WITH ORDINALITY AS wanted (name, place)
+            UNION
+            SELECT m.place, part.oid, m.whole AND t.typtype = 'd'
+            FROM made_of m JOIN pg_type t USING (oid) CROSS JOIN LATERAL (
+                SELECT t.typbasetype WHERE t.typtype = 'd'
+                UNION ALL SELECT t.typelem WHERE t.typsubscript = 'array_subscript_handler'::regproc
+                UNION ALL SELECT attribute.atttypid FROM pg_attribute attribute
+                WHERE t.typtype = 'c' AND attribute.attrelid = t.typrelid AND attribute.attnum > 0
+                    AND NOT attribute.attisdropped
+            ) AS part (oid)
+            WHERE NOT EXISTS (SELECT FROM sorted s WHERE s.oid = t.oid)
+        ), typed AS (
+            SELECT m.place, m.whole, t.oid, format('%%I.%%I', n.nspname, t.typname) AS type, t.typtype,
+                t.typsubscript = 'array_subscript_handler'::regproc AS array,
+                EXISTS (SELECT FROM sorted s WHERE s.oid = t.oid)
+                    OR EXISTS (SELECT FROM pg_cast k JOIN sorted s ON s.oid = k.casttarget
+                               WHERE k.castsource = t.oid AND k.castmethod = 'b' AND k.castcontext = 'i') AS sorted
             FROM made_of m JOIN pg_type t USING (oid) JOIN pg_namespace n ON n.oid = t.typnamespace
-            WHERE t.typtype <> 'd'
         )
         SELECT b.place, b.type,
-            b.own IS NOT NULL OR b.as_another OR b.typtype IN ('e', 'r', 'm', 'c') OR b.typelem <> 0,
+            -- An array or a composite is compared by what it is made of; a range has a subtype that is sorted.
+            (SELECT bool_and(p.sorted OR p.array OR p.typtype IN ('d', 'e', 'r', 'm', 'c'))
+             FROM typed p WHERE p.place = b.place),
             (SELECT jsonb_object_agg(x.amopstrategy, format('OPERATOR(%%I.%%s)', n.nspname, o.oprname))
-             FROM pg_opclass c JOIN pg_amop x ON x.amopfamily = c.opcfamily
+             FROM sorted s JOIN pg_amop x ON x.amopfamily = s.family
                  AND x.amoplefttype = b.oid AND x.amoprighttype = b.oid
              JOIN pg_operator o ON o.oid = x.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace
-             WHERE c.oid = ANY(b.own)),
+             WHERE s.oid = b.oid),
             (SELECT format('OPERATOR(%%I.%%s)', n.nspname, o.oprname)
-             FROM pg_opclass c JOIN pg_amop x ON x.amopfamily = c.opcfamily AND x.amopstrategy = 3
+             FROM sorted s JOIN pg_amop x ON x.amopfamily = s.family AND x.amopstrategy = 3
                  AND x.amoplefttype = b.oid AND x.amoprighttype = b.oid
              JOIN pg_operator e ON e.oid = x.amopopr JOIN pg_operator o ON o.oid = e.oprnegate
              JOIN pg_namespace n ON n.oid = o.oprnamespace
-             WHERE c.oid = ANY(b.own) LIMIT 1),
-            b.typcategory = 'A'
-        FROM base b
+             WHERE s.oid = b.oid LIMIT 1),
+            b.array
+        FROM typed b WHERE b.whole AND b.typtype <> 'd'
         """,
         [list(columns.values())],
     )

@@ -7,11 +7,12 @@ into it. It leaves nothing dead behind, either.
 
 Meanwhile a trigger on each tier notes the chunks whose vectors are changed, moved or deleted: what it notes is
 taken out of the copy, so whatever remains is what it was when it was copied. Writers wait for the exchange, which
-deletes from fresh what is settled now; searches wait for its last milliseconds. A rebuild that was interrupted is
-dropped by the next one.
+deletes from fresh what is settled now; searches wait for its last milliseconds. The exchange itself waits for whoever
+reads under a snapshot from before the copy: it shows the copy without rows, and the table that it replaces is dropped.
+A rebuild that was interrupted is dropped by the next one.
 
-Source: PostgreSQL, "ALTER TABLE" (DETACH and ATTACH PARTITION), "Explicit Locking"; pgvector's README (Index Build
-Time).
+Source: PostgreSQL, "ALTER TABLE" (DETACH and ATTACH PARTITION), "Explicit Locking", "Caveats" (of concurrency control);
+pgvector's README (Index Build Time).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import first_line
+from cdcsync.postgres.horizons import Horizon, read_horizon, snapshots
 from cdcsync.postgres.locking import BRIEFLY, REPLACING_WAITS, exclusive_locks, until_locked
 from cdcsync.postgres.queries import fetch_one, fetch_rows, fetch_value
 from cdcsync.postgres.sessions import Connection
@@ -127,6 +129,8 @@ class Rebuild:
         """The files of both tiers: another one means that the tier was emptied."""
         self._own: list[tuple[str, str, str, str]] = []
         """An operator's indexes, as `_OWN_INDEXES` finds them."""
+        self._copied: Horizon | None = None
+        """The moment since which snapshots have what was copied."""
         self._waited_for: set[str] = set()
         """The transactions that used the tiers when the exchange was last tried."""
 
@@ -235,6 +239,7 @@ class Rebuild:
             " (SELECT FROM {backlog} AS b WHERE b.chunk_id = f.chunk_id AND b.generation = {generation})"
         )
         crash_point("tiers copied")
+        self._copied = await read_horizon(self._connection)
 
     async def _build(self) -> None:
         await self._run("ALTER TABLE {copy} ADD CONSTRAINT {key} PRIMARY KEY (chunk_id)")
@@ -308,9 +313,12 @@ class Rebuild:
     async def _exchange(self) -> int:
         """Exchange the tiers, unless that would be in vain: writers wait for each attempt.
 
-        :raises LockNotAvailable: a transaction from before the last attempt is still open, or this attempt was in vain.
+        :raises LockNotAvailable: somebody reads under a snapshot from before the copy, in which that is empty; a
+            transaction from before the last attempt is still open; or this attempt was in vain.
         """
         await self._follow()
+        if older := await snapshots(self._connection, before=self._copied):
+            raise psycopg.errors.LockNotAvailable(str(older[0]))
         *_, vectors = self._names.written(self._spec.generation)
         users = await exclusive_locks(self._connection, [vectors], modes=REPLACING_WAITS)
         for one in users:

@@ -31,6 +31,7 @@ from psycopg import sql
 
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.horizons import snapshots
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import FRESH, SETTLED, Names, opclass, vector_schema
@@ -141,24 +142,11 @@ async def _see_no_older_snapshots(connection: Connection, table: sql.Identifier)
 
     :raises SetupError: a transaction has been open for a while.
     """
-    older = await fetch_row(
-        connection,
-        "SELECT pid, concat_ws(', ', nullif(application_name, ''), 'role ' || usename),"
-        " date_trunc('second', clock_timestamp() - xact_start)::text FROM pg_stat_activity"
-        " WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_xmin IS NOT NULL"
-        # Nobody waits for the snapshots of these, nor of most builds.
-        " AND backend_type <> 'autovacuum worker' AND pid NOT IN"
-        " (SELECT pid FROM pg_stat_progress_create_index UNION SELECT pid FROM pg_stat_progress_vacuum)"
-        " AND xact_start < clock_timestamp() - make_interval(secs => %s) ORDER BY xact_start LIMIT 1",
-        [OPEN_FOR_S],
-    )
-    if older is not None:
-        pid, session, age = older
+    if older := await snapshots(connection, open_for_s=OPEN_FOR_S):
         raise SetupError(
-            f"somebody began to detach it, and that ends only after the transaction of pid {pid} ({session}),"
-            f" which has been open for {age}",
+            f"somebody began to detach it, and that ends only after {older[0]}",
             where=table.as_string(connection),
-            hint=f"wait until that transaction ends, or end it: SELECT pg_terminate_backend({pid})",
+            hint=older[0].remedy,
         )
 
 

@@ -72,6 +72,23 @@ async def test_a_list_of_empty_pages_is_built_anew_and_finds_what_it_found(
     assert await index.rows(query) == found
 
 
+@pytest.mark.parametrize("list_rows", [500, 5_000], ids=["too many rows", "full pages"])
+async def test_a_list_is_not_built_anew_because_the_server_s_statistics_have_begun_anew(
+    index: LiveIndex, monkeypatch: pytest.MonkeyPatch, list_rows: int
+) -> None:
+    monkeypatch.setattr("cdcsync.target.tidying.LIST_ROWS", list_rows)
+    monkeypatch.setattr("cdcsync.target.tidying.SPARE_PAGES", 0)
+    await churned(index, live=1_000, dead=0)
+    await index.connection.execute(f"REINDEX INDEX {NEAR}")
+    file = f"SELECT pg_relation_filenode('{NEAR}')"
+    before = await index.rows(file)
+
+    await index.connection.execute("SELECT pg_stat_reset()")
+    await tidy(index.connection, SCHEMA, index.spec)
+
+    assert await index.rows(file) == before
+
+
 async def test_a_search_that_runs_for_long_is_not_waited_for_and_not_disturbed(
     index: LiveIndex, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from tests.support.indexes import LiveIndex, live_index, make_spec
 from tests.support.searching import filled, find
@@ -15,6 +17,49 @@ pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
 
 Wanted = dict[str, Any]
+
+MADE = """
+    CREATE TYPE public.mood AS ENUM ('sad', 'happy');
+    CREATE DOMAIN public.place AS box;
+    CREATE DOMAIN public.moods AS public.mood[];
+    CREATE TYPE public.pair AS (no int, moods public.moods);
+    CREATE TYPE public.spot AS (no int, at public.place);
+    CREATE TYPE public.noted AS (note json[]);
+"""
+
+VALUES = {
+    "box": ("(1,1),(0,0)", "(101,1),(100,0)"),
+    "point": ("(1,2)", "(3,4)"),
+    "json": ("1", "2"),
+    "box[]": ("{(1,1),(0,0)}", "{(101,1),(100,0)}"),
+    "point[]": ('{"(1,2)"}', '{"(3,4)"}'),
+    "json[]": ("{1}", "{2}"),
+    "public.place": ("(1,1),(0,0)", "(101,1),(100,0)"),
+    "public.place[]": ("{(1,1),(0,0)}", "{(101,1),(100,0)}"),
+    "public.spot": ('(1,"(1,1),(0,0)")', '(1,"(101,1),(100,0)")'),
+    "public.spot[]": ('{"(1,\\"(1,1),(0,0)\\")"}', '{"(1,\\"(101,1),(100,0)\\")"}'),
+    "public.noted": ("({1})", "({2})"),
+    "int2vector": ("1 2", "1 3"),
+    "oidvector": ("1 2", "1 3"),
+    "name": ("a", "b"),
+    "character varying": ("a", "b"),
+    "cidr": ("10.0.0.0/8", "11.0.0.0/8"),
+    "regtype": ("int4", "text"),
+    "jsonb": ("1", "2"),
+    "integer[]": ("{1,2}", "{1,3}"),
+    "character varying[]": ("{a}", "{b}"),
+    "public.mood": ("sad", "happy"),
+    "public.mood[]": ("{sad}", "{happy}"),
+    "public.moods": ("{sad}", "{happy}"),
+    "public.pair": ("(1,{sad})", "(1,{happy})"),
+    "public.pair[]": ('{"(1,{sad})"}', '{"(1,{happy})"}'),
+    "int4range": ("[1,2)", "[1,3)"),
+    "int4multirange": ("{[1,2)}", "{[1,3)}"),
+    "int4range[]": ('{"[1,2)"}', '{"[1,3)"}'),
+}
+"""Two values of each type, the lesser one first where the type has an order."""
+
+OPERATORS = {"eq": "=", "ne": "<>", "lt": "<", "lte": "<=", "gt": ">", "gte": ">="}
 
 
 @pytest.mark.proof_from(8)
@@ -92,3 +137,53 @@ async def test_an_array_is_compared_whole(target: Database, wanted: Wanted, foun
     async with live_index(target, make_spec(carried={"tags": "text[]"})) as index:
         await filled(index, ["a page"] * 4, [("{a}",), ("{a,b}",), ("{b}",), (None,)])
         assert sorted(await find(index.connection, "page", mode="text", filter=wanted)) == list(found)
+
+
+def sorted_types(target: Database) -> set[str]:
+    """Return the types that PostgreSQL can sort by."""
+
+    def is_sorted(type_: str) -> bool:
+        try:
+            target.execute(sql.SQL("SELECT v FROM unnest({}::text[]::{}[]) AS v ORDER BY 1").format([], sql.SQL(type_)))
+        except psycopg.errors.UndefinedFunction:
+            return False
+        return True
+
+    return {type_ for type_ in VALUES if is_sorted(type_)}
+
+
+def compared(target: Database, type_: str, sign: str) -> str:
+    """Return the numbers of a type's values that PostgreSQL says compare so with the first."""
+    condition = sql.SQL("v.value::{0} " + sign + " {1}::{0}").format(sql.SQL(type_), VALUES[type_][0])
+    values = sql.SQL("unnest({}::text[]) WITH ORDINALITY AS v (value, no)").format(list(VALUES[type_]))
+    return "".join(str(no) for (no,) in target.execute(sql.SQL("SELECT no FROM {} WHERE {}").format(values, condition)))
+
+
+async def test_a_column_has_the_operators_of_an_order_if_postgresql_can_sort_by_it_and_each_then_works(
+    target: Database,
+) -> None:
+    with target.connect() as connection:
+        connection.execute(MADE)
+    ordered = sorted_types(target)
+    assert {"json", "box", "json[]", "public.spot"}.isdisjoint(ordered)
+    assert {"public.mood", "public.moods", "public.pair[]", "int4range[]"} <= ordered
+    names = {type_: f"c{place}" for place, type_ in enumerate(VALUES)}
+    columns = {name: type_ for type_, name in names.items()}
+    async with live_index(target, make_spec(carried=columns)) as index:
+        await filled(index, ["a page"] * 2, list(zip(*VALUES.values(), strict=True)))
+
+        async def found(type_: str, wish: Mapping[str, Any]) -> str:
+            hits = await find(index.connection, "page", mode="text", filter={names[type_]: wish})
+            return "".join(sorted(hits))
+
+        for type_, (first, second) in VALUES.items():
+            for operator, sign in OPERATORS.items():
+                if type_ in ordered:
+                    assert await found(type_, {operator: first}) == compared(target, type_, sign), (type_, operator)
+                    continue
+                with pytest.raises(psycopg.errors.InvalidParameterValue, match=f"no operator '{operator}'") as refused:
+                    await found(type_, {operator: first})
+                assert refused.value.diag.message_hint == "The operators are like, null.", type_
+            if type_ in ordered:
+                assert await found(type_, {"in": [first, second]}) == "12", type_
+            assert await found(type_, {"null": True}) == ""

@@ -481,6 +481,66 @@ async def test_a_search_that_waited_for_the_exchange_shows_the_vector_of_the_tex
     assert found[0][0] == "new"
 
 
+FOUND = f"SELECT id, distance IS NOT NULL FROM cdcsync.articles_search(NULL, '{VECTOR}', 8) ORDER BY 1"
+
+
+async def keep_snapshot(reader: Connection) -> None:
+    """Begin a transaction that keeps its snapshot, and has not used any of our tables."""
+    await reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+    await reader.execute("SELECT 1")
+
+
+async def test_an_exchange_waits_for_a_snapshot_from_before_the_copy_which_would_find_nothing(
+    both: LiveIndex, connect_target: ConnectTarget
+) -> None:
+    reader = await connect_target()
+    await keep_snapshot(reader)
+    expected = await both.rows(FOUND)
+    asked: list[int] = []
+
+    class Counted(Rebuild):
+        async def switch(self) -> int:
+            asked.append(1)
+            return await super().switch()
+
+    async def waited() -> bool:
+        return len([event for event in events if event["event"] == "lock_waits"]) >= 3
+
+    with structlog.testing.capture_logs() as events:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(Counted(await connect_target(), SCHEMA, both.spec).run)
+            await until(waited)
+            assert not asked
+            assert await (await reader.execute(FOUND.encode())).fetchall() == expected
+            await reader.execute("ROLLBACK")
+    assert await both.rows(FOUND) == expected
+    assert [tier for _, tier in await both.rows(TIERS)] == ["settled"] * 8
+
+
+@pytest.mark.proof_from(1)
+@pytest.mark.parametrize("change", CHANGES)
+async def test_an_exchange_does_not_wait_for_a_snapshot_that_has_the_copy_and_finds_everything(
+    both: LiveIndex, connect_target: ConnectTarget, change: str
+) -> None:
+    readers, writer = [await connect_target() for _ in range(2)], await connect_target()
+    expected: list[list[tuple[Any, ...]]] = []
+    rebuild = Interrupted(await connect_target(), SCHEMA, both.spec)
+
+    async def change_between_snapshots() -> None:
+        for reader in readers:
+            expected.append(await both.rows(FOUND))
+            await keep_snapshot(reader)
+            if reader is readers[0]:
+                await CHANGES[change][0](both)
+
+    rebuild.meanwhile = change_between_snapshots
+    async with writer.transaction():
+        await writer.execute("SELECT pg_current_xact_id()")  # older than the copy, and still open
+        with anyio.fail_after(60):
+            await rebuild.run()
+    assert [await (await reader.execute(FOUND.encode())).fetchall() for reader in readers] == expected
+
+
 async def test_writers_do_not_wait_again_and_again_for_an_exchange_beside_a_long_reader(
     both: LiveIndex, connect_target: ConnectTarget
 ) -> None:
