@@ -66,7 +66,8 @@ RANKED_WORDS = 16
 
 SYNTAX_WORDS = 32
 """In a query of more words than this, quotes and dashes are punctuation: it is text that somebody pasted, and a phrase
-in it need not be in what is sought."""
+in it need not be in what is sought. The index's configuration says what a word is, so conditions stay few and short:
+PostgreSQL's limit of stack depth ends a phrase of many thousands of words."""
 
 QUERY_CHARACTERS = 100_000
 """The keyword leg reads this much of a query: about 15,000 words."""
