@@ -31,7 +31,7 @@
 DECLARE
     wanted CONSTANT int := least(greatest(skip::bigint + k, 0), {max_hits} + 1);
     facts CONSTANT jsonb := {columns};
-    asked CONSTANT text := left(query, {query_characters});
+    asked CONSTANT text := regexp_replace(left(query, {query_characters}), '\S{{{unbroken}}}', '\& ', 'g');
     by_vector boolean := embedding IS NOT NULL AND mode <> 'text';
     by_words boolean := {searchable} AND query IS NOT NULL AND mode <> 'vector';
     ranker text;

@@ -98,6 +98,14 @@ async def test_json_is_a_long_text_with_blanks_and_without(
     assert sorted(found) == ["1", "2", "3", "4", "5"]
 
 
+@pytest.mark.parametrize("run", ["a_", "~/"])
+async def test_a_long_run_without_blanks_is_read_in_parts(articles: LiveIndex, run: str) -> None:
+    await filled(articles, SHELF)
+    text = run * 40_000 + " hums"
+    hits = await search(articles.connection, SCHEMA, articles.spec, text=text, vector=None)  # has its own deadline
+    assert [hit.key["id"] for hit in hits] == [3]
+
+
 async def test_words_that_are_in_no_chunk_do_not_take_the_places_of_those_that_are(articles: LiveIndex) -> None:
     await filled(articles, [*SHELF, *["the printer prints"] * 20])
     pasted = " ".join(f"aa{n}" for n in range(200)) + " printer"
