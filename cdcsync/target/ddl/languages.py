@@ -68,8 +68,8 @@ class Searched(msgspec.Struct, frozen=True):
 
     :ivar choose: statements that set `configurations`, where they depend on the index's rows.
     :ivar configurations: the array of configurations to begin with.
-    :ivar lexemes: a table of the lexemes of `bare`.
-    :ivar phrases: a table of queries for the words of `part` or `negated`, in their order.
+    :ivar lexemes: a table of the lexemes of `bare`, of each configuration.
+    :ivar phrases: a table of queries for the words of the match `m` in their order: its second or its third part.
     :ivar of_chunk: the configuration of a chunk `c`, for its headline.
     """
 
@@ -103,7 +103,7 @@ def searched(index: Index, chunks: sql.Composable, words: sql.Composable, sample
             sql.SQL(""),
             sql.SQL("ARRAY[{}]").format(configuration),
             sql.SQL("unnest(to_tsvector(configurations[1], {}))").format(_apart(sql.SQL("bare"))),
-            sql.SQL("phraseto_tsquery(configurations[1], {})").format(_apart(sql.SQL("coalesce(part, negated)"))),
+            sql.SQL("phraseto_tsquery(configurations[1], {})").format(_apart(sql.SQL("coalesce(m[2], m[3])"))),
             configuration,
         )
     if index.search_column is None:
@@ -112,7 +112,7 @@ def searched(index: Index, chunks: sql.Composable, words: sql.Composable, sample
             sql.SQL(""),
             sql.SQL("ARRAY[{}]").format(configuration),
             sql.SQL("unnest(to_tsvector(configurations[1], bare))"),
-            sql.SQL("phraseto_tsquery(configurations[1], coalesce(part, negated))"),
+            sql.SQL("phraseto_tsquery(configurations[1], coalesce(m[2], m[3]))"),
             configuration,
         )
 
@@ -136,11 +136,8 @@ def searched(index: Index, chunks: sql.Composable, words: sql.Composable, sample
             simple=_configuration("pg_catalog.simple"),
         ),
         sql.SQL("'{}'"),
-        sql.SQL(
-            "(SELECT DISTINCT ON (t.lexeme) t.lexeme, t.positions FROM unnest(configurations) AS g"
-            " CROSS JOIN LATERAL unnest(to_tsvector(g, bare)) AS t ORDER BY t.lexeme)"
-        ),
-        sql.SQL("unnest(ARRAY(SELECT phraseto_tsquery(g, coalesce(part, negated)) FROM unnest(configurations) AS g))"),
+        sql.SQL("(SELECT t.* FROM unnest(configurations) AS g CROSS JOIN LATERAL unnest(to_tsvector(g, bare)) AS t)"),
+        sql.SQL("unnest(ARRAY(SELECT phraseto_tsquery(g, coalesce(m[2], m[3])) FROM unnest(configurations) AS g))"),
         named(sql.Composed([sql.SQL("c."), column])),
     )
 

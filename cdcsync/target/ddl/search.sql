@@ -31,7 +31,7 @@
 DECLARE
     wanted CONSTANT int := least(greatest(skip::bigint + k, 0), {max_hits} + 1);
     facts CONSTANT jsonb := {columns};
-    asked CONSTANT text := left(query, {query_characters});
+    asked CONSTANT text := regexp_replace(left(query, {query_characters}), '\S{{{unbroken}}}', '\& ', 'g');
     by_vector boolean := embedding IS NOT NULL AND mode <> 'text';
     by_words boolean := {searchable} AND query IS NOT NULL AND mode <> 'vector';
     ranker text;
@@ -44,10 +44,6 @@ DECLARE
     value jsonb;
     literal text;
     literals text[];
-    sign text;
-    part text;
-    negated text;
-    syntax boolean;
     required tsquery;
     excluded tsquery;
     bare text;
@@ -244,20 +240,15 @@ BEGIN
     -- The words: quoted phrases and -words are conditions, the other words are alternatives.
     IF {searchable} AND query IS NOT NULL AND (by_words OR asked ~ '(^|\s)-') THEN
         {choose_configurations}
-        syntax := cardinality(array_remove(regexp_split_to_array(asked, '\s+'), '')) <= {syntax_words};
-        FOR sign, part, negated IN SELECT m[1], m[2], m[3]
-            FROM regexp_matches(asked, '((?:^|\s)-)?"([^"]*)"|(?:^|\s)-(?=[[:alnum:]])([^\s"]+)', 'g') AS m WHERE syntax
-        LOOP
-            one := (SELECT string_agg('(' || q::text || ')', ' | ')::tsquery FROM {phrases} AS q WHERE numnode(q) > 0);
-            CONTINUE WHEN one IS NULL; -- stop words alone
-            IF sign IS NULL AND negated IS NULL THEN
-                required := coalesce(required && one, one);
-            ELSE
-                excluded := coalesce(excluded || one, one);
-            END IF;
-        END LOOP;
         bare := asked;
-        IF syntax THEN
+        -- Words are counted as the index finds them: neither minified JSON nor a page of Chinese has blanks.
+        IF (SELECT coalesce(max(p), 0) FROM {lexemes} AS u CROSS JOIN unnest(u.positions) AS p) <= {syntax_words} THEN
+            SELECT (string_agg(c.clause, ' & ') FILTER (WHERE m[1] IS NULL AND m[3] IS NULL))::tsquery,
+                   (string_agg(c.clause, ' | ') FILTER (WHERE m[1] IS NOT NULL OR m[3] IS NOT NULL))::tsquery
+            INTO required, excluded
+            FROM regexp_matches(asked, '((?:^|\s)-)?"([^"]*)"|(?:^|\s)-(?=[[:alnum:]])([^\s"]+)', 'g') AS m
+            CROSS JOIN LATERAL (SELECT '(' || string_agg('(' || q::text || ')', ' | ') || ')' AS clause -- NULL: stop words
+                                FROM {phrases} AS q WHERE numnode(q) > 0) AS c;
             bare := regexp_replace(bare, '(?<=\S)\s+OR(?=\s+\S)', ' ', 'g');
             bare := regexp_replace(bare, '(?:^|\s)-"[^"]*"', ' ', 'g');
             bare := regexp_replace(bare, '(?:^|\s)-(?=[[:alnum:]])[^\s"]+', ' ', 'g');
@@ -281,7 +272,7 @@ BEGIN
                 FROM (
                     SELECT l.*, ln(1 + (greatest(total, l.seen) - l.seen + 0.5) / (l.seen + 0.5))
                                 * l.times * ({k3} + 1) / (l.times + {k3}) AS weight
-                    FROM (SELECT u.lexeme, sum(coalesce(cardinality(u.positions), 1))::float8 AS times,
+                    FROM (SELECT u.lexeme, max(coalesce(cardinality(u.positions), 1))::float8 AS times,
                                  coalesce(min(s.chunks), 1)::float8 AS seen, min(s.chunks) IS NOT NULL AS counted
                           FROM {lexemes} AS u LEFT JOIN {words} AS s USING (lexeme) GROUP BY u.lexeme) AS l
                 ) AS e

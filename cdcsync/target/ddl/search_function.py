@@ -66,10 +66,16 @@ RANKED_WORDS = 16
 
 SYNTAX_WORDS = 32
 """In a query of more words than this, quotes and dashes are punctuation: it is text that somebody pasted, and a phrase
-in it need not be in what is sought."""
+in it need not be in what is sought. The index's configuration says what a word is, so conditions stay few and short:
+PostgreSQL's limit of stack depth ends a phrase of many thousands of words."""
 
 QUERY_CHARACTERS = 100_000
 """The keyword leg reads this much of a query: about 15,000 words."""
+
+UNBROKEN = 255
+"""A query's run of so many characters without a blank gets one behind it. At each `_`, `~` or `@` PostgreSQL's parser
+looks ahead for a path, a host or an address, and may come to the run's end: in 10,000 characters that takes seconds.
+255 is the most that a regular expression of PostgreSQL counts to."""
 
 K1, B, K3 = 1.2, 0.75, 8
 """BM25's usual constants. K3 is for words that the query repeats, which says what a long one is about."""
@@ -238,6 +244,7 @@ async def _parts(
         "ranked_words": RANKED_WORDS,
         "syntax_words": SYNTAX_WORDS,
         "query_characters": QUERY_CHARACTERS,
+        "unbroken": UNBROKEN,
         "k1": K1,
         "b": B,
         "k3": K3,

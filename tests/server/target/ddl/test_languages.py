@@ -8,7 +8,7 @@ import pytest
 from psycopg import sql
 
 from cdcsync.target.search import count_words, search
-from tests.support.indexes import SCHEMA, LiveIndex, changes, document, live_index, make_spec
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, live_index, make_spec
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -108,6 +108,23 @@ async def test_scripts_without_spaces_are_searched_by_their_characters(
     async with live_index(database, make_spec(carried={"tenant": "text"}, search="cjk")) as index:
         await filled(index, rows)
         assert await found(index, query) == ids
+
+
+@pytest.mark.parametrize("behind", ["", '"緊急会見"', " -東京", '「緊急会見」"でした"'])
+async def test_a_page_without_spaces_is_long_and_quotes_and_dashes_in_it_are_punctuation(
+    open_index: OpenIndex, behind: str
+) -> None:
+    index = await open_index(carried={"language": "text"}, search="cjk")
+    await filled(index, [("1", None, "東京大学は日本の大学である"), ("2", None, "password")])
+    assert await found(index, "日本の首都は東京である。" * 10 + behind) == [1]
+
+
+@pytest.mark.parametrize("search", ["cjk", "{language}", "simple"])
+async def test_a_phrase_of_thousands_of_words_is_searched_by_its_words(open_index: OpenIndex, search: str) -> None:
+    index = await open_index(carried={"language": "text"}, search=search)
+    await filled(index, [("1", "fr", "14 東京、大学 b"), ("2", "english", "14 東京、大学 b"), ("3", None, "no number")])
+    for phrase in (",".join(map(str, range(15_000))), "a-b-" * 20_000, "東京、" * 30_000):
+        assert set(await found(index, f'"{phrase}"')) == {1, 2}
 
 
 async def test_a_headline_marks_characters_where_words_are_not_spaced(database: Database) -> None:

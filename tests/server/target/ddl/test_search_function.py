@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
@@ -83,6 +84,26 @@ async def test_a_long_text_is_no_query_and_quotes_in_it_are_punctuation(articles
         "4",
         "5",
     ]  # hums; policy, which is not excluded
+
+
+@pytest.mark.parametrize("separators", [(", ", ": "), (",", ":")], ids=["with blanks", "minified"])
+@pytest.mark.parametrize("rows", [8, 2_000])
+async def test_json_is_a_long_text_with_blanks_and_without(
+    articles: LiveIndex, separators: tuple[str, str], rows: int
+) -> None:
+    await filled(articles, SHELF)
+    pasted = [{"printer": "hums", "no such phrase": "-policy", "quantity": n} for n in range(rows)]
+    query = json.dumps(pasted, separators=separators)
+    found = await find(articles.connection, query, mode="text")
+    assert sorted(found) == ["1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("run", ["a_", "~/"])
+async def test_a_long_run_without_blanks_is_read_in_parts(articles: LiveIndex, run: str) -> None:
+    await filled(articles, SHELF)
+    text = run * 40_000 + " hums"
+    hits = await search(articles.connection, SCHEMA, articles.spec, text=text, vector=None)  # has its own deadline
+    assert [hit.key["id"] for hit in hits] == [3]
 
 
 async def test_words_that_are_in_no_chunk_do_not_take_the_places_of_those_that_are(articles: LiveIndex) -> None:
