@@ -104,7 +104,7 @@ async def read_columns(connection: Connection, spec: IndexSpec) -> dict[str, Col
              JOIN pg_namespace n ON n.oid = o.oprnamespace
              WHERE c.oid = ANY(b.own) LIMIT 1),
             b.typcategory = 'A'
-        FROM base b
+        FROM base b ORDER BY b.place
         """,
         [list(columns.values())],
     )

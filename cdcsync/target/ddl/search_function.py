@@ -127,15 +127,13 @@ async def compose(
     connection: Connection,
     schema: str,
     spec: IndexSpec,
-    attributes: Mapping[str, str] | None = None,
     variant: Variant | None = None,
 ) -> sql.Composed:
-    """Return the statement that creates an index's search function.
+    """Return the statement that creates an index's search function, whose hits are of the type that is there.
 
-    :param attributes: the attributes of the index's hits and their types, in their order.
     :param variant: for a function in `pg_temp`, what it has more than the installed one.
     """
-    attributes = attributes or await present_attributes(connection, schema, spec)
+    attributes = await present_attributes(connection, schema, spec)
     parts = await _parts(connection, schema, spec, attributes, variant)
     body = sql.SQL(BLOCK).format(**parts)
     if spec.beside is not None and variant is None:
