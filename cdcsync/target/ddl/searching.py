@@ -23,7 +23,7 @@ from cdcsync.target.ddl.standing import describe_table
 
 log = get_logger()
 
-RENAMED = "a type of the index was renamed or moved in the target"
+RENAMED = "what its statements name in the target was renamed, moved or replaced"
 """Why an index is examined again whose statements, or whose search function, know a type by an earlier name."""
 
 

@@ -93,13 +93,7 @@ def test_searches_know_types_by_their_new_names_within_the_next_look_and_no_row_
 def test_a_write_that_comes_before_the_next_look_finds_the_key_by_the_new_name_of_its_type(
     make_scene: MakeScene,
 ) -> None:
-    scene = make_scene(
-        GRADED,
-        {"t": Followed("t")},
-        apart=True,
-        started=False,
-        worker_lines="audit_max_rows_per_s = 0\nverify_every_s = 0",
-    )
+    scene = make_scene(GRADED, {"t": Followed("t")}, apart=True, started=False)
     scene.target.execute(TYPES)
     scene.pipeline.start()
     scene.pipeline.live()
