@@ -146,18 +146,32 @@ CREATE SCHEMA IF NOT EXISTS :"schema" AUTHORIZATION :"target_role";
 CREATE SCHEMA IF NOT EXISTS :"view_schema";
 GRANT USAGE, CREATE ON SCHEMA :"view_schema" TO :"target_role";
 
+-- Searches name pgvector's types and operators, and a filter the type of its column, with their schemas and with the
+-- caller's privileges. What types the columns have is known once the worker has created the index.
+SELECT coalesce(array_agg(DISTINCT n.nspname), '{}') AS named
+FROM pg_namespace AS n
+WHERE n.oid IN (SELECT e.extnamespace FROM pg_extension AS e WHERE e.extname = 'vector')
+    OR n.oid IN (SELECT t.typnamespace
+                 FROM pg_class AS c JOIN pg_attribute AS a ON a.attrelid = c.oid JOIN pg_type AS d ON d.oid = a.atttypid
+                 JOIN pg_type AS t ON t.oid IN (d.oid, d.typbasetype)
+                 WHERE c.relnamespace = to_regnamespace(quote_ident(:'schema')) AND c.relname ~ '_chunks$'
+                     AND c.relkind = 'r' AND a.attnum > 0 AND NOT a.attisdropped)
+\gset
+
 \if :{?reader_role}
     -- What the worker will create is readable at once. A view reads with its owner's privileges, so readers of the view
     -- need nothing below it; but the search functions read chunks, vectors and words with the caller's privileges, and
     -- wait_for reads indexes and pipelines.
     GRANT USAGE ON SCHEMA :"schema", :"view_schema" TO :"reader_role";
+    SELECT format('GRANT USAGE ON SCHEMA %I TO %I', one, :'reader_role')
+    FROM unnest(:'named'::name[]) AS one WHERE NOT has_schema_privilege(:'reader_role', one, 'USAGE') \gexec
     GRANT SELECT ON ALL TABLES IN SCHEMA :"schema" TO :"reader_role";
     ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" GRANT SELECT ON TABLES TO :"reader_role";
     GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA :"schema" TO :"reader_role";
     ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" GRANT EXECUTE ON FUNCTIONS TO :"reader_role";
     ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"view_schema" GRANT SELECT ON TABLES TO :"reader_role";
     -- `cdcsync serve` under this role keeps a record of calls. Before the worker's first start there is no such table: run
-    -- this script again after it.
+    -- this script again after it, and after an index carries a column of a type in another schema.
     SELECT format('GRANT INSERT, DELETE ON %I.calls TO %I', :'schema', :'reader_role')
     WHERE to_regclass(format('%I.calls', :'schema')) IS NOT NULL \gexec
     SELECT format('GRANT SELECT ON %I.%I TO %I', n.nspname, c.relname, :'reader_role')
@@ -175,6 +189,8 @@ GRANT USAGE, CREATE ON SCHEMA :"view_schema" TO :"target_role";
     -- and a table that succeeds another has the grants of that. Otherwise run this script again once a worker has created
     -- an index.
     GRANT USAGE ON SCHEMA :"schema" TO :"serve_role";
+    SELECT format('GRANT USAGE ON SCHEMA %I TO %I', one, :'serve_role')
+    FROM unnest(:'named'::name[]) AS one WHERE NOT has_schema_privilege(:'serve_role', one, 'USAGE') \gexec
     ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" REVOKE SELECT ON TABLES FROM :"serve_role";
     ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" REVOKE EXECUTE ON FUNCTIONS FROM :"serve_role";
     REVOKE SELECT ON ALL TABLES IN SCHEMA :"schema" FROM :"serve_role";

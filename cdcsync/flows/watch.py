@@ -51,6 +51,7 @@ from cdcsync.source.catalog import Catalog, read_catalog
 from cdcsync.target.approvals import Approvals
 from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.missing import missing_relations, unsafe_tables
+from cdcsync.target.ddl.searching import RENAMED, search_outdated
 from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation, Generations, any_ends
 from cdcsync.target.registry import Registry
@@ -293,6 +294,8 @@ class Watch:
                 connection = await target.connection()
                 if missing := await missing_relations(connection, schema, spec):
                     raise TablesChanged(str(missing), where=f"index {spec.name}")
+                if await search_outdated(connection, schema, spec):
+                    raise TablesChanged(RENAMED, where=f"index {spec.name}")
                 settings = await settings_to_note(connection, schema, spec.name)
                 await Registry(schema).note_settings(connection, spec.name, settings)
                 crash_point("settings noted")

@@ -44,6 +44,7 @@ from cdcsync.serve.problems import Problem, without_rows
 from cdcsync.serve.visibility import Visibility
 from cdcsync.target.ddl.filters import Column, read_columns, read_value
 from cdcsync.target.ddl.names import Names
+from cdcsync.target.ddl.serving import require_schemas
 from cdcsync.target.freshness import Freshness, read_freshness
 from cdcsync.target.search import Hit, load_values, value_in_path, written_value
 from cdcsync.tracing import Tracing
@@ -385,6 +386,17 @@ class Offered(Index):
             told[place] = now, fresh
         return fresh
 
+    async def require_schemas(self) -> None:
+        """See that the server's role may use what searches of the index name.
+
+        :raises TargetUnavailable, SetupError: it may not, or the target does not answer.
+        """
+
+        async def see(connection: Connection) -> None:
+            await require_schemas(connection, self.schema, await self._spec(connection))
+
+        await self._with_connection(see)
+
     async def load(self) -> None:
         """Load the index's model.
 
@@ -553,10 +565,11 @@ class Reader:
     async def load(self) -> None:
         """Load models and rerankers, so that no call waits for that; what cannot be loaded is tried again by a call.
 
-        Also tells where tenants are kept apart by the server's own filter alone.
+        Also tells where tenants are kept apart by the server's own filter alone, and what the server's role lacks.
         """
         for index in self.indexes.values():
             with _telling(index.name):
+                await index.require_schemas()
                 if past := await index.exposure():
                     log.warning("tenants_not_held", index=index.name, past=past, fix=UNHELD)
                 await index.load()

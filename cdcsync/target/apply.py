@@ -91,13 +91,10 @@ class IndexWriter(LookUps):
     async def open(self) -> None:
         """Create the stage; once per connection."""
         await super().open()
-        extension = await vector_schema(self._connection)
+        extension = sql.Identifier(await vector_schema(self._connection))
         await register_vectors(self._connection)
-        common = self._compose(extension)
-        self._parts = {
-            one.generation: common | self._of_generation(one, sql.Identifier(extension))
-            for one in self._spec.generations
-        }
+        common = self._compose()
+        self._parts = {one.generation: common | self._of_generation(one, extension) for one in self._spec.generations}
         await self._stage.create(self._names.chunks)
 
     async def apply(self, changes: ChangeSet) -> Applied:
@@ -240,7 +237,7 @@ class IndexWriter(LookUps):
             await self._run(HASHING)
         stored = await self._run(
             "INSERT INTO {fresh} (chunk_id, content_hash, embedding)"
-            " SELECT p.chunk_id, p.content_hash, i.embedding::{vector_schema}." + one.vector_type + " FROM {put} AS p"
+            " SELECT p.chunk_id, p.content_hash, i.embedding FROM {put} AS p"
             " JOIN unnest(%s::bytea[], %b) AS i(content_hash, embedding) USING (content_hash)"
             " ON CONFLICT (chunk_id) DO UPDATE SET " + REPLACED,
             [list(vectors), list(map(wire_form(one), vectors.values()))],
@@ -297,7 +294,7 @@ class IndexWriter(LookUps):
             vector, Names(self._schema, other.relations).vectors(other.generation), fits
         )
 
-    def _compose(self, vector_schema: str) -> dict[str, sql.Composable]:
+    def _compose(self) -> dict[str, sql.Composable]:
         """Return what stands for the names in braces in all statements."""
         tables = {
             f"{tier}_{one.generation}": table
@@ -323,7 +320,6 @@ class IndexWriter(LookUps):
             "replace": sql.Literal(int(Op.REPLACE)),
             "delete": sql.Literal(int(Op.DELETE)),
             "delete_as_written": sql.Literal(int(Op.DELETE_AS_WRITTEN)),
-            "vector_schema": sql.Identifier(vector_schema),
             "keys": comma.join(self._keys),
             "own_key": comma.join(sql.SQL("c.{}").format(key) for key in self._keys),
             "same_key": both.join(

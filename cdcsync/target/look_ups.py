@@ -12,7 +12,7 @@ from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.comparisons import comparisons
 from cdcsync.postgres.liveness import same_cluster
-from cdcsync.postgres.queries import BY_INDEX
+from cdcsync.postgres.queries import BY_INDEX, fetch_one
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.vectors import within_reach
@@ -50,6 +50,8 @@ class LookUps:
         """The key columns' operators."""
         self._hashes = b""
         """The statement that looks up documents, as it is sent."""
+        self._types: Sequence[str] | None = None
+        """The types of the index's columns by the names that the statements know them by."""
 
     def flush_with(self, source: Connection) -> bool:
         """Say whether a commit in the target flushes all that this session of the source has seen: they share a WAL."""
@@ -58,6 +60,7 @@ class LookUps:
     async def open(self) -> None:
         """Have rows looked up by an index, and ask how keys are compared; once per connection."""
         await self._connection.execute(BY_INDEX)
+        self._types = await self._types_now()
         self._equal = [one.equal for one in await comparisons(self._connection, self._spec.key_types)]
         self._hashes = (
             sql.SQL(
@@ -78,6 +81,21 @@ class LookUps:
             )
             .as_bytes(self._connection)
         )
+
+    async def renamed(self) -> bool:
+        """Say whether somebody has renamed or moved a type of the index's columns since `open`, pgvector's included."""
+        return self._types is not None and await self._types_now() != self._types
+
+    async def _types_now(self) -> Sequence[str]:
+        vectors = [self._names.vectors(one.generation) for one in self._spec.generations]
+        row = await fetch_one(
+            self._connection,
+            "SELECT coalesce(array_agg(format_type(atttypid, atttypmod) ORDER BY attrelid, attnum), '{}')"
+            " FROM pg_attribute WHERE attrelid = ANY(SELECT to_regclass(name) FROM unnest(%s::text[]) AS name)"
+            " AND attnum > 0 AND NOT attisdropped",
+            [[table.as_string(self._connection) for table in (self._names.chunks, *vectors)]],
+        )
+        return cast(Sequence[str], row[0])
 
     async def stored_hashes(self, keys: Sequence[Key]) -> dict[Key, bytes]:
         """Return the document hash of each key that the index holds, read outside the apply transaction.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
-from cdcsync.errors import SchemaChanged, TargetUnavailable
+from cdcsync.errors import SchemaChanged, TablesChanged, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
 from cdcsync.model.changeset import Applied, ChangeSet, Document, Kept
@@ -24,6 +24,7 @@ from cdcsync.postgres.temporary import TemporaryTables
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.apply import IndexWriter
 from cdcsync.target.ddl.names import written_tables
+from cdcsync.target.ddl.searching import RENAMED
 from cdcsync.target.failures.documents import FailedDocuments, close_list
 from cdcsync.target.keys import discard_vectors
 from cdcsync.target.locked_session import LOCK_WAIT_MS, LockedSession
@@ -87,6 +88,15 @@ class ApplySession(LockedSession):
             with speaking_of("target", where=f"index {index}", index=index):
                 await self._writers[index].open()
             self._closed.discard(index)
+
+    async def see_unrenamed(self, index: str) -> None:
+        """See that the types of an index's columns still have the names by which its statements know them.
+
+        :raises TablesChanged: somebody has renamed or moved one.
+        """
+        with speaking_of("target"):
+            if await self._writers[index].renamed():
+                raise TablesChanged(RENAMED, where=f"index {index}")
 
     async def lockers(self, index: str) -> list[Lock]:
         """Return who keeps this session from writing to the tables of an index."""

@@ -8,6 +8,7 @@ import anyio
 import msgspec
 import psycopg
 import pytest
+import structlog
 
 from cdcsync.config import Config, Serve
 from cdcsync.serve.reader import Reader
@@ -144,6 +145,62 @@ def test_the_tool_servers_role_reads_the_rows_of_its_callers_tenant_and_no_other
     assert anyio.run(exposure, held) == []
     assert anyio.run(called, msgspec.structs.replace(held, serve=Serve(listen="127.0.0.1:0", dsn=dsn, anonymous=True)))
     assert pipeline.stop(worker) == 0
+
+
+SCATTERED = """
+CREATE TYPE shop.status AS ENUM ('open', 'done');
+ALTER TABLE shop.articles ADD status shop.status NOT NULL DEFAULT 'open';
+CREATE SCHEMA extensions;
+ALTER EXTENSION vector SET SCHEMA extensions
+"""
+
+SEARCHES = (
+    "SELECT FROM cdcsync.articles_search('title')",
+    "SELECT FROM cdcsync.articles_search('title', (SELECT embedding FROM cdcsync.articles_vectors_1 LIMIT 1))",
+    "SELECT FROM cdcsync.articles_search('title', filter => '{\"status\": \"open\"}')",
+)
+
+
+def test_roles_search_an_index_whose_types_and_pgvector_are_in_schemas_of_their_own(
+    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    database.execute(TABLE)
+    database.execute(SCATTERED)
+    both, reader, server = roles.name("both"), roles.create("reader"), roles.create("serve")
+    granted = {"source_role": both, "target_role": both, "tables": "shop.articles", "view_schema": "search"}
+    granted |= {"reader_role": reader, "serve_role": server}
+    grant(database, **granted)
+    dsn = roles.dsn(database, both)
+    text = config(dsn, dsn, f"s_{database.name}", view="search.articles")
+    pipeline = make_pipeline(text.replace('["tenant"]', '["tenant", "status"]'))
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    read = roles.dsn(database, reader)
+    assert [allowed(read, search) for search in SEARCHES] == [True, True, False]
+    serving = msgspec.structs.replace(pipeline.config, serve=Serve(dsn=read, anonymous=True))
+    remedy = f"GRANT USAGE ON SCHEMA shop TO {reader}"
+    assert anyio.run(told, serving) == [remedy]
+
+    grant(database, **granted)
+
+    for role in (reader, server):
+        assert [allowed(roles.dsn(database, role), search) for search in SEARCHES] == [True] * 3
+    assert anyio.run(told, serving) == []
+    assert not allowed(roles.dsn(database, reader), "SELECT FROM shop.articles")
+    assert pipeline.stop(worker) == 0
+
+
+async def told(config: Config) -> list[str]:
+    """Return the remedies that the tool server names when it starts."""
+    reader = Reader(config, Tracing())
+    try:
+        with structlog.testing.capture_logs() as logs:
+            await reader.load()
+        return [line["fix"] for line in logs if line["event"] == "index_not_searchable"]
+    finally:
+        await reader.aclose()
 
 
 SERVED = {"indexes", "pipelines", "generations", "articles_chunks", "articles_words"} | {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 
 import anyio
 import anyio.lowlevel
@@ -107,6 +108,7 @@ class Applier:
         :param following: returns the next batch once that is full; it is prepared during the commit.
         :param committed: called at once when the batch is in the target, which may be long before this returns.
         :raises LeaseLost, TargetRewound: this worker must not, or cannot, write its batch.
+        :raises TablesChanged: statements for an index name a type that has another name by now.
         """
         started = anyio.current_time()
 
@@ -126,6 +128,9 @@ class Applier:
                         changes = await self._prepare(batch)
                     await self._commit_and_prepare(changes, batch, caught_up(), done)
                 except SchemaChanged as error:
+                    if isinstance(error.__cause__, psycopg.ProgrammingError):
+                        with suppress(TargetUnavailable):
+                            await self._session.see_unrenamed(error.index)
                     if left_out[error.index] < MOST_REFUSED and _leave_out(error, batch):
                         left_out[error.index] += 1
                     else:

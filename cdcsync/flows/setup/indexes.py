@@ -44,6 +44,7 @@ from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.missing import Missing, missing_relations
 from cdcsync.target.ddl.policies import put_policy
 from cdcsync.target.ddl.relations import create_index_relations
+from cdcsync.target.ddl.searching import search_outdated
 from cdcsync.target.ddl.serving import grant_serving
 from cdcsync.target.ddl.upgrading import upgrade_vectors
 from cdcsync.target.entries import Entry
@@ -191,7 +192,7 @@ async def _stands(target: Connection, config: Config, spec: IndexSpec, catalog: 
         return False
     if [one.generation for one in await Generations(schema).of(target, spec.name)] != [spec.generation]:
         return False
-    return not await missing_relations(target, schema, spec)
+    return not (await missing_relations(target, schema, spec) or await search_outdated(target, schema, spec))
 
 
 async def _as_examined(target: Connection, config: Config, spec: IndexSpec) -> Entry | None:

@@ -115,7 +115,7 @@ async def read_columns(connection: Connection, spec: IndexSpec) -> dict[str, Col
              JOIN pg_namespace n ON n.oid = o.oprnamespace
              WHERE s.oid = b.oid LIMIT 1),
             b.array
-        FROM typed b WHERE b.whole AND b.typtype <> 'd'
+        FROM typed b WHERE b.whole AND b.typtype <> 'd' ORDER BY b.place
         """,
         [list(columns.values())],
     )

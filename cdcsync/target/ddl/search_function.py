@@ -133,15 +133,13 @@ async def compose(
     connection: Connection,
     schema: str,
     spec: IndexSpec,
-    attributes: Mapping[str, str] | None = None,
     variant: Variant | None = None,
 ) -> sql.Composed:
-    """Return the statement that creates an index's search function.
+    """Return the statement that creates an index's search function, whose hits are of the type that is there.
 
-    :param attributes: the attributes of the index's hits and their types, in their order.
     :param variant: for a function in `pg_temp`, what it has more than the installed one.
     """
-    attributes = attributes or await present_attributes(connection, schema, spec)
+    attributes = await present_attributes(connection, schema, spec)
     parts = await _parts(connection, schema, spec, attributes, variant)
     body = sql.SQL(BLOCK).format(**parts)
     if spec.beside is not None and variant is None:
@@ -324,11 +322,12 @@ def _results(
     """Return the expressions of a hit's attributes.
 
     One that the index no longer has is NULL, as is a value that an attribute's type of an earlier time cannot have.
+    A column of the attribute's type is taken as it is: whoever names a type needs USAGE on its schema.
     """
-    results: dict[str, sql.Composable] = {
+    columns: dict[str, sql.Composable] = {
         attribute_of(column): sql.Identifier("c", column) for column in spec.shape.key + spec.shape.carried
     }
-    results |= {
+    results = columns | {
         "chunk_no": sql.SQL("c.chunk_no"),
         "content": sql.SQL("c.content"),
         "score": sql.SQL("h.score"),
@@ -345,7 +344,7 @@ def _results(
     return sql.SQL(", ").join(
         converted(connection, results[name], type_)
         if name in wanted and wanted[name] != type_
-        else sql.SQL("({})::{}").format(results.get(name, sql.SQL("NULL")), sql.SQL(type_))
+        else columns.get(name) or sql.SQL("({})::{}").format(results.get(name, sql.SQL("NULL")), sql.SQL(type_))
         for name, type_ in attributes.items()
     )
 

@@ -23,6 +23,9 @@ from cdcsync.target.ddl.standing import describe_table
 
 log = get_logger()
 
+RENAMED = "what its statements name in the target was renamed, moved or replaced"
+"""Why an index is examined again whose statements, or whose search function, know a type by an earlier name."""
+
 
 async def put_search(connection: Connection, schema: str, spec: IndexSpec) -> bool:
     """Create an index's search function, or bring it up to date. The caller's transaction commits.
@@ -51,27 +54,49 @@ async def put_search(connection: Connection, schema: str, spec: IndexSpec) -> bo
         )
         comment = f"cdcsync index {spec.name}: a hit of {spec.name}_search"
         await connection.execute(sql.SQL("COMMENT ON TYPE {} IS {}").format(hit, sql.Literal(comment)))
-        present = wanted
     else:
         added = [name for name in wanted if name not in present]
         for name in added:
             await connection.execute(sql.SQL("ALTER TYPE {} ADD ATTRIBUTE {}").format(hit, definitions[name]))
-        present |= {name: wanted[name] for name in added}
     if await _lacks_generation(connection, schema, spec) and not await _drop_function(connection, schema, spec):
         return False
-    statement = await compose(connection, schema, spec, present)
+    statement, comment = await _described(connection, schema, spec)
+    if comment in await _comments(connection, schema, spec):
+        return True
+    await connection.execute(statement)
+    await connection.execute(sql.SQL("COMMENT ON FUNCTION {} IS {}").format(function, sql.Literal(comment)))
+    return True
+
+
+async def search_outdated(connection: Connection, schema: str, spec: IndexSpec) -> bool:
+    """Say whether an index's search function is there, and `put_search` would replace it.
+
+    Its text names schemas, types and operators of the target: those of pgvector and of carried columns. If somebody
+    renames or moves one of them, views follow by themselves, and the text of a function does not.
+    """
+    comments = await _comments(connection, schema, spec)
+    if not comments or await _lacks_generation(connection, schema, spec):
+        return False
+    _, comment = await _described(connection, schema, spec)
+    return comment not in comments
+
+
+async def _described(connection: Connection, schema: str, spec: IndexSpec) -> tuple[sql.Composed, str]:
+    """Return the statement that creates the function, and the comment by which one of this text is known."""
+    statement = await compose(connection, schema, spec)
     digest = hashlib.sha256(statement.as_bytes(connection)).hexdigest()[:16]
     comment = f"cdcsync index {spec.name}: searches by words and by vector; docs/searching.md describes it ({digest})"
+    return statement, comment
+
+
+async def _comments(connection: Connection, schema: str, spec: IndexSpec) -> list[str | None]:
+    """Return the comments of the functions of this name."""
     cursor = await connection.execute(
         "SELECT obj_description(p.oid, 'pg_proc') FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace"
         " WHERE n.nspname = %s AND p.proname = %s",
         [schema, f"{spec.name}_search"],
     )
-    if (comment,) in await cursor.fetchall():
-        return True
-    await connection.execute(statement)
-    await connection.execute(sql.SQL("COMMENT ON FUNCTION {} IS {}").format(function, sql.Literal(comment)))
-    return True
+    return [comment for (comment,) in await cursor.fetchall()]
 
 
 async def _lacks_generation(connection: Connection, schema: str, spec: IndexSpec) -> bool:

@@ -8,12 +8,15 @@ Source: PostgreSQL, "Privileges".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import LiteralString
 
 from psycopg import sql
 
+from cdcsync.config.names import quote
+from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.queries import fetch_row
+from cdcsync.postgres.queries import fetch_row, fetch_rows
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target import calls, entries, generations
 from cdcsync.target.ddl.grants import opens
@@ -57,7 +60,7 @@ async def grant_serving(connection: Connection, schema: str, spec: IndexSpec, ro
     if reads is None or not (new or reads[0]):
         return
     opened = await _opened(connection, schema, spec)
-    needs = [one for one in _needs(schema, spec) if one[1] not in opened]
+    needs = [one for one in _needs(schema, spec, await schemas_named(connection, schema, spec)) if one[1] not in opened]
     asked = [
         sql.SQL(check).format(sql.Literal(role), sql.Literal(on.as_string(connection))) for (check, _), on in needs
     ]
@@ -67,6 +70,44 @@ async def grant_serving(connection: Connection, schema: str, spec: IndexSpec, ro
         await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('cdcsync grants ' || %s, 0))", [schema])
     for grant, on in lacking:
         await connection.execute(sql.SQL("GRANT " + grant + " {} TO {}").format(on, sql.Identifier(str(role))))
+
+
+async def schemas_named(connection: Connection, schema: str, spec: IndexSpec) -> list[str]:
+    """Return the schemas, besides our own, that searches of an index name: pgvector's, and those of columns' types.
+
+    A filter names the type of its column; a column of a domain is compared as what that is made of.
+    """
+    names = Names(schema, spec.relations)
+    tables = [names.chunks, *(names.vectors(one.generation) for one in spec.generations)]
+    rows = await fetch_rows(
+        connection,
+        "SELECT DISTINCT n.nspname::text FROM pg_attribute a JOIN pg_type d ON d.oid = a.atttypid"
+        " JOIN pg_type t ON t.oid IN (d.oid, d.typbasetype) JOIN pg_namespace n ON n.oid = t.typnamespace"
+        " WHERE a.attrelid = ANY(SELECT to_regclass(name) FROM unnest(%s::text[]) AS name) AND a.attnum > 0"
+        " AND NOT a.attisdropped AND n.nspname <> 'pg_catalog' ORDER BY 1",
+        [[table.as_string(connection) for table in tables]],
+    )
+    return [name for (name,) in rows]
+
+
+async def require_schemas(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """See that the session's role may use the schemas that searches of an index name.
+
+    :raises SetupError: it may not; the hint is the GRANT.
+    """
+    named = await schemas_named(connection, schema, spec)
+    rows = await fetch_rows(
+        connection,
+        "SELECT name, current_user::text FROM unnest(%s::text[]) AS name WHERE NOT has_schema_privilege(name, 'USAGE')",
+        [named],
+    )
+    if rows:
+        lacking = ", ".join(quote(name) for name, _ in rows)
+        raise SetupError(
+            f"searches name types in {lacking}, which this role may not use",
+            where=f"index {spec.name}",
+            hint=f"GRANT USAGE ON SCHEMA {lacking} TO {quote(rows[0][1])}",
+        )
 
 
 async def _opened(connection: Connection, schema: str, spec: IndexSpec) -> list[sql.Identifier]:
@@ -80,7 +121,7 @@ async def _opened(connection: Connection, schema: str, spec: IndexSpec) -> list[
     ]
 
 
-def _needs(schema: str, spec: IndexSpec) -> list[tuple[_Privilege, sql.Identifier]]:
+def _needs(schema: str, spec: IndexSpec, named: Sequence[str]) -> list[tuple[_Privilege, sql.Identifier]]:
     names = Names(schema, spec.relations)
     tables = [*(sql.Identifier(schema, one) for one in SHARED), names.chunks]
     for one in spec.generations:
@@ -89,7 +130,7 @@ def _needs(schema: str, spec: IndexSpec) -> list[tuple[_Privilege, sql.Identifie
         tables.append(words_name(schema, spec.relations))
     functions = [*(sql.Identifier(schema, one) for one in FUNCTIONS), function_name(schema, spec.name)]
     return [
-        (_SCHEMA, sql.Identifier(schema)),
+        *((_SCHEMA, sql.Identifier(one)) for one in (schema, *named)),
         *((_TABLE, one) for one in tables),
         (_CALLS, sql.Identifier(schema, calls.TABLE)),
         *((_FUNCTION, one) for one in functions),

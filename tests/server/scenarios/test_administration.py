@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 from psycopg import sql
 
 from cdcsync.demo.programs import embedded_bin_dir
+from tests import ROOT
 from tests.support.outages import MakeSimple
+from tests.support.roles import Roles, config, grant
 from tests.support.scenes import Followed, MakeScene, Scene
 from tests.support.servers import Database, Server
-from tests.support.workers import until
+from tests.support.workers import Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 
@@ -180,3 +183,59 @@ def test_a_target_that_was_moved_to_another_database_goes_on_where_it_was(
     pipeline.in_step()
     assert pipeline.times("index_paused") == pipeline.times("backfill_requested") == 0
     assert pipeline.command("replay", "articles").returncode == 0
+
+
+@pytest.mark.proof_from(1)
+@pytest.mark.parametrize("by", ["the documented commands", "pg_restore alone"])
+def test_the_role_of_a_target_moves_it_to_another_database_as_the_documentation_says(
+    roles: Roles,
+    make_database: Callable[[], Database],
+    make_pipeline: Callable[[str], Pipeline],
+    tmp_path: Path,
+    by: str,
+) -> None:
+    source, before, after = make_database(), make_database(), make_database()
+    source.execute("CREATE SCHEMA shop; CREATE TABLE shop.articles (id bigint PRIMARY KEY, tenant int, title text)")
+    source.execute("INSERT INTO shop.articles SELECT i, i % 3, 'title ' || i FROM generate_series(1, 20) AS i")
+    replicator, writer, reader = roles.name("source"), roles.name("target"), roles.create("reader")
+    grant(source, source_role=replicator, tables="shop.articles")
+    for database in (before, after):
+        grant(database, target_role=writer, reader_role=reader, view_schema="search")
+    read_from = roles.dsn(source, replicator)
+    old, new = roles.dsn(before, writer), roles.dsn(after, writer)
+    text = config(read_from, old, f"s_{source.name}", view="search.articles")
+    pipeline = make_pipeline(text.replace("dimensions = 16", "dimensions = 2000"))
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    assert pipeline.stop(worker) == 0
+    section = (ROOT / "docs" / "operations.md").read_text().partition("## Moving the target")[2]
+    commands = section.partition("```sh\n")[2].partition("```")[0]
+    if by == "pg_restore alone":  # which goes on without the search function
+        commands = commands.partition("{ echo")[0] + 'pg_restore -L target.list -d "$NEW" target.dump || true'
+    path = f"{embedded_bin_dir()}{os.pathsep}{os.environ['PATH']}"
+
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "OLD": old, "NEW": new},
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stderr
+    search = "SELECT FROM cdcsync.articles_search('title', (SELECT embedding FROM search.articles LIMIT 1), k => 5)"
+    if by != "pg_restore alone":
+        with psycopg.connect(roles.dsn(after, reader)) as session:
+            assert len(session.execute(search).fetchall()) == 5
+    pipeline.configure(pipeline.path.read_text().replace(before.name, after.name))
+    pipeline.connect_target()
+    pipeline.log.unlink()
+    pipeline.start()
+    source.execute("INSERT INTO shop.articles SELECT i, 1, 'new ' || i FROM generate_series(100, 120) AS i")
+    pipeline.event("streaming")
+    pipeline.in_step()
+    with psycopg.connect(roles.dsn(after, reader)) as session:
+        assert len(session.execute(search).fetchall()) == 5
+    assert pipeline.times("relations_missing") == (by == "pg_restore alone")
+    assert pipeline.times("backfill_requested") == 0

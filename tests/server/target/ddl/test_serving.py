@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from typing import LiteralString
 
+import psycopg
 import pytest
 from psycopg import sql
 
+from cdcsync.errors import SetupError
 from cdcsync.target.ddl.generations import create_generations
 from cdcsync.target.ddl.searching import create_words
-from cdcsync.target.ddl.serving import grant_serving
-from tests.support.indexes import SCHEMA, LiveIndex, begin_generations, live_index, make_spec, two_generations
+from cdcsync.target.ddl.serving import grant_serving, require_schemas
+from tests.support.indexes import (
+    SCHEMA,
+    LiveIndex,
+    begin_generations,
+    changes,
+    document,
+    live_index,
+    make_spec,
+    two_generations,
+)
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -110,3 +122,48 @@ async def test_vectors_that_would_open_what_an_operator_guards_are_not_granted(d
         await live.connection.execute("ALTER TABLE cdcsync.articles_vectors_2 ENABLE ROW LEVEL SECURITY")
         await grant_serving(live.connection, SCHEMA, live.spec, role, new=False)
         assert await readable(live, role) == granted
+
+
+SCATTERED = """
+CREATE SCHEMA "the shop"; CREATE TYPE "the shop".status AS ENUM ('open', 'done');
+CREATE SCHEMA extensions; ALTER EXTENSION vector SET SCHEMA extensions
+"""
+
+FILTERED: LiteralString = (
+    "SELECT FROM cdcsync.articles_search('a', '[1,1,1]', filter => '{\"status\": [\"open\"], \"id\": 1}')"
+)
+
+
+async def test_the_role_may_use_the_schemas_that_searches_name_or_is_told_the_grant(
+    lone_database: Database,
+) -> None:
+    lone_database.execute(SCATTERED)
+    role = f"serving_{secrets.token_hex(4)}"
+    spec = make_spec(carried={"status": '"the shop".status'})
+    async with live_index(lone_database, spec) as live:
+        await live.apply(changes(document("1", "a", carried=("open",)), inline=["a"]))
+        await live.connection.execute(f"CREATE ROLE {role}; GRANT USAGE ON SCHEMA cdcsync TO {role}")
+        await live.connection.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA cdcsync TO {role}; SET ROLE {role}")
+        with pytest.raises(SetupError) as refused:
+            await require_schemas(live.connection, SCHEMA, spec)
+        assert refused.value.hint == f'GRANT USAGE ON SCHEMA extensions, "the shop" TO {role}'
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            await live.connection.execute(FILTERED)
+
+        await live.connection.execute("RESET ROLE")
+        await grant_serving(live.connection, SCHEMA, spec, role, new=True)
+
+        await live.connection.execute(f"SET ROLE {role}")
+        await require_schemas(live.connection, SCHEMA, spec)
+        assert (await live.connection.execute(FILTERED)).rowcount == 1
+
+
+async def test_a_search_without_a_filter_needs_no_schema_of_a_columns_type(database: Database, role: str) -> None:
+    granted = sql.SQL("GRANT USAGE ON SCHEMA cdcsync TO {0}; GRANT SELECT ON ALL TABLES IN SCHEMA cdcsync TO {0}")
+    database.execute("CREATE SCHEMA shop; CREATE TYPE shop.status AS ENUM ('open', 'done')")
+    async with live_index(database, make_spec(carried={"status": "shop.status"})) as live:
+        await live.apply(changes(document("1", "it hums", carried=("open",))))
+        await live.connection.execute(granted.format(sql.Identifier(role)))
+        await live.connection.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(role)))
+        cursor = await live.connection.execute("SELECT status::text FROM cdcsync.articles_search('hums')")
+        assert await cursor.fetchall() == [("open",)]
