@@ -107,6 +107,7 @@ class Applier:
         :param following: returns the next batch once that is full; it is prepared during the commit.
         :param committed: called at once when the batch is in the target, which may be long before this returns.
         :raises LeaseLost, TargetRewound: this worker must not, or cannot, write its batch.
+        :raises SchemaChanged: an index keeps the batch from being written although nothing of it is in there any more.
         """
         started = anyio.current_time()
 
@@ -128,6 +129,8 @@ class Applier:
                 except SchemaChanged as error:
                     if left_out[error.index] < MOST_REFUSED and _leave_out(error, batch):
                         left_out[error.index] += 1
+                    elif error.index in batch.paused and error.index not in batch.indexes:
+                        raise  # without anything of that index in the batch it would be the same again
                     else:
                         # Rows left out of this batch are read again when the index is resumed.
                         batch.indexes.pop(error.index, None)

@@ -129,6 +129,13 @@ async def test_a_row_that_is_refused_even_without_its_values_pauses_the_index() 
     assert [(indexes, set(paused)) for indexes, _, paused, _ in target.commits] == [({"articles"}, {"notes"})]
 
 
+async def test_an_index_that_keeps_a_batch_from_being_written_even_without_its_changes_is_not_tried_for_ever() -> None:
+    target = Target(*[SchemaChanged("its tables are gone", index="notes")] * 2)
+    with pytest.raises(SchemaChanged, match="its tables are gone"):
+        await applier(target).apply(a_batch(), caught_up=lambda: True)
+    assert not target.commits
+
+
 @pytest.mark.parametrize("error", [LeaseLost("another worker"), TargetRewound("an older state")])
 async def test_a_worker_that_must_not_write_what_it_has_in_hand_does_not_try_again(error: CdcsyncError) -> None:
     target = Target(error)
