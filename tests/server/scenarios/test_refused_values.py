@@ -263,3 +263,36 @@ def test_an_index_whose_table_is_gone_as_the_target_restarts_holds_up_nothing_an
     scene.follows("sound")
     scene.heals()
     assert len(scene.pipeline.processes) == 1
+
+
+@pytest.mark.proof
+def test_a_trigger_of_the_target_that_fails_with_whatever_code_pauses_its_index_alone(make_scene: MakeScene) -> None:
+    codes = ("25P02", "40001", "53400", "57P01")
+    names = ("sound", *(f"fails_{code.lower()}" for code in codes))
+    scene = make_scene(
+        [
+            statement
+            for name in names
+            for statement in (
+                f"CREATE TABLE {name} (id int PRIMARY KEY, title text)",
+                f"INSERT INTO {name} SELECT i, 'title ' || i FROM generate_series(1, 9) i",
+            )
+        ],
+        {name: Followed(name) for name in names},
+        worker_lines=NO_AUDIT,
+        hurry={"cdcsync.flows.follow.apply.MOST_ATTEMPTS": 3, "cdcsync.model.pauses.FIRST_DELAY_S": 2.0},
+    )
+    for code, name in zip(codes, names[1:], strict=True):
+        scene.pipeline.target.execute(
+            f"CREATE FUNCTION public.{name}() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$ BEGIN RAISE 'no' USING ERRCODE = '{code}'; END $$;"
+            f" CREATE TRIGGER failing BEFORE INSERT OR UPDATE OR DELETE ON cdcsync.{name}_chunks"
+            f" EXECUTE FUNCTION public.{name}()"
+        )
+        scene.execute(f"UPDATE {name} SET title = 'x' WHERE id = 1", f"UPDATE sound SET title = '{name}' WHERE id = 1")
+        scene.paused(name)
+        scene.follows("sound")
+    for name in names[1:]:
+        scene.pipeline.target.execute(f"DROP FUNCTION public.{name} CASCADE")
+    scene.heals()
+    assert len(scene.pipeline.processes) == 1

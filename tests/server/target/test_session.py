@@ -342,7 +342,14 @@ async def test_an_index_that_lost_what_its_stage_is_made_of_keeps_no_other_from_
     assert await locked.checkpoint() == Lsn(9)
 
 
-@pytest.mark.parametrize("error", [psycopg.errors.InsufficientPrivilege, psycopg.errors.LockNotAvailable])
+@pytest.mark.parametrize(
+    "error",
+    [
+        psycopg.errors.InsufficientPrivilege,
+        psycopg.errors.LockNotAvailable,
+        psycopg.errors.ConfigurationLimitExceeded,
+    ],
+)
 async def test_what_is_wrong_with_an_index_alone_leaves_a_new_session_open(
     locked: Pipeline, monkeypatch: pytest.MonkeyPatch, error: type[psycopg.Error]
 ) -> None:
