@@ -8,6 +8,7 @@ from functools import partial
 import msgspec
 import pytest
 
+from tests.support.configs import NO_AUDIT
 from tests.support.scenes import Followed, MakeScene, Scene
 from tests.support.workers import until
 
@@ -315,6 +316,48 @@ def test_a_function_that_fails_inside_as_if_the_session_or_the_server_did_pauses
         scene.execute(f"DELETE FROM {name} WHERE id = 900")
     scene.heals()
     assert len(scene.pipeline.processes) == 1
+
+
+@pytest.mark.proof
+def test_requests_of_the_others_are_served_beside_an_index_whose_statements_fail_again_and_again(
+    make_scene: MakeScene,
+) -> None:
+    scene = make_scene(
+        [
+            FITS.format(what="RETURN false"),
+            *table("quiet"),
+            *table("beside"),
+            # After the first hundred rows, for which the condition is tried whenever the index is examined.
+            "INSERT INTO quiet SELECT i, 'title ' || i, 1, '1' FROM generate_series(61, 150) i",
+            "INSERT INTO quiet VALUES (151, 'title', -1, '1')",
+        ],
+        {"quiet": Followed("quiet", where="public.fits(n)"), "beside": Followed("beside")},
+        worker_lines=NO_AUDIT,
+        hurry={"cdcsync.postgres.locking.LOCKED_OUT_S": 0.5},
+    )
+
+    def served(index: str) -> bool:
+        return scene.pipeline.target.execute(
+            "SELECT count(*) = 2 FROM cdcsync.backfills WHERE index_name = %s AND kind IN ('resync', 'compare')"
+            " AND state = 'done' AND filter IS NULL AND requested_at > %s",
+            [index, asked_at],
+        ).fetchone() == (True,)
+
+    scene.settle()
+    ((asked_at,),) = scene.target.execute("SELECT clock_timestamp()")
+    scene.execute(FITS.format(what=INSIDE["a_cancellation"]))
+    for name in ("quiet", "beside"):
+        for kind, phase in (("resync", "rows"), ("compare", "rows")):
+            scene.pipeline.target.execute(
+                "INSERT INTO cdcsync.backfills (index_name, kind, phase) VALUES (%s, %s, %s)", [name, kind, phase]
+            )
+    until(partial(served, "beside"), scene.pipeline.tail)
+    assert not served("quiet")
+    assert {event["index"] for event in scene.pipeline.events() if event["event"] == "index_left_alone"} == {"quiet"}
+    assert not scene.pipeline.times("backfill_waits") + scene.pipeline.times("comparison_waits")
+    scene.execute(FITS.format(what="RETURN false"))
+    until(partial(served, "quiet"), scene.pipeline.tail)
+    scene.follows("beside", "quiet")
 
 
 NOTES = """[indexes.NAME.related.notes]
