@@ -304,6 +304,8 @@ def test_a_function_that_fails_inside_as_if_the_session_or_the_server_did_pauses
             "CREATE SEQUENCE public.counted",
             *(FAILING.format(name=name, what=what) for name, what in INSIDE.items()),
             *(statement for name in ("beside", *INSIDE) for statement in table(name)),
+            # More than those for which a condition is tried before the table is read again.
+            *(f"INSERT INTO {name} SELECT i, 'title', 1, '1' FROM generate_series(61, 150) i" for name in INSIDE),
         ],
         {"beside": Followed("beside"), **{name: Followed(name, where=f"public.{name}(note)") for name in INSIDE}},
         hurry={"cdcsync.flows.follow.apply.MOST_ATTEMPTS": 3, "cdcsync.model.pauses.FIRST_DELAY_S": 2.0},
