@@ -183,7 +183,8 @@ class MalformedMessage(ProtocolError):
 class Unavailable(CdcsyncError):
     """A server cannot be reached now, or is shutting down; waiting helps.
 
-    :ivar index: the index whose tables somebody holds locked, where that is the reason.
+    :ivar index: the index that a statement was for, where statements for other indexes may succeed meanwhile: somebody
+        holds its tables locked, or what it asks for takes more memory than there is.
     """
 
     retry = Retry.AUTOMATIC

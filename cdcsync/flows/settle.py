@@ -25,11 +25,11 @@ import structlog
 
 from cdcsync.backoff import Backoff, Cooldown
 from cdcsync.config.sections import Worker
-from cdcsync.errors import CdcsyncError, SetupError, TargetUnavailable, leading
+from cdcsync.errors import CdcsyncError, SetupError, Unavailable, leading
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import CLOSE_S, Lag
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.errors import locked_out, speaking_of
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
 from cdcsync.postgres.sessions import Session
 from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
@@ -175,11 +175,11 @@ class Settle:
         if not cooldown.over:
             return False
         try:
-            with speaking_of("target", where=f"index {spec.name}"):
+            with speaking_of("target", where=f"index {spec.name}", index=spec.name):
                 moved = await self._settle(spec)
         except CdcsyncError as error:
             seen.wanted_at = math.inf
-            if isinstance(error, TargetUnavailable) and not locked_out(error):
+            if isinstance(error, Unavailable) and error.index is None:
                 raise
             # Of this index alone: its tables are looked after by others.
             log.warning("settling_failed", index=spec.name, error=error.with_fix)
@@ -289,10 +289,10 @@ class Settle:
         if (tiers.fresh or seen.noted) and now - seen.noted_at >= NOTE_S:
             seen.noted_at = now
             try:
-                with speaking_of("target"):
+                with speaking_of("target", index=spec.name):
                     await settling.note(scan_ms, seen.per_s)
             except CdcsyncError as error:
-                if not isinstance(error, SetupError) and not locked_out(error):
+                if isinstance(error, Unavailable) and error.index is None:
                     raise
                 log.debug("tiers_not_noted", index=spec.name, error=str(error))
             else:

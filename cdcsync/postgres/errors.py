@@ -40,6 +40,7 @@ _HINTS: dict[str, tuple[str, str]] = {
     "53300": ("too many connections", "raise max_connections, or close some"),
     "53400": ("a limit of the configuration is reached", "raise it: the server's log names it"),
     "55P03": ("another session holds a lock", "wait for that session, or end it: pg_locks names it"),
+    "57014": ("a statement was cancelled", "find out who cancels it, such as a monitor that ends what takes long"),
     "58030": ("the server cannot read or write a file", _DAMAGE),
     "XX001": ("data of the server is damaged", _DAMAGE),
     "XX002": ("an index of the server is damaged", "find out what damaged it, then REINDEX it"),
@@ -47,6 +48,9 @@ _HINTS: dict[str, tuple[str, str]] = {
 
 _SHARED_MEMORY = "give the server more shared memory: /dev/shm of a container has 64 MB (docker run --shm-size)"
 """The fix if 53100 is not about a disk: parallel workers keep shared data in a file in /dev/shm."""
+
+_OF_A_FUNCTION = "correct the function, or the row, that it fails for: the server's log names the function"
+"""The fix if an error that passes comes from inside a function or a trigger."""
 
 _EARLIER_TABLES = (
     "if our tables are those of an earlier cdcsync, start `cdcsync run` of this one: it adds what they lack"
@@ -84,6 +88,36 @@ def passing(error: psycopg.Error) -> bool:
     return code[:2] in ("08", "53", "40") or code.startswith("57P") or code in _PASSING
 
 
+_OF_A_STATEMENT = ("40", "53200", "53400", "55P03", "57014")
+"""How the codes begin by which one statement fails while others succeed: it met a lock or another transaction, took
+more memory or temporary files than there may be, or was cancelled."""
+
+
+def of_a_statement(error: psycopg.Error, side: Side) -> bool:
+    """Say whether an error that passes came of what a statement works on: if it stays, others succeed all the same.
+
+    A function may fail with any code: if it says that a connection broke, that was not the one to us. On the source,
+    where we only read, a write that is refused is a function's, too. But the target's disk is everybody's: there the
+    server tells in the same way which line of a COPY found it full.
+    """
+    code = error.sqlstate or ""
+    return code.startswith(_OF_A_STATEMENT) or (side, code) == ("source", "25006") or _of_a_function(error, side)
+
+
+def _of_a_function(error: psycopg.Error, side: Side) -> bool:
+    return _from_inside(error) and (side, error.sqlstate) != ("target", "53100")
+
+
+def _from_inside(error: psycopg.Error) -> bool:
+    """Say whether an error came from inside what a statement calls, and ended no session."""
+    return bool(error.diag.context) and error.diag.severity_nonlocalized == "ERROR"
+
+
+def chosen(error: psycopg.Error) -> bool:
+    """Say whether the author of a function chose an error, code and words, with RAISE of PL/pgSQL."""
+    return error.diag.source_function == "exec_stmt_raise"
+
+
 LOCKED_OUT = (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)
 """The errors by which a statement ends because another session holds a lock on what it needs."""
 
@@ -105,6 +139,8 @@ def translate(error: psycopg.Error, side: Side, *, where: str | None = None) -> 
         hint = _SHARED_MEMORY
     if error.sqlstate == "42501" and error.diag.message_hint:
         hint = error.diag.message_hint  # it is no privilege that is lacking, but a policy that hides rows
+    if passing(error) and not locked_out(error) and _of_a_function(error, side):
+        hint = _OF_A_FUNCTION
     if side == "target":
         hint = _TARGET_HINTS.get(error.sqlstate or "", hint)
     if passing(error):
@@ -116,12 +152,15 @@ def ours(error: psycopg.Error) -> bool:
     """Say whether an error is a mistake of this program, which no operator can fix: a misuse of the driver or session.
 
     The driver reports its misuse without a code. Classes 25 (transaction state), 26, 34 (names of statements and
-    cursors), and parameters without a meaning (42P02) or type (42P18) come from the server.
+    cursors), and parameters without a meaning (42P02) or type (42P18) come from the server. From inside a function they
+    are a mistake of its author's.
     """
     code = error.sqlstate
     if code is None:
         return isinstance(error, psycopg.ProgrammingError | psycopg.NotSupportedError)
-    return code[:2] in ("26", "34") or code in ("25P01", "25P02", "25001", "42P02", "42P18")
+    return not _from_inside(error) and (
+        code[:2] in ("26", "34") or code in ("25P01", "25P02", "25001", "42P02", "42P18")
+    )
 
 
 REFUSALS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
@@ -167,7 +206,7 @@ def speaking_of(side: Side, *, where: str | None = None, index: str | None = Non
         if index is not None and not passing(error):
             raise fault_of(index, error, side, where=where) from error
         said = translate(error, side, where=where)
-        if isinstance(said, Unavailable) and locked_out(error):
+        if isinstance(said, Unavailable) and of_a_statement(error, side):
             said.index = index
         raise said from error
 

@@ -17,13 +17,14 @@ from typing import LiteralString, TypeVar
 
 import anyio
 import msgspec
+import psycopg
 
 from cdcsync.backoff import backoff_s
 from cdcsync.config import QualifiedName
 from cdcsync.errors import CdcsyncError, SourceUnavailable, Unavailable
 from cdcsync.logs import get_logger
 from cdcsync.postgres.autovacuums import Vacuumed, end_autovacuums
-from cdcsync.postgres.errors import LOCKED_OUT, locked_out, speaking_of
+from cdcsync.postgres.errors import LOCKED_OUT, locked_out, of_a_statement, speaking_of
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.postgres.settings import Side
 
@@ -184,7 +185,10 @@ async def exclusive_locks(
 
 
 class LockedOut:
-    """Whether the tables of an index could not be used just now, for all who use them over the same sessions."""
+    """Whether the tables of an index could not be used just now, for all who use them over the same sessions.
+
+    Mostly because somebody holds them locked.
+    """
 
     def __init__(self, index: str, source: Sequence[QualifiedName], target: Sequence[QualifiedName] = ()) -> None:
         """Remember it of an index.
@@ -205,11 +209,20 @@ class LockedOut:
         self._until = anyio.current_time() + LOCKED_OUT_S
 
     async def note(self, error: CdcsyncError, source: Session, target: Session | None = None) -> bool:
-        """Note an error of using them over a session, and log who holds the lock; False if it is another error."""
+        """Note an error of using them over a session, and log who holds a lock.
+
+        Returns False if the error does not pass, or is not theirs alone.
+        """
         side: Side = "source" if isinstance(error, SourceUnavailable) else "target"
         session = source if side == "source" else target
-        if session is None or not (isinstance(error, Unavailable) and locked_out(error)):
+        if session is None or not isinstance(error, Unavailable):
             return False
+        if not locked_out(error):
+            if not (isinstance(error.__cause__, psycopg.Error) and of_a_statement(error.__cause__, side)):
+                return False
+            self.wait()
+            log.warning("index_left_alone", index=self._index, error=str(error))
+            return True
         self.wait()
         try:
             with speaking_of(side):

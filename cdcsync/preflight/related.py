@@ -16,7 +16,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.config.names import quote
 from cdcsync.documents.related import LISTED, ONE, Facts, RelatedRows, columns_read
 from cdcsync.model.rows import Shape
-from cdcsync.postgres.errors import first_line, locked_out, passing, translate
+from cdcsync.postgres.errors import first_line, locked_out, of_a_statement, passing, translate
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, nearest
 from cdcsync.preflight.indexes import Plan
@@ -258,7 +258,7 @@ async def examine_statement(connection: Connection, plan: Plan, table: Table, *,
         except psycopg.Error as error:
             if in_use and locked_out(error):
                 continue
-            if passing(error) and error.sqlstate != "25006":
+            if passing(error) and not of_a_statement(error, "source"):
                 raise translate(error, "source", where=str(one.table)) from error
             findings.append(_unreadable(plan, one, table, error))
     return findings

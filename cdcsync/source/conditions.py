@@ -31,7 +31,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.documents.lexer import ROW, Token, Unreadable, named_columns, names, parts_of_row, tokens
 from cdcsync.model.conditions import WORDS_WITH_A_VALUE, ColumnKind, Where, columns_read, understood
 from cdcsync.model.rows import SOURCE_TABLE
-from cdcsync.postgres.errors import locked_out, passing, speaking_of, translate, without_values
+from cdcsync.postgres.errors import locked_out, of_a_statement, passing, speaking_of, translate, without_values
 from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
@@ -225,9 +225,9 @@ async def _trial(connection: Connection, table: QualifiedName, text: str) -> Asy
             "simplify it, or store its outcome in a column",
         ) from None
     except psycopg.Error as error:
-        if locked_out(error):
+        if locked_out(error) and not of_a_row(error):
             raise  # which says nothing about the condition
-        if passing(error) and error.sqlstate != "25006":
+        if passing(error) and not of_a_statement(error, "source"):
             raise translate(error, "source", where=str(table)) from error
         # The bracket is ours.
         ends = isinstance(error, psycopg.errors.SyntaxError) and ")" not in text and 'near ")"' in str(error)

@@ -16,14 +16,14 @@ from typing import TypeVar
 import psycopg
 
 from cdcsync.model.rows import Key, Unread
-from cdcsync.postgres.errors import without_values
+from cdcsync.postgres.errors import chosen, without_values
 
 T = TypeVar("T")
 
 _OTHERS = re.compile("0.|10|2[4-8BD]|3[4BDF]|4[024]|5[3578]|72|F0|HV|XX")
 """Classes of errors that are not about a row. Left are cardinality (a subquery gives two rows), data, constraints (of a
 domain), limits, functions of all languages (of PL/pgSQL: 20 if no branch of a CASE fits, 2F if no RETURN is reached),
-and codes that a function chose itself."""
+and codes of an application's own."""
 
 _SERVERS_WORDS = ("21", "22", "23", "54")
 """The message of a function's failure is its author's own, and may hold values."""
@@ -33,11 +33,16 @@ _DAMAGED = "XX001"
 _SYNTAX = "42601"
 """Of a text that is read as a tsquery or an ltree, which the message quotes. A condition's own syntax was examined."""
 
+_TOO_LARGE = "53400"
+"""Of a document whose related rows take more than `temp_file_limit` to sort, say."""
+
 
 def of_a_row(error: psycopg.Error) -> bool:
     """Say whether an error may be due to a single row that a statement reads, so that others can be read without it."""
     code = error.sqlstate
-    return code is not None and (_OTHERS.match(code) is None or code in (_DAMAGED, _SYNTAX))
+    if code is None:
+        return False
+    return _OTHERS.match(code) is None or code in (_DAMAGED, _SYNTAX, _TOO_LARGE) or chosen(error)
 
 
 async def read_apart(
@@ -64,5 +69,6 @@ async def read_apart(
 
 def _reason(error: psycopg.Error) -> str:
     code = error.sqlstate or ""
-    said = f": {without_values(error)}" if code[:2] in _SERVERS_WORDS or code == _DAMAGED else ""
+    servers = (code[:2] in _SERVERS_WORDS or code in (_DAMAGED, _TOO_LARGE)) and not chosen(error)
+    said = f": {without_values(error)}" if servers else ""
     return f"the source fails to read the row: {type(error).__name__} ({code}){said}"

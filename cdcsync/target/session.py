@@ -17,7 +17,7 @@ from cdcsync.model.pauses import Pause
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import Part
-from cdcsync.postgres.errors import REFUSALS, locked_out, speaking_of
+from cdcsync.postgres.errors import REFUSALS, speaking_of
 from cdcsync.postgres.locking import WRITERS_WAIT, Lock, exclusive_locks
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.postgres.temporary import TemporaryTables
@@ -46,7 +46,7 @@ class ApplySession(LockedSession):
         self._queue = Queue(schema)
         self._writers: dict[str, IndexWriter] = {}
         self._closed: set[str] = set()
-        """The indexes whose writers could not be opened, because their tables were locked."""
+        """The indexes whose writers could not be opened, for a reason that is theirs alone."""
         self._stages: TemporaryTables | None = None
         self._put_off: set[int] = set()
         """Requests of which a page had to be left out: their later pages wait for it."""
@@ -59,7 +59,10 @@ class ApplySession(LockedSession):
         self._failed: dict[str, FailedDocuments] = {}
 
     async def prepare(self, specs: Sequence[IndexSpec]) -> None:
-        """Create the connection's stages for these indexes, except where tables are locked: see `open_writers`."""
+        """Create the connection's stages for these indexes, except where an index's own tables are in the way.
+
+        Such an index is met again by `open_writers`, for a batch that concerns it.
+        """
         with speaking_of("target"):
             self._writers = {spec.name: IndexWriter(self.connection, self._schema, spec) for spec in specs}
             self._closed = set(self._writers)
@@ -67,8 +70,8 @@ class ApplySession(LockedSession):
                 for index in self._writers:
                     try:
                         await self.open_writers([index])
-                    except TargetUnavailable as error:
-                        if not locked_out(error):
+                    except (SchemaChanged, TargetUnavailable) as error:
+                        if error.index != index:
                             raise
             except BaseException:
                 await self.aclose()
@@ -83,6 +86,7 @@ class ApplySession(LockedSession):
         """Create the stages of these indexes that could not be created before.
 
         :raises TargetUnavailable: the tables of one are still locked; the others' changes can be applied.
+        :raises SchemaChanged: those of one are not as it needs them.
         """
         for index in sorted(self._closed.intersection(indexes)):
             with speaking_of("target", where=f"index {index}", index=index):

@@ -12,7 +12,7 @@ from cdcsync.backoff import Backoff
 from cdcsync.errors import CdcsyncError, Unavailable
 from cdcsync.flows.evaluate.recall import Budget, evaluate
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.errors import locked_out, speaking_of
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, Session
@@ -45,7 +45,7 @@ async def evaluate_for_ever(
                         await _evaluate_live(await target.connection(), schema, spec, budget)
                     except CdcsyncError as error:
                         log.warning("evaluation_failed", index=spec.name, error=str(error), fix=error.hint)
-                        if isinstance(error, Unavailable) and not locked_out(error):
+                        if isinstance(error, Unavailable) and error.index is None:
                             raise
                 backoff.succeeded()
                 await anyio.sleep(every_s)
@@ -53,7 +53,7 @@ async def evaluate_for_ever(
 
 async def _evaluate_live(connection: Connection, schema: str, spec: IndexSpec, budget: Budget) -> None:
     """Evaluate an index that is live and has vectors, as it is stored now."""
-    with speaking_of("target", where=f"index {spec.name}"):
+    with speaking_of("target", where=f"index {spec.name}", index=spec.name):
         entry = await Registry(schema).find(connection, spec.name)
         if entry is None or entry.state != "live":
             return

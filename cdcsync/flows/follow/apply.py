@@ -15,7 +15,7 @@ import msgspec
 import psycopg
 import structlog
 
-from cdcsync.backoff import Backoff, Failure
+from cdcsync.backoff import Backoff, Failure, backoff_s
 from cdcsync.errors import CdcsyncError, SchemaChanged, TargetUnavailable, Unavailable, leading
 from cdcsync.flows.follow.next_batch import NextBatch, nothing_follows
 from cdcsync.flows.follow.prepare import Preparer
@@ -27,6 +27,8 @@ from cdcsync.model.pauses import Pause
 from cdcsync.model.rows import Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.pgoutput.wire import to_datetime
+from cdcsync.postgres.errors import locked_out
+from cdcsync.postgres.settings import Side
 from cdcsync.target.failures.documents import listable
 from cdcsync.target.session import ApplySession
 from cdcsync.tracing import Tracing
@@ -41,8 +43,12 @@ MOST_REFUSED = 8
 attempts to find; if there are more, their common cause needs an operator."""
 
 
-LOCKED_ATTEMPTS = 12
-"""How often a batch is tried while somebody holds the tables of one index: for two minutes. Then it is paused."""
+MOST_WAIT_S = 10.0
+"""How long to wait at most before a batch is tried again."""
+
+MOST_ATTEMPTS = 12
+"""How often a batch is tried while it fails for one index: for a minute, or two if somebody holds the index's tables.
+Then that index is paused."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -68,14 +74,15 @@ class Applier:
     ) -> None:
         """Write over `session`, with the preparer of each index.
 
-        :param first_wait_s: how long to wait at first for a server that is away.
+        :param first_wait_s: how long to wait at first for a server that is away, or fails for one index.
         """
         self._session = session
         self._specs = specs
         self._preparers = preparers
         self._metrics = metrics
         self._tracing = tracing
-        self._backoff = Backoff(self._waits, first=first_wait_s, most=10)
+        self._first_wait_s = first_wait_s
+        self._backoff = Backoff(self._waits, first=first_wait_s, most=MOST_WAIT_S)
         self._next = NextBatch(session, preparers, tracing)
 
     def failing_for(self, seconds: float) -> CdcsyncError | None:
@@ -101,14 +108,15 @@ class Applier:
     ) -> None:
         """Commit a batch, trying again for as long as a server is away, and finish preparing the next one if it began.
 
-        An index that cannot take its changes is paused with the batch: `batch.paused` has it then, and the others'
-        changes are committed.
+        An index that cannot take its changes, or for which a server fails `MOST_ATTEMPTS` times, is paused with the
+        batch: `batch.paused` has it then, and the others' changes are committed.
 
         :param caught_up: asked just before the commit, whether nothing is left to be applied after this batch.
         :param following: returns the next batch once that is full; it is prepared during the commit.
         :param committed: called at once when the batch is in the target, which may be long before this returns.
         :raises LeaseLost, TargetRewound: this worker must not, or cannot, write its batch.
         :raises TablesChanged: statements for an index name a type that has another name by now.
+        :raises SchemaChanged: an index keeps the batch from being written although nothing of it is in there any more.
         """
         started = anyio.current_time()
 
@@ -118,7 +126,7 @@ class Applier:
 
         changes = self._next.changes_of(batch)
         self._next.await_from(following)
-        left_out, kept_out = Counter[str](), Counter[str]()
+        left_out, held_up = Counter[str](), Counter[str]()
         with self._tracing.batch(batch.origins, rows=batch.rows, transactions=batch.transactions):
             while True:
                 try:
@@ -133,23 +141,31 @@ class Applier:
                             await self._session.see_unrenamed(error.index)
                     if left_out[error.index] < MOST_REFUSED and _leave_out(error, batch):
                         left_out[error.index] += 1
+                    elif error.index in batch.paused and error.index not in batch.indexes:
+                        raise  # without anything of that index in the batch it would be the same again
                     else:
                         # Rows left out of this batch are read again when the index is resumed.
                         batch.indexes.pop(error.index, None)
                         batch.paused[error.index] = error
                 except Unavailable as error:
-                    index = error.index if isinstance(error, TargetUnavailable) else None
-                    if index is None or index not in batch.indexes:
+                    if error.index is None or error.index not in batch.indexes:
                         await self._backoff.wait(error)
                     else:
-                        kept_out[index] += 1
-                        log.warning("target_locked", index=index, error=str(error), attempt=kept_out[index])
-                        if kept_out[index] >= LOCKED_ATTEMPTS:
-                            batch.indexes.pop(index)
-                            batch.paused[index] = await self._pause_of_lock(index)
+                        held_up[error.index] += 1
+                        await self._wait_for_one(error, error.index, batch, held_up[error.index])
                 else:
                     return
                 changes = self._next.changes = None
+
+    async def _wait_for_one(self, error: Unavailable, index: str, batch: Batch, attempt: int) -> None:
+        """Wait after an attempt that failed for one index, or pause that index after the last one."""
+        log.warning("batch_held_up", index=index, error=str(error), attempt=attempt)
+        of_lock = isinstance(error, TargetUnavailable) and locked_out(error)
+        if attempt >= MOST_ATTEMPTS:
+            del batch.indexes[index]
+            batch.paused[index] = await self._pause_of_lock(index) if of_lock else _pause_of(error, index)
+        elif not of_lock:  # which was waited for already
+            await anyio.sleep(backoff_s(attempt - 1, first=self._first_wait_s, most=MOST_WAIT_S))
 
     async def _pause_of_lock(self, index: str) -> SchemaChanged:
         try:
@@ -234,12 +250,20 @@ class Applier:
         return applied
 
     def _waits(self, failure: Failure) -> None:
-        side = "target" if isinstance(failure.error, TargetUnavailable) else "source"
+        side = _side(failure.error)
         if side == "target":
             self._metrics.reconnects.labels(side).inc()
         log.warning(
             "apply_waits", side=side, error=str(failure.error), attempt=failure.attempt, delay_s=failure.delay_s
         )
+
+
+def _side(error: CdcsyncError | None) -> Side:
+    return "target" if isinstance(error, TargetUnavailable) else "source"
+
+
+def _pause_of(error: Unavailable, index: str) -> SchemaChanged:
+    return SchemaChanged(f"the {_side(error)} says: {error.message}", index=index, where=error.where, hint=error.hint)
 
 
 def _leave_out(error: SchemaChanged, batch: Batch) -> bool:

@@ -24,7 +24,7 @@ import structlog
 from cdcsync.errors import SourceUnavailable
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import XID_SPAN, Snapshot
-from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.errors import locked_out, speaking_of
 from cdcsync.postgres.locking import LockedOut
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.source.catalog import blockers, current_snapshot, in_doubt, running_transactions
@@ -120,7 +120,7 @@ class Sight:
         try:
             yield
         except SourceUnavailable as error:
-            if await self._locked.note(error, self._source):
+            if locked_out(error) and await self._locked.note(error, self._source):
                 raise PutOff from error
             raise
 

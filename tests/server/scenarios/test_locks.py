@@ -240,7 +240,7 @@ def live(made: Scene, name: str) -> bool:
 
 SOON_PAUSED = {
     "cdcsync.target.locked_session.LOCK_WAIT_MS": 200,
-    "cdcsync.flows.follow.apply.LOCKED_ATTEMPTS": 3,
+    "cdcsync.flows.follow.apply.MOST_ATTEMPTS": 3,
     "cdcsync.flows.setup.indexes.LOCK_ATTEMPTS": 2,
     "cdcsync.model.pauses.FIRST_DELAY_S": 5.0,
 }

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 
+from tests.support.configs import NO_AUDIT
 from tests.support.scenes import BEAT, Followed, MakeScene, Scene
 from tests.support.workers import until
 
@@ -229,3 +230,69 @@ def test_what_somebody_dropped_in_the_target_comes_back_with_a_start(make_scene:
             [[f"{name}_vectors_1_hnsw", f"{name}_chunks_search"]],
         ).fetchone()
         assert found == (2,)
+
+
+@pytest.mark.proof
+def test_an_index_whose_table_is_gone_as_the_target_restarts_holds_up_nothing_and_is_paused_once_it_changes(
+    make_scene: MakeScene,
+) -> None:
+    made = [
+        statement
+        for name in ("sound", "chosen")
+        for statement in (
+            f"CREATE TABLE {name} (id int PRIMARY KEY, title text)",
+            f"INSERT INTO {name} SELECT i, 'title ' || i FROM generate_series(1, 9) i",
+        )
+    ]
+    scene = make_scene(
+        made,
+        {name: Followed(name) for name in ("sound", "chosen")},
+        worker_lines=NO_AUDIT,
+        hurry={"cdcsync.flows.watch.RELATIONS_S": 1e6},
+    )
+    scene.pipeline.target.execute("DROP TABLE cdcsync.chosen_chunks CASCADE")
+    scene.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'cdcsync apply %'",
+        "UPDATE sound SET title = 'x' WHERE id = 1",
+    )
+    scene.follows("sound")
+    assert not scene.pipeline.times("index_paused")
+
+    scene.execute("UPDATE chosen SET title = 'x' WHERE id = 1", "UPDATE sound SET title = 'y' WHERE id = 1")
+    assert "chosen_chunks" in scene.pipeline.event("index_paused")["error"]
+    scene.follows("sound")
+    scene.heals()
+    assert len(scene.pipeline.processes) == 1
+
+
+@pytest.mark.proof
+def test_a_trigger_of_the_target_that_fails_with_whatever_code_pauses_its_index_alone(make_scene: MakeScene) -> None:
+    codes = ("25P02", "40001", "53400", "57P01")
+    names = ("sound", *(f"fails_{code.lower()}" for code in codes))
+    scene = make_scene(
+        [
+            statement
+            for name in names
+            for statement in (
+                f"CREATE TABLE {name} (id int PRIMARY KEY, title text)",
+                f"INSERT INTO {name} SELECT i, 'title ' || i FROM generate_series(1, 9) i",
+            )
+        ],
+        {name: Followed(name) for name in names},
+        worker_lines=NO_AUDIT,
+        hurry={"cdcsync.flows.follow.apply.MOST_ATTEMPTS": 3, "cdcsync.model.pauses.FIRST_DELAY_S": 2.0},
+    )
+    for code, name in zip(codes, names[1:], strict=True):
+        scene.pipeline.target.execute(
+            f"CREATE FUNCTION public.{name}() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$ BEGIN RAISE 'no' USING ERRCODE = '{code}'; END $$;"
+            f" CREATE TRIGGER failing BEFORE INSERT OR UPDATE OR DELETE ON cdcsync.{name}_chunks"
+            f" EXECUTE FUNCTION public.{name}()"
+        )
+        scene.execute(f"UPDATE {name} SET title = 'x' WHERE id = 1", f"UPDATE sound SET title = '{name}' WHERE id = 1")
+        scene.paused(name)
+        scene.follows("sound")
+    for name in names[1:]:
+        scene.pipeline.target.execute(f"DROP FUNCTION public.{name} CASCADE")
+    scene.heals()
+    assert len(scene.pipeline.processes) == 1

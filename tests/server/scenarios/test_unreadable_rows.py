@@ -8,6 +8,7 @@ from functools import partial
 import msgspec
 import pytest
 
+from tests.support.configs import NO_AUDIT
 from tests.support.scenes import Followed, MakeScene, Scene
 from tests.support.workers import until
 
@@ -246,3 +247,157 @@ def test_verify_the_audit_and_status_agree_about_rows_that_became_unreadable_wit
 
 def differed(scene: Scene) -> list[dict[str, dict[str, int]]]:
     return [event for event in scene.pipeline.events() if event["event"] == "index_differed"]
+
+
+CODES = (
+    *("08006", "0A000", "22012", "25001", "25006", "25P02", "26000", "34000", "40001", "40P01", "42501", "42P01"),
+    *("42P02", "42P18", "53100", "53200", "53300", "53400", "55000", "55P03", "57014", "57P01", "58030", "XX000"),
+)
+"""What stands for the state of a session, a server or a catalog unless a function chooses it."""
+
+CHOOSING = """CREATE FUNCTION public.choosing(note text) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS
+$$ BEGIN IF length(note) = 5 THEN RAISE 'the secret is %', note USING ERRCODE = note; END IF; RETURN true; END $$"""
+
+
+@pytest.mark.proof
+def test_a_row_for_which_a_function_raises_whatever_code_is_listed_in_the_stream_in_a_load_and_after_a_start(
+    make_scene: MakeScene,
+) -> None:
+    scene = make_scene(
+        [CHOOSING, *table("choosing"), *table("beside")],
+        {"choosing": Followed("choosing", where="public.choosing(note)"), "beside": Followed("beside")},
+    )
+    bad = {str(at) for at in range(1, len(CODES) + 1)}
+    for at, code in enumerate(CODES, start=1):
+        scene.execute(f"UPDATE choosing SET note = '{code}' WHERE id = {at}")
+    scene.execute("UPDATE beside SET title = 'x' WHERE id = 1", "UPDATE choosing SET title = 'x' WHERE id = 60")
+    until(partial(costs_only, scene, "choosing", bad), scene.pipeline.tail)
+    assert not [said for said in listed(scene, "choosing").values() if "secret" in said]
+    replayed = scene.command("replay", "choosing")
+    assert replayed.returncode == 0, replayed.stderr
+    assert costs_only(scene, "choosing", bad), scene.pipeline.difference
+
+    scene.pipeline.stop(scene.pipeline.processes[-1])
+    scene.pipeline.start()
+    scene.execute("UPDATE choosing SET title = 'y' WHERE id = 60", "UPDATE choosing SET title = 'y' WHERE id < 20")
+    until(lambda: found(scene, "choosing").get("60") == "y", scene.pipeline.tail)
+    assert costs_only(scene, "choosing", bad), scene.pipeline.difference
+    scene.follows("beside")
+    assert not scene.pipeline.times("index_paused")
+
+
+INSIDE = {
+    "a_parameter_that_nobody_gave": "EXECUTE 'SELECT $1 LIKE ''good%'''",
+    "a_write": "PERFORM nextval('public.counted')",
+    "a_cancellation": "PERFORM pg_cancel_backend(pg_backend_pid()); PERFORM pg_sleep(60)",
+}
+FAILING = """CREATE FUNCTION public.{name}(note text) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS
+$$ BEGIN IF note = 'odd' THEN {what}; END IF; RETURN true; END $$"""
+
+
+@pytest.mark.proof
+def test_a_function_that_fails_inside_as_if_the_session_or_the_server_did_pauses_its_index_alone(
+    make_scene: MakeScene,
+) -> None:
+    scene = make_scene(
+        [
+            "CREATE SEQUENCE public.counted",
+            *(FAILING.format(name=name, what=what) for name, what in INSIDE.items()),
+            *(statement for name in ("beside", *INSIDE) for statement in table(name)),
+            # More than those for which a condition is tried before the table is read again.
+            *(f"INSERT INTO {name} SELECT i, 'title', 1, '1' FROM generate_series(61, 150) i" for name in INSIDE),
+        ],
+        {"beside": Followed("beside"), **{name: Followed(name, where=f"public.{name}(note)") for name in INSIDE}},
+        hurry={"cdcsync.flows.follow.apply.MOST_ATTEMPTS": 3, "cdcsync.model.pauses.FIRST_DELAY_S": 2.0},
+    )
+    for name in INSIDE:
+        scene.execute(f"INSERT INTO {name} VALUES (900, 'title', 1, 'odd')", "UPDATE beside SET title = 'x'")
+        scene.paused(name)
+        scene.follows("beside")
+    for name in INSIDE:
+        scene.execute(f"DELETE FROM {name} WHERE id = 900")
+    scene.heals()
+    assert len(scene.pipeline.processes) == 1
+
+
+@pytest.mark.proof
+def test_requests_of_the_others_are_served_beside_an_index_whose_statements_fail_again_and_again(
+    make_scene: MakeScene,
+) -> None:
+    scene = make_scene(
+        [
+            FITS.format(what="RETURN false"),
+            *table("quiet"),
+            *table("beside"),
+            # After the first hundred rows, for which the condition is tried whenever the index is examined.
+            "INSERT INTO quiet SELECT i, 'title ' || i, 1, '1' FROM generate_series(61, 150) i",
+            "INSERT INTO quiet VALUES (151, 'title', -1, '1')",
+        ],
+        {"quiet": Followed("quiet", where="public.fits(n)"), "beside": Followed("beside")},
+        worker_lines=NO_AUDIT,
+        hurry={"cdcsync.postgres.locking.LOCKED_OUT_S": 0.5},
+    )
+
+    def served(index: str) -> bool:
+        return scene.pipeline.target.execute(
+            "SELECT count(*) = 2 FROM cdcsync.backfills WHERE index_name = %s AND kind IN ('resync', 'compare')"
+            " AND state = 'done' AND filter IS NULL AND requested_at > %s",
+            [index, asked_at],
+        ).fetchone() == (True,)
+
+    scene.settle()
+    ((asked_at,),) = scene.target.execute("SELECT clock_timestamp()")
+    scene.execute(FITS.format(what=INSIDE["a_cancellation"]))
+    for name in ("quiet", "beside"):
+        for kind, phase in (("resync", "rows"), ("compare", "rows")):
+            scene.pipeline.target.execute(
+                "INSERT INTO cdcsync.backfills (index_name, kind, phase) VALUES (%s, %s, %s)", [name, kind, phase]
+            )
+    until(partial(served, "beside"), scene.pipeline.tail)
+    assert not served("quiet")
+    assert {event["index"] for event in scene.pipeline.events() if event["event"] == "index_left_alone"} == {"quiet"}
+    assert not scene.pipeline.times("backfill_waits") + scene.pipeline.times("comparison_waits")
+    scene.execute(FITS.format(what="RETURN false"))
+    until(partial(served, "quiet"), scene.pipeline.tail)
+    scene.follows("beside", "quiet")
+
+
+NOTES = """[indexes.NAME.related.notes]
+table = "notes"
+on = { item_id = "id" }
+text = "{name}"
+order_by = "md5(name)"
+"""
+
+
+@pytest.mark.proof
+def test_a_document_that_takes_more_temporary_files_than_there_may_be_is_listed_and_holds_up_no_other_index(
+    make_scene: MakeScene,
+) -> None:
+    scene = make_scene(
+        [
+            "CREATE TABLE notes (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, item_id int, name text)",
+            "ALTER TABLE notes REPLICA IDENTITY FULL",
+            "CREATE INDEX ON notes (item_id)",
+            "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET work_mem = ''64kB''', current_database());"
+            " EXECUTE format('ALTER DATABASE %I SET temp_file_limit = ''512kB''', current_database()); END $$",
+            *table("items"),
+            *table("beside"),
+        ],
+        {"items": Followed("items", "{title} {notes}", more=NOTES), "beside": Followed("beside")},
+        apart=True,
+    )
+    scene.execute(
+        "INSERT INTO notes (item_id, name) SELECT 7, repeat(i::text, 40) FROM generate_series(1, 8000) i",
+        "UPDATE beside SET title = 'x' WHERE id = 1",
+        "INSERT INTO notes (item_id, name) VALUES (8, 'few')",
+    )
+    until(partial(costs_only, scene, "items", {"7"}), scene.pipeline.tail)
+    assert "temp_file_limit" in listed(scene, "items")["7"]
+    assert "few" in found(scene, "items")["8"]
+    scene.follows("beside")
+    replayed = scene.command("replay", "items")
+    assert replayed.returncode == 0, replayed.stderr
+    scene.execute("DELETE FROM notes WHERE id > 10 AND item_id = 7")
+    until(partial(costs_only, scene, "items", set()), scene.pipeline.tail)
+    assert not scene.pipeline.times("index_paused")

@@ -315,6 +315,62 @@ async def test_a_session_whose_stages_cannot_be_made_is_closed_and_opened_again(
     assert await locked.checkpoint() == Lsn(9)
 
 
+LOST = {
+    "its table": "DROP TABLE cdcsync.articles_chunks CASCADE",
+    "the name of its table": "ALTER TABLE cdcsync.articles_chunks RENAME TO elsewhere",
+    "a column": "ALTER TABLE cdcsync.articles_chunks DROP COLUMN tenant CASCADE",
+    "the schema of the others": "ALTER TABLE cdcsync.articles_chunks SET SCHEMA public",
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+async def test_an_index_that_lost_what_its_stage_is_made_of_keeps_no_other_from_being_written_to(
+    locked: Pipeline, lost: str
+) -> None:
+    session = await locked.open()
+    await locked.connection.execute(LOST[lost].encode())
+    await locked.broken(session)
+
+    await session.ensure(SPECS)
+    await session.open_writers(["notes"])
+    await apply(session, Lsn(9), notes=changes(document("1", "x", carried=())))
+
+    for _ in range(2):
+        with pytest.raises(SchemaChanged) as caught:
+            await session.open_writers(["articles", "notes"])
+        assert caught.value.index == "articles"
+    assert await locked.checkpoint() == Lsn(9)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        psycopg.errors.InsufficientPrivilege,
+        psycopg.errors.LockNotAvailable,
+        psycopg.errors.ConfigurationLimitExceeded,
+    ],
+)
+async def test_what_is_wrong_with_an_index_alone_leaves_a_new_session_open(
+    locked: Pipeline, monkeypatch: pytest.MonkeyPatch, error: type[psycopg.Error]
+) -> None:
+    session = await locked.open()
+    await locked.broken(session)
+    opened = IndexWriter.open
+
+    async def failing(writer: IndexWriter) -> None:
+        if writer.spec.name == "articles":
+            raise error("not now")
+        await opened(writer)
+
+    monkeypatch.setattr(IndexWriter, "open", failing)
+    await session.ensure(SPECS)
+    await apply(session, Lsn(9), notes=changes(document("1", "x", carried=())))
+    monkeypatch.setattr(IndexWriter, "open", opened)
+    await session.open_writers(["articles"])
+    await apply(session, Lsn(12), articles=changes(document("1", "x")))
+    assert await locked.checkpoint() == Lsn(12)
+
+
 async def test_tables_of_before_fingerprints_were_kept_are_brought_up(locked: Pipeline) -> None:
     await locked.connection.execute(f"ALTER TABLE {SCHEMA}.indexes DROP COLUMN made_of".encode())
 

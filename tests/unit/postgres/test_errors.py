@@ -6,8 +6,9 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from cdcsync.errors import CdcsyncError, SetupError, SourceUnavailable, TargetUnavailable
+from cdcsync.errors import CdcsyncError, SetupError, SourceUnavailable, TargetUnavailable, Unavailable
 from cdcsync.postgres.errors import speaking_of, translate
+from cdcsync.postgres.settings import Side
 
 
 def raised(error: psycopg.Error) -> BaseException:
@@ -45,6 +46,31 @@ def test_a_server_that_takes_only_reads_is_not_told_as_one_that_is_away() -> Non
     found = translate(errors.ReadOnlySqlTransaction("cannot execute UPDATE in a read-only transaction"), "target")
     assert type(found) is TargetUnavailable
     assert "`cdcsync check` says how" in str(found.hint)
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize(
+    ("error", "alone"),
+    [
+        (errors.LockNotAvailable("locked"), True),
+        (errors.DeadlockDetected("deadlock"), True),
+        (errors.SerializationFailure("a conflict with recovery"), True),
+        (errors.OutOfMemory("out of memory"), True),
+        (errors.ConfigurationLimitExceeded("temporary file size exceeds the limit"), True),
+        (errors.QueryCanceled("cancelled"), True),
+        (errors.DiskFull("no space left"), False),
+        (errors.TooManyConnections("too many clients"), False),
+        (errors.AdminShutdown("the server ends"), False),
+        (errors.ConnectionFailure("the connection broke"), False),
+        (psycopg.OperationalError("the connection is closed"), False),
+    ],
+)
+def test_an_error_names_the_index_whose_statement_failed_where_those_for_others_may_succeed(
+    error: psycopg.Error, alone: bool, side: Side
+) -> None:
+    with pytest.raises(Unavailable) as caught, speaking_of(side, index="articles"):
+        raise error
+    assert caught.value.index == ("articles" if alone else None)
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ async def test_nothing_to_read_is_read_once() -> None:
         (psycopg.errors.UndefinedColumn("column t.x does not exist"), False),
         (psycopg.errors.QueryCanceled("canceling statement"), False),
         (psycopg.errors.DiskFull("no space left"), False),
+        (psycopg.errors.OutOfMemory("out of memory"), False),
+        (psycopg.errors.ConfigurationLimitExceeded("temporary file size exceeds the limit"), True),
         (psycopg.OperationalError("the connection is closed"), False),
     ],
 )

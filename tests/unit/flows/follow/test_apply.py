@@ -16,8 +16,9 @@ from cdcsync.errors import (
     SourceUnavailable,
     TargetRewound,
     TargetUnavailable,
+    Unavailable,
 )
-from cdcsync.flows.follow.apply import MOST_REFUSED, Outcome
+from cdcsync.flows.follow.apply import MOST_ATTEMPTS, MOST_REFUSED, Outcome
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.changeset import Applied
@@ -127,6 +128,29 @@ async def test_a_row_that_is_refused_even_without_its_values_pauses_the_index() 
     target = Target(*[refused("a", psycopg.errors.UntranslatableCharacter())] * 2)
     await applier(target).apply(a_batch(), caught_up=lambda: True)
     assert [(indexes, set(paused)) for indexes, _, paused, _ in target.commits] == [({"articles"}, {"notes"})]
+
+
+@pytest.mark.parametrize(("kind", "side"), [(SourceUnavailable, "source"), (TargetUnavailable, "target")])
+@pytest.mark.parametrize("fewer", [1, 0])
+async def test_an_index_for_which_a_server_fails_again_and_again_is_paused_and_the_others_get_their_changes(
+    kind: type[Unavailable], side: str, fewer: int
+) -> None:
+    error = kind("out of memory", where="index notes", hint="give it more", sqlstate="53200")
+    error.index = "notes"
+    target = Target(*[error] * (MOST_ATTEMPTS - fewer))
+    await applier(target).apply(a_batch(), caught_up=lambda: True)
+    assert [(indexes, paused) for indexes, _, paused, _ in target.commits] == [
+        ({"articles", "notes"}, {})
+        if fewer
+        else ({"articles"}, {"notes": Pause(f"the {side} says: out of memory", "give it more")})
+    ]
+
+
+async def test_an_index_that_keeps_a_batch_from_being_written_even_without_its_changes_is_not_tried_for_ever() -> None:
+    target = Target(*[SchemaChanged("its tables are gone", index="notes")] * 2)
+    with pytest.raises(SchemaChanged, match="its tables are gone"):
+        await applier(target).apply(a_batch(), caught_up=lambda: True)
+    assert not target.commits
 
 
 @pytest.mark.parametrize("error", [LeaseLost("another worker"), TargetRewound("an older state")])
