@@ -182,10 +182,12 @@ def details_of(
     """Return what may change values although the columns are as before, by the table's OID; of each of many by itself.
 
     These are the transactions (32 bits) that last wrote the columns' entries, as both of two columns have other values
-    after their names were exchanged; a digest of all columns' entries where a condition reads the row as a whole; and
-    the key by which related rows are ordered in the end.
+    after their names were exchanged; a digest of all columns' entries where a condition reads the row as a whole; the
+    key by which related rows are ordered in the end; and the unique index by which the index's key names one row. Once
+    it is dropped, two rows may have the same key, and a deletion by that key does not tell which of them is gone.
     """
     read = sorted(columns)
+    proven_by = {leaf.oid: leaf.proven_by for leaf in table.leaves} | {table.oid: table.proven_by}
     known = _of_each(table, lambda leaf: leaf.columns_written, lambda column: column.written_by)
     found = {}
     for oid, written in known.items():
@@ -194,6 +196,8 @@ def details_of(
             found[str(oid)]["its columns"] = _digest(sorted(written.items()))
         if key is not None:
             found[str(oid)]["its primary key"] = ", ".join(key)
+        if table.named:
+            found[str(oid)]["the unique index of its key"] = str(proven_by[oid])
     return found
 
 
@@ -237,6 +241,7 @@ def fingerprint_of(
 ) -> Fingerprint:
     """Return both fingerprints of an index that reads these columns of a table, of the rows that `where` holds for.
 
+    :param table: as `keyed_by` the index's key.
     :param related: what it reads of other tables, or of the same one besides.
     :param expressions: its conditions in SQL, which the catalog was asked about.
     """
