@@ -226,6 +226,31 @@ async def test_the_key_by_which_related_rows_are_ordered_counts(
     assert difference(before, now, catalog.tables[of], [catalog.tables[T]]).compare
 
 
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "by an earlier version"])
+async def test_a_function_of_a_condition_that_is_defined_again_has_source_and_index_compared(
+    source: Connection, stored: bool
+) -> None:
+    await lay_out(source)
+    condition = "public.wanted(title)"
+
+    async def read() -> tuple[Fingerprint, Catalog]:
+        await source.execute(
+            "CREATE OR REPLACE FUNCTION public.wanted(s text) RETURNS boolean IMMUTABLE LANGUAGE sql AS"
+            " $$ SELECT s <> 'spam' $$"
+        )
+        catalog = await read_catalog(source, "p", [T], expressions=[condition])
+        return fingerprint_of(catalog, catalog.tables[T], ("title",), expressions=[condition]), catalog
+
+    before, _ = await read()
+    if not stored:
+        before = msgspec.structs.replace(before, made_of=msgspec.structs.replace(before.made_of, functions_written={}))
+    now, catalog = await read()
+    found = difference(before, now, catalog.tables[T])
+
+    assert found.compare == ("what its conditions call was defined again: public.wanted(text)" if stored else None)
+    assert not found.called
+
+
 ANEW = "ALTER TABLE public.t DROP CONSTRAINT t_pkey; ALTER TABLE public.t ADD PRIMARY KEY (id)"
 KEYS = {
     "a primary key dropped and added": (("id",), "", ANEW, True),
