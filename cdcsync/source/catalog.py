@@ -238,6 +238,7 @@ def facts_of(catalog: Catalog, table: Table, related: Sequence[RelatedRows]) -> 
             columns=tuple(column.name for column in used if column.readable),
             row_filter=sent.row_filter if sent is not None else None,
             types={column.name: column.value_type for column in used},
+            inheritable=one.inheritable,
         )
     return facts
 

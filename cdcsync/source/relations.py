@@ -108,6 +108,11 @@ class Table(msgspec.Struct, frozen=True):
     ordered: tuple[str, ...] = ()
 
     @property
+    def inheritable(self) -> bool:
+        """Whether other tables can inherit from it, whose rows are not its own."""
+        return self.kind == "r"
+
+    @property
     def example(self) -> QualifiedName:
         """A name for SQL: that of the table, or of the first of many."""
         return self.leaves[0].name if self.name.patterns else self.name
