@@ -135,7 +135,7 @@ class SchemaChanged(CdcsyncError):
     :param index: the index concerned.
     :param passing: the stream has moved past the cause, so that another look at the table may end the pause at once,
         however often that happens.
-    :ivar key: the key of a row that is the cause, where one is.
+    :ivar key: the key of a row that is the cause, where one is; a table that no longer forbids it may have NULL there.
     """
 
     def __init__(
@@ -144,14 +144,15 @@ class SchemaChanged(CdcsyncError):
         super().__init__(message, where=where, hint=hint)
         self.index = index
         self.passing = passing
-        self.key: tuple[str, ...] | None = None
+        self.key: tuple[str | None, ...] | None = None
 
     @property
     def row(self) -> str | None:
         """The key, cut to what is needed to find the row: for the index's reason, not for a log."""
         if self.key is None:
             return None
-        return ", ".join(part if len(part) <= SHOWN_CHARACTERS else f"{part[:SHOWN_CHARACTERS]}…" for part in self.key)
+        parts = ["NULL" if part is None else part for part in self.key]
+        return ", ".join(part if len(part) <= SHOWN_CHARACTERS else f"{part[:SHOWN_CHARACTERS]}…" for part in parts)
 
 
 class LeaseLost(CdcsyncError):

@@ -65,12 +65,14 @@ class TableFacts(msgspec.Struct, frozen=True):
     :ivar columns: the columns that statements may use, and the role may read: what `columns_read` names, and the key.
     :ivar row_filter: the condition of the rows that the publication sends.
     :ivar types: of the columns, as format_type prints them.
+    :ivar inheritable: see `Shape.inheritable`.
     """
 
     key: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     row_filter: str | None = None
     types: dict[str, str] = {}
+    inheritable: bool = False
 
 
 Facts = Mapping[QualifiedName, TableFacts]
@@ -341,15 +343,25 @@ def _make(
     return tuple(made)
 
 
+def own_rows(table: QualifiedName, *, inheritable: bool) -> str:
+    """Return a table as SQL names it after FROM, without the rows of tables that inherit from it.
+
+    Their changes come under other names, and the table may be read before the watch sees that they exist. The rows of a
+    partitioned table are those of its partitions.
+    """
+    return f"{'ONLY ' if inheritable else ''}{_id(table.schema)}.{_id(table.name)}"
+
+
 def _rows_of(table: QualifiedName, alias: str, facts: Facts, where: str = "") -> str:
     """Return SQL of the rows that the publication sends of a table, those that fulfil a condition."""
     known = facts.get(table, TableFacts())
+    source = own_rows(table, inheritable=known.inheritable)
     conditions = [f"({one})" for one in (known.row_filter, where) if one]
     if not conditions:
-        return f"{_id(table.schema)}.{_id(table.name)} AS {_id(alias)}"
+        return f"{source} AS {_id(alias)}"
     # Apart, so that the conditions' names can be those of no other table.
     columns = ", ".join(f"t.{_id(column)}" for column in known.columns)
-    rows = f"SELECT {columns} FROM {_id(table.schema)}.{_id(table.name)} AS t WHERE {' AND '.join(conditions)}"
+    rows = f"SELECT {columns} FROM {source} AS t WHERE {' AND '.join(conditions)}"
     return f"({rows}) AS {_id(alias)}"
 
 

@@ -47,6 +47,8 @@ class Shape(msgspec.Struct, frozen=True):
     """Whether the index is over many equal tables, so that the key begins with the table's name."""
     source: str | None = None
     """The name of that table, in the shape of one of many."""
+    inheritable: bool = False
+    """Whether other tables can inherit from it, whose rows are not its own: it is not partitioned."""
 
     @property
     def columns(self) -> tuple[str, ...]:

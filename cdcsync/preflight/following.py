@@ -78,6 +78,7 @@ def seen_fingerprint(plan: Plan, catalog: Catalog, entry: Entry) -> Fingerprint 
     documents = plan.documents
     columns = (*entry.key, *entry.columns, *((*documents.columns, *documents.joined) if documents else ()))
     related = columns_read(documents.related) if documents is not None else {}
+    table = table.keyed_by(entry.key)
     return fingerprint_of(catalog, table, columns, plan.where, related, plan.index.expressions)
 
 

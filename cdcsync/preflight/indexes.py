@@ -288,6 +288,7 @@ async def make_spec(
         computed=documents.computed,
         joined=documents.joined,
         many=bool(index.tables),
+        inheritable=table.inheritable,
     )
     wire_types = tuple(table.columns[one].wire_type for one in shape.own if one in table.columns)
     spec = IndexSpec(

@@ -250,6 +250,7 @@ async def examine_statement(connection: Connection, plan: Plan, table: Table, *,
             tuple(one.computed),
             computed=frozenset(one.computed),
             joined=tuple(theirs for _, theirs in one.steps[0].on),
+            inheritable=table.inheritable,
         )
         findings += await _examine_conditions(connection, f"indexes.{plan.name}", one, plan.facts, plan.in_use)
         types = [table.columns[column].value_type for column in table.key]

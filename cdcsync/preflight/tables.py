@@ -269,6 +269,7 @@ def key_faults(table: Table) -> Iterator[Finding]:
             str(table.name), f"its replica identity {why}: UPDATE and DELETE do not send the key ({key})", fix
         )
     else:
+        yield from _null_faults(str(table.name), table)
         if table.identity_mode == "i" and not _told_apart(table):
             yield Finding.error(
                 str(table.name),
@@ -292,6 +293,16 @@ def _identifying(table: Table) -> TableIndex | None:
     return min(of_all, key=lambda one: (len(one.columns), one.name), default=None)
 
 
+def _null_faults(where: str, table: Table) -> Iterator[Finding]:
+    """Say which columns of the key may be NULL, so that they name no row."""
+    if nullable := [quote(column) for column in table.key if not table.columns[column].not_null]:
+        yield Finding.error(
+            where,
+            f"{named(nullable)} of {table.name} may be NULL, so it cannot identify a row",
+            f"ALTER TABLE {table.name} " + ", ".join(f"ALTER COLUMN {one} SET NOT NULL" for one in nullable),
+        )
+
+
 def named_key_faults(name: str, table: Table) -> Iterator[Finding]:
     """Say why the key that an index names does not tell its rows apart, or does not come with their changes."""
     where = f"indexes.{name}.key"
@@ -301,12 +312,7 @@ def named_key_faults(name: str, table: Table) -> Iterator[Finding]:
             yield Finding.error(where, f"{table.name} has no column {quote(column)}", meant)
         return
     key = ", ".join(map(quote, table.key))
-    if nullable := [quote(column) for column in table.key if not table.columns[column].not_null]:
-        yield Finding.error(
-            where,
-            f"{named(nullable)} of {table.name} may be NULL, so it cannot identify a row",
-            f"ALTER TABLE {table.name} " + ", ".join(f"ALTER COLUMN {one} SET NOT NULL" for one in nullable),
-        )
+    yield from _null_faults(where, table)
     if not table.proofs:
         yield Finding.error(
             where,

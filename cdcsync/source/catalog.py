@@ -25,7 +25,7 @@ from cdcsync.postgres.locking import BRIEFLY, until_locked
 from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_rows, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.families import as_one, members_of, sent_as_one
-from cdcsync.source.functions import functions_called
+from cdcsync.source.functions import Definition, functions_called
 from cdcsync.source.publications import Publication, read_publication
 from cdcsync.source.relations import Table, read_tables
 
@@ -112,7 +112,7 @@ class Catalog(msgspec.Struct, frozen=True):
     :ivar publication: None if there is none of that name.
     :ivar tables: those of the configured tables that exist.
     :ivar members: the tables of each family of many equal tables that was asked for.
-    :ivar functions: the digests of what each condition that was asked for calls, by name.
+    :ivar functions: the definitions of what each condition that was asked for calls, by name.
     :ivar called: the present names of the tables whose OIDs were asked for, as far as they exist.
     """
 
@@ -123,7 +123,7 @@ class Catalog(msgspec.Struct, frozen=True):
     tables: dict[QualifiedName, Table]
     called: dict[int, QualifiedName] = {}
     members: dict[QualifiedName, tuple[QualifiedName, ...]] = {}
-    functions: dict[str, dict[str, str]] = {}
+    functions: dict[str, dict[str, Definition]] = {}
 
     def limited(self, family: QualifiedName, members: Collection[QualifiedName]) -> Catalog:
         """Return the catalog as if a family had only these of its members."""
@@ -238,6 +238,7 @@ def facts_of(catalog: Catalog, table: Table, related: Sequence[RelatedRows]) -> 
             columns=tuple(column.name for column in used if column.readable),
             row_filter=sent.row_filter if sent is not None else None,
             types={column.name: column.value_type for column in used},
+            inheritable=one.inheritable,
         )
     return facts
 

@@ -37,6 +37,7 @@ class Column(msgspec.Struct, frozen=True):
     """A column of a source table.
 
     :ivar type: as format_type prints it, with its modifier.
+    :ivar not_null: whether no row has NULL in it.
     :ivar generated: "s" (stored), "v" (virtual) or "" (not generated).
     :ivar base_type: what a domain is made of; None for other types.
     :ivar labels: an enum's.
@@ -86,7 +87,12 @@ async def read_columns(connection: Connection, oids: Collection[int]) -> dict[in
     # subqueries from being run for the others.
     cursor = await connection.execute(
         """
-        SELECT a.attrelid::int8, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated::text,
+        SELECT a.attrelid::int8, a.attname, format_type(a.atttypid, a.atttypmod),
+               -- From PostgreSQL 18 on, a constraint may be NOT VALID: rows of before may have NULL.
+               a.attnotnull AND NOT EXISTS (
+                   SELECT FROM pg_constraint c WHERE c.conrelid = a.attrelid AND c.contype = 'n' AND NOT c.convalidated
+                   AND a.attnum = ANY(c.conkey)),
+               a.attgenerated::text,
                coalesce(has_column_privilege(a.attrelid, a.attnum, 'SELECT'), false),
                CASE WHEN y.typtype = 'd' THEN (
                 WITH RECURSIVE domains(type, modifier) AS (

@@ -113,6 +113,7 @@ def _leaf(member: Table) -> Partition:
         },
         collations={name: column.collation for name, column in member.columns.items()},
         columns_written={name: column.written_by for name, column in member.columns.items()},
+        proven_by=member.keyed_by(member.key).proven_by,
     )
 
 

@@ -69,11 +69,13 @@ class MadeOf(msgspec.Struct, frozen=True):
     :ivar tables: by name.
     :ivar types: the user-defined types, by OID.
     :ivar functions: digests of what its conditions call, by name.
+    :ivar functions_written: which transactions last wrote that. What an earlier version did not store is not compared.
     """
 
     tables: dict[str, TableValues]
     types: dict[str, Type]
     functions: dict[str, str] = {}
+    functions_written: dict[str, str] = {}
 
 
 class SentBy(msgspec.Struct, frozen=True):
@@ -182,10 +184,12 @@ def details_of(
     """Return what may change values although the columns are as before, by the table's OID; of each of many by itself.
 
     These are the transactions (32 bits) that last wrote the columns' entries, as both of two columns have other values
-    after their names were exchanged; a digest of all columns' entries where a condition reads the row as a whole; and
-    the key by which related rows are ordered in the end.
+    after their names were exchanged; a digest of all columns' entries where a condition reads the row as a whole; the
+    key by which related rows are ordered in the end; and the unique index by which the index's key names one row. Once
+    it is dropped, two rows may have the same key, and a deletion by that key does not tell which of them is gone.
     """
     read = sorted(columns)
+    proven_by = {leaf.oid: leaf.proven_by for leaf in table.leaves} | {table.oid: table.proven_by}
     known = _of_each(table, lambda leaf: leaf.columns_written, lambda column: column.written_by)
     found = {}
     for oid, written in known.items():
@@ -194,6 +198,8 @@ def details_of(
             found[str(oid)]["its columns"] = _digest(sorted(written.items()))
         if key is not None:
             found[str(oid)]["its primary key"] = ", ".join(key)
+        if table.named:
+            found[str(oid)]["the unique index of its key"] = str(proven_by[oid])
     return found
 
 
@@ -237,6 +243,7 @@ def fingerprint_of(
 ) -> Fingerprint:
     """Return both fingerprints of an index that reads these columns of a table, of the rows that `where` holds for.
 
+    :param table: as `keyed_by` the index's key.
     :param related: what it reads of other tables, or of the same one besides.
     :param expressions: its conditions in SQL, which the catalog was asked about.
     """
@@ -248,11 +255,13 @@ def fingerprint_of(
         if other is not None and name != table.name:
             made.append(made_of(other, read, key=other.primary_key))
             sent.append(sent_by(catalog.publication, other))
+    called = {name: defined for text in expressions for name, defined in catalog.functions[text].items()}
     return Fingerprint(
         MadeOf(
             {name: values for one in made for name, values in one.tables.items()},
             {oid: type_ for one in made for oid, type_ in one.types.items()},
-            {name: digest for text in expressions for name, digest in catalog.functions[text].items()},
+            {name: defined.digest for name, defined in called.items()},
+            {name: defined.written for name, defined in called.items()},
         ),
         SentBy(sent[0].publication, {name: by for one in sent for name, by in one.tables.items()}),
     )
@@ -277,6 +286,8 @@ def difference(before: Fingerprint | None, now: Fingerprint, table: Table, relat
     doubts = [Doubt("the publication was edited")] if before.sent_by.publication != now.sent_by.publication else []
     if called := _changed(before.made_of.functions, now.made_of.functions):
         doubts.append(Doubt(f"what its conditions call was changed: {', '.join(called)}"))
+    elif rewritten := _rewritten(before.made_of.functions_written, now.made_of.functions_written):
+        doubts.append(Doubt(f"what its conditions call was defined again: {', '.join(rewritten)}"))
     if altered := _altered_types(before.made_of.types, now.made_of.types):
         doubts.append(Doubt(f"type {', '.join(altered)} was altered"))
     doubts += [
@@ -304,6 +315,11 @@ def _left(leaf: str, attached: str, now: tuple[int, str] | None) -> bool:
 
 def _changed(was: Mapping[str, str], is_: Mapping[str, str]) -> list[str]:
     return sorted(name for name in was.keys() | is_.keys() if was.get(name) != is_.get(name))
+
+
+def _rewritten(was: Mapping[str, str], is_: Mapping[str, str]) -> list[str]:
+    """Return what was written by other transactions than before, of what is known of both times."""
+    return sorted(name for name in was.keys() & is_.keys() if was[name] != is_[name])
 
 
 def _edited(was: SentBy, is_: SentBy, table: Table) -> str | None:
@@ -349,8 +365,7 @@ def _altered(was: TableValues, is_: TableValues) -> list[str]:
         {
             name
             for table in was.details.keys() & is_.details.keys()
-            for name in was.details[table].keys() & is_.details[table].keys()
-            if was.details[table][name] != is_.details[table][name]
+            for name in _rewritten(was.details[table], is_.details[table])
         }
     )
 

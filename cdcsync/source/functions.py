@@ -6,7 +6,8 @@ belongs to what an index is made of, together with what that calls in turn.
 
 A condition names things by their schema, because our sessions have no search path. A function's body may have a path of
 its own, so in bodies every function of a name counts, in whatever schema; so does one that only a comment mentions. A
-digest too many costs a comparison when that function is replaced.
+digest too many costs a comparison when that function is replaced. One that was replaced and replaced back decided about
+rows in between, so the transactions that last wrote the catalog's entries are told beside the digests.
 
 A body of SQL statements (BEGIN ATOMIC) is stored as the server understood it, and the server records what that depends
 on. So its text is not asked for: the function that writes it (pg_get_function_sqlbody) waits for all tables that the
@@ -69,12 +70,15 @@ class Called(msgspec.Struct, frozen=True):
 
     :ivar name: with its arguments, as a message shows it.
     :ivar digest: of its definition, without its owner, its privileges and its cost.
+    :ivar written: the entries that make it up, or by which an operator or a cast calls it, each with the transaction
+        (32 bits) that last wrote it.
     :ivar body: its text, if it is in a language that may call others and its text says what it calls.
     :ivar named: the schemas and names of what it depends on, if its body is SQL that the server has understood.
     """
 
     name: str
     digest: str
+    written: list[str]
     body: str | None
     named: list[list[str]] = []
 
@@ -84,18 +88,31 @@ class Called(msgspec.Struct, frozen=True):
         return {*_named_in_body(self.body or ""), *((schema, name) for schema, name in self.named)}
 
 
-async def functions_called(connection: Connection, conditions: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Return, for each condition, the digests of what it calls outside of pg_catalog, or searches by; by name."""
+class Definition(msgspec.Struct, frozen=True):
+    """What something that a condition goes by is defined as.
+
+    :ivar written: which transactions last wrote it, of a function or a domain's checks.
+    """
+
+    digest: str
+    written: str = ""
+
+
+async def functions_called(connection: Connection, conditions: Iterable[str]) -> dict[str, dict[str, Definition]]:
+    """Return, for each condition, the definitions of what it calls outside of pg_catalog, or searches by; by name."""
     named = {text: set(_named_in_condition(text)) for text in conditions}
     known: dict[Name, list[Called]] = {}
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, Definition]] = {}
     for text, left in named.items():
         digests: dict[str, str] = {}
+        written: dict[str, set[str]] = {}
         seen: set[Name] = set()
         bodies = [text]
         while left:
             await _look_up(connection, known, left)
             seen |= left
+            for one in (one for name in left for one in known[name]):
+                written.setdefault(one.name, set()).update(one.written)
             new = [one for name in left for one in known[name] if one.name not in digests]
             digests |= {one.name: one.digest for one in new}
             bodies += [one.body for one in new if one.body is not None]
@@ -106,7 +123,9 @@ async def functions_called(connection: Connection, conditions: Iterable[str]) ->
             digests["text search configurations"] = str(await fetch_value(connection, _SEARCH_CONFIGURATIONS, []))
         if any(map(_WRITING.search, bodies)):
             digests["lc_time, lc_numeric, transform_null_equals"] = "pinned"
-        found[text] = digests
+        found[text] = {
+            name: Definition(digest, ", ".join(sorted(written.get(name, ())))) for name, digest in digests.items()
+        }
     return found
 
 
@@ -160,15 +179,17 @@ _CALLED: LiteralString = """
         JOIN pg_namespace AS n ON n.nspname = w.schema OR w.schema IS NULL
         WHERE n.nspname NOT IN ('pg_catalog', 'information_schema')
     ), functions AS (
-        SELECT w.place, p.oid FROM wanted AS w JOIN pg_proc AS p ON p.proname = w.name AND p.pronamespace = w.schema
-        UNION SELECT w.place, o.oprcode FROM wanted AS w
+        SELECT w.place, p.oid, NULL AS by
+        FROM wanted AS w JOIN pg_proc AS p ON p.proname = w.name AND p.pronamespace = w.schema
+        UNION SELECT w.place, o.oprcode, concat_ws(' ', 'operator', o.oid, o.xmin) FROM wanted AS w
             JOIN pg_operator AS o ON o.oprname = w.name AND o.oprnamespace = w.schema
-        UNION SELECT w.place, c.castfunc FROM wanted AS w
+        UNION SELECT w.place, c.castfunc, concat_ws(' ', 'cast', c.oid, c.xmin) FROM wanted AS w
             JOIN pg_type AS t ON t.typname = w.name AND t.typnamespace = w.schema
             JOIN pg_cast AS c ON t.oid IN (c.castsource, c.casttarget)
     )
     SELECT f.place, p.oid::regprocedure::text,
         md5((to_jsonb(p) - ARRAY['oid', 'proowner', 'proacl', 'procost', 'prorows'])::text),
+        array_remove(ARRAY[concat_ws(' ', 'function', p.oid, p.xmin), f.by], NULL),
         CASE WHEN l.lanname NOT IN ('c', 'internal') THEN p.prosrc END,
         -- These are also its arguments' types and what their defaults call. An array counts as its elements. Of
         -- what is in pg_catalog there is no record of its own.
@@ -190,7 +211,7 @@ _CALLED: LiteralString = """
     WHERE p.pronamespace <> 'pg_catalog'::regnamespace
     UNION ALL
     SELECT w.place, 'domain ' || format_type(t.oid, NULL), md5(string_agg(d.text, ' ' ORDER BY d.text)),
-        string_agg(d.text, ' '), '{}'::text[]
+        array_agg(concat_ws(' ', 'check', c.oid, c.xmin)), string_agg(d.text, ' '), '{}'::text[]
     FROM wanted AS w JOIN pg_type AS t ON t.typname = w.name AND t.typnamespace = w.schema
     JOIN pg_constraint AS c ON c.contypid = t.oid
     CROSS JOIN LATERAL (SELECT pg_get_constraintdef(c.oid) AS text) AS d

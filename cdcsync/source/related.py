@@ -14,7 +14,7 @@ from typing import cast
 
 from psycopg import sql
 
-from cdcsync.documents.related import Facts, RelatedRows, TableFacts, computed_columns
+from cdcsync.documents.related import Facts, RelatedRows, TableFacts, computed_columns, own_rows
 from cdcsync.model.links import Link, Values
 from cdcsync.model.rows import Key, Shape
 from cdcsync.model.visibility import Snapshot
@@ -135,16 +135,17 @@ class LookUps:
 
     def _way(self, link: Link, equal: Callable[[str, str], str]) -> str:
         """Return SQL of the index's table, joined to those before the link's."""
-        tables = [f"{_table(self._shape)} AS t", *self._tables(link)]
+        own = own_rows(self._shape.table, inheritable=self._shape.inheritable)
+        tables = [f"{own} AS t", *self._tables(link)]
         joins = self._joins(link, equal)
         first, *others = tables
         return " ".join([first, *(f"JOIN {one} ON {on}" for one, on in zip(others, joins, strict=True))])
 
-    @staticmethod
-    def _tables(link: Link) -> list[str]:
+    def _tables(self, link: Link) -> list[str]:
+        between = [step.table for step in link.steps[:-1]]
         return [
-            f'{sql.Identifier(step.table.schema, step.table.name).as_string(None)} AS "step {at}"'
-            for at, step in enumerate(link.steps[:-1])
+            f'{own_rows(table, inheritable=self._facts.get(table, TableFacts()).inheritable)} AS "step {at}"'
+            for at, table in enumerate(between)
         ]
 
     def _joins(self, link: Link, equal: Callable[[str, str], str]) -> list[str]:
@@ -168,10 +169,6 @@ class LookUps:
     def _type(self, link: Link, step: int, column: str) -> str:
         table = self._shape.table if step < 0 else link.steps[step].table
         return self._facts.get(table, TableFacts()).types.get(column, "")
-
-
-def _table(shape: Shape) -> str:
-    return sql.Identifier(shape.table.schema, shape.table.name).as_string(None)
 
 
 def _column(step: int, name: str) -> str:

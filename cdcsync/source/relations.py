@@ -22,11 +22,13 @@ class TableIndex(msgspec.Struct, frozen=True):
     """An index by whose first columns rows can be looked up: one of all rows, which sorts or hashes.
 
     :ivar unique: whether it proves that no two rows have the same values in its columns, at any moment.
+    :ivar oid: that of its constraint, if it has one, which `REINDEX CONCURRENTLY` keeps; else its own.
     """
 
     columns: tuple[str, ...]
     unique: bool
     name: str = ""
+    oid: int = 0
 
 
 class Partition(msgspec.Struct, frozen=True):
@@ -41,6 +43,7 @@ class Partition(msgspec.Struct, frozen=True):
         OID of the expression.
     :ivar collations: of the same, the collations of its columns.
     :ivar columns_written: of the same, the transactions that last wrote its columns' entries.
+    :ivar proven_by: of the same, see `Table.proven_by`.
     """
 
     name: QualifiedName
@@ -57,6 +60,7 @@ class Partition(msgspec.Struct, frozen=True):
     columns: dict[str, tuple[int, int, int, int | None]] = {}
     collations: dict[str, str] = {}
     columns_written: dict[str, int] = {}
+    proven_by: int = 0
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -104,6 +108,11 @@ class Table(msgspec.Struct, frozen=True):
     ordered: tuple[str, ...] = ()
 
     @property
+    def inheritable(self) -> bool:
+        """Whether other tables can inherit from it, whose rows are not its own."""
+        return self.kind == "r"
+
+    @property
     def example(self) -> QualifiedName:
         """A name for SQL: that of the table, or of the first of many."""
         return self.leaves[0].name if self.name.patterns else self.name
@@ -130,6 +139,14 @@ class Table(msgspec.Struct, frozen=True):
         """The unique indexes that show that the named key names one row, those on most of its columns first."""
         found = [one for one in self.indexes if one.unique and set(one.columns) <= set(self.named)]
         return sorted(found, key=lambda one: (-len(one.columns), one.name))
+
+    @property
+    def proven_by(self) -> int:
+        """The OID of the oldest of these unique indexes: while it is the same, the key has been unique at every moment.
+
+        0 if there is none.
+        """
+        return min((one.oid for one in self.proofs), default=0)
 
     def keyed_by(self, columns: tuple[str, ...], ordered: tuple[str, ...] = ()) -> Table:
         """Return the table as an index sees it that names its key; with no columns, the table itself.
@@ -196,7 +213,10 @@ whose keys are equal.
 """
 
 _INDEXES = f"""(
-    SELECT json_agg(json_build_object('name', x.relname, 'unique', {TELLS_ROWS_APART}, 'columns', (
+    SELECT json_agg(json_build_object('name', x.relname, 'oid', coalesce((
+        SELECT o.oid FROM pg_constraint o
+        WHERE o.conrelid = i.indrelid AND o.conindid = i.indexrelid AND o.contype IN ('p', 'u')
+    ), i.indexrelid)::int8, 'unique', {TELLS_ROWS_APART}, 'columns', (
         SELECT json_agg(a.attname ORDER BY k.place)
         FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, place)
         JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
@@ -263,7 +283,7 @@ async def read_tables(connection: Connection, names: Collection[QualifiedName]) 
             file=file,
             types=reachable_types(types, [one.wire_type[0] for one in mine.values()]),
             written_by=xmin,
-            indexes=tuple(TableIndex(tuple(one["columns"]), one["unique"], one["name"]) for one in indexes or ()),
+            indexes=msgspec.convert(indexes or (), tuple[TableIndex, ...]),
         )
     return tables
 

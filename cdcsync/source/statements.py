@@ -12,7 +12,7 @@ from typing import LiteralString
 
 from psycopg import sql
 
-from cdcsync.documents.related import Facts, RelatedRows
+from cdcsync.documents.related import Facts, RelatedRows, own_rows
 from cdcsync.model.rows import SOURCE_TABLE, Key, Shape
 from cdcsync.postgres.comparisons import Comparison, comparisons, follows, in_parts, parts_after
 from cdcsync.postgres.sessions import Connection
@@ -53,7 +53,7 @@ class Statements:
                 [str(shape.table), *(str(step.table) for top in related for one in top.walk() for step in one.steps)]
             )
         )
-        self._table = sql.Identifier(shape.table.schema, shape.table.name)
+        self._table = sql.SQL(own_rows(shape.table, inheritable=shape.inheritable))
         # In the table of one of many, its name is not a column.
         self._fixed = 0 if shape.source is None else 1
         keys: list[sql.Composable] = [sql.Identifier("t", name) for name in shape.key]

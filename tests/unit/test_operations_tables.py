@@ -33,6 +33,7 @@ HELD = {
     "a column that it reads, or a label or attribute": (FINGERPRINTS, "two columns change places for a while"),
     "a column is added, dropped or renamed, and": (f"{SCENARIOS}test_undone.py", "row_more"),
     "a related table gets another primary key": (f"{SCENARIOS}test_undone.py", "primary_key"),
+    "the unique index of its key": (f"{SCENARIOS}test_undone.py", "renumbered_named"),
     "a column gets another collation": (
         f"{SCENARIOS}test_collations.py",
         "test_a_column_that_gets_another_collation",

@@ -21,6 +21,7 @@ from psycopg import sql
 
 from cdcsync.config.names import quote
 from cdcsync.documents.chunks.sizes import WHITE_SPACE
+from cdcsync.documents.related import own_rows
 from cdcsync.errors import DocumentError
 from cdcsync.model.rows import Key, Row
 from cdcsync.model.spec import IndexSpec
@@ -280,8 +281,7 @@ def published(
     :param wanted: only rows for which `same` holds with a row of this; nothing else is asked of others.
     """
     filter_: sql.Composable = sql.SQL("(" + spec.condition + ")") if spec.condition else sql.SQL("true")
-    of: sql.Composable = sql.Identifier(spec.shape.table.schema, spec.shape.table.name)
-    of = sql.SQL("{} AS t").format(of)
+    of: sql.Composable = sql.SQL(own_rows(spec.shape.table, inheritable=spec.shape.inheritable) + " AS t")
     if wanted is not None and same is not None:
         of = sql.SQL("{} JOIN {} ON {}").format(of, wanted, same)
         filter_ = sql.SQL("CASE WHEN {} THEN {} END").format(same, filter_)

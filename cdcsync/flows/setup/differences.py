@@ -51,6 +51,7 @@ def present_fingerprint(catalog: Catalog, spec: IndexSpec) -> Fingerprint | None
     if table is None or any(name not in catalog.tables for name in spec.tables):
         return None
     related = columns_read(spec.documents.related)
+    table = table.keyed_by(spec.shape.key)
     return fingerprint_of(catalog, table, spec.shape.own, spec.where, related, spec.config.expressions)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import cast
+from typing import TypeGuard, cast
 
 import msgspec
 from psycopg import sql
@@ -148,9 +148,10 @@ class FailedDocuments:
         return sql.SQL(statement).format(**self._parts)
 
 
-def listable(key: Key) -> bool:
-    """Say whether a key is short enough to be listed."""
-    return sum(len(part.encode()) for part in key) <= KEY_BYTES
+def listable(key: tuple[str | None, ...]) -> TypeGuard[Key]:
+    """Say whether a key names a row, and is short enough to be listed."""
+    parts = [part.encode() for part in key if part is not None]
+    return len(parts) == len(key) and sum(map(len, parts)) <= KEY_BYTES
 
 
 def _settled(changes: ChangeSet) -> Iterator[Key]:

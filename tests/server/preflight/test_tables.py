@@ -336,6 +336,33 @@ async def test_a_named_key_that_the_table_does_not_prove_is_refused(
     assert fix in str(errors[0].hint)
 
 
+NOT_VALID = (
+    "CREATE TABLE t (a int NOT NULL, b text, body text); INSERT INTO t VALUES (1, NULL, 'a');"
+    " CREATE UNIQUE INDEX u ON t (a, b); ALTER TABLE t ADD CONSTRAINT b_known NOT NULL b NOT VALID"
+)
+
+
+@pytest.mark.parametrize(
+    ("identity", "lines"),
+    [("FULL", NAMED_KEY), ("USING INDEX u", NAMED_KEY), ("USING INDEX u", 'table = "t"\ntext = "{body}"')],
+    ids=["named", "named, by an index", "the identity's"],
+)
+async def test_a_key_of_which_older_rows_may_be_null_is_refused_until_none_is(
+    database: Database, identity: str, lines: str
+) -> None:
+    """From PostgreSQL 18 on, NOT NULL may be NOT VALID: the catalog calls the column NOT NULL all the same."""
+    with database.connect() as session:
+        if session.info.server_version < 180000:
+            pytest.skip("before PostgreSQL 18, NOT NULL is never NOT VALID")
+    database.execute(f"{NOT_VALID}; ALTER TABLE t REPLICA IDENTITY {identity}")
+    config = configured(database.dsn, t=lines)
+    error = the_error(await examined(config))
+    assert "b of public.t may be NULL" in error.message
+    database.execute("DELETE FROM t WHERE b IS NULL")
+    database.execute(str(error.hint))
+    assert (await examined(config)).errors == []
+
+
 KEYLESS_PARTS = (
     "CREATE TABLE t (a int NOT NULL, b int NOT NULL, body text) PARTITION BY LIST (a);"
     " CREATE TABLE one PARTITION OF t FOR VALUES IN (1)"

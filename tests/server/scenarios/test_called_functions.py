@@ -6,6 +6,7 @@ import pytest
 
 from tests.support.configs import NO_AUDIT
 from tests.support.scenes import Followed, MakeScene, Scene
+from tests.support.workers import until
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]
 
@@ -188,6 +189,18 @@ def test_a_function_that_is_replaced_takes_rows_in_and_out(calling: Scene) -> No
             calling.pipeline.start()
         calling.heals(*CASES, "beside")
     assert not calling.pipeline.times("index_paused")
+
+
+@pytest.mark.proof
+def test_a_function_that_was_another_one_for_a_while_leaves_no_row_of_that_time(calling: Scene) -> None:
+    wanted, _, other = CASES["itself"]
+    calling.heals("itself")
+    compared = calling.compared("itself")
+    calling.execute(*other, "UPDATE itself SET title = title || '!'")
+    calling.settle()
+    calling.execute(*wanted)
+    until(lambda: calling.compared("itself") > compared, calling.pipeline.tail)
+    calling.heals("itself")
 
 
 @pytest.mark.proof

@@ -80,12 +80,24 @@ FAMILY = [
     "ALTER SCHEMA aside RENAME TO {t}__b",
 ]
 
+RENUMBER = "UPDATE {t} SET id = CASE id WHEN 1 THEN 2 WHEN 2 THEN 1 ELSE id + 1 END"
+"""Two rows change keys, and each of the others takes that of the next: two rows have the same key for a moment."""
+
+RENUMBERED: dict[str, tuple[str, str, str]] = {
+    "renumbered": ("", "ALTER TABLE {t} ADD PRIMARY KEY (id)", "ALTER TABLE {t} DROP CONSTRAINT {t}_pkey"),
+    "renumbered_named": ('key = ["id"]', "CREATE UNIQUE INDEX {t}_key ON {t} (id)", "DROP INDEX {t}_key"),
+}
+"""What an index says of its key, and the statements that keep the key unique, and no longer."""
+
 MOVED: dict[str, list[str]] = {
     "tables": [*EXCHANGED, "UPDATE {t} SET title = 'of the other' WHERE id = 1", "DELETE FROM {t}_other WHERE id = 2",
                *EXCHANGED],
     "schemas": [*FAMILY, "UPDATE {t}__a.items SET title = 'of the other' WHERE id = 1",
                 "DELETE FROM {t}__b.items WHERE id = 2", *FAMILY],
     "family_row": ["ALTER TABLE {t}__a.items RENAME status TO state"],
+    "family_key": [one.format(t="{t}__a.items") for one in (
+        "ALTER TABLE {t} REPLICA IDENTITY FULL", "ALTER TABLE {t} DROP CONSTRAINT items_pkey", RENUMBER,
+        "ALTER TABLE {t} ADD PRIMARY KEY (id)", "ALTER TABLE {t} REPLICA IDENTITY DEFAULT")],
 }  # fmt: skip
 
 RELATED = """
@@ -114,7 +126,7 @@ OF_NOTES: dict[str, tuple[str, list[str]]] = {
 }
 """The condition on the related rows, and what happens to their table."""
 
-FAMILIES = {"schemas": "", "family_row": "to_jsonb(t) ->> 'status' = 'open'"}
+FAMILIES = {"schemas": "", "family_row": "to_jsonb(t) ->> 'status' = 'open'", "family_key": ""}
 """Indexes over the tables of two schemas, with their conditions."""
 
 HOW = ("down", "up")
@@ -130,6 +142,15 @@ def undone(make_scene: MakeScene) -> Scene:
             name = f"{case}_{how}"
             statements += [one.format(t=name) for one in MADE]
             indexes[name] = Followed(name, "{title}", ("mood",), where=where)
+        for case, (keyed, proven, _) in RENUMBERED.items():
+            name = f"{case}_{how}"
+            statements += [
+                f"CREATE TABLE {name} (id int NOT NULL, title text)",
+                f"INSERT INTO {name} SELECT i, 'title ' || i FROM generate_series(1, 8) i",
+                f"ALTER TABLE {name} REPLICA IDENTITY FULL",
+                proven.format(t=name),
+            ]
+            indexes[name] = Followed(name, more=keyed)
         for name in (f"tables_{how}", f"tables_{how}_other"):
             statements.append(f"CREATE TABLE {name} (id int PRIMARY KEY, title text)")
             statements.append(f"INSERT INTO {name} SELECT i, '{name} ' || i FROM generate_series(1, 4) i")
@@ -166,6 +187,7 @@ def undone(make_scene: MakeScene) -> Scene:
 
 def happen(scene: Scene, how: str, *, at_once: bool) -> None:
     cases = {f"{case}_{how}": statements for case, (_, statements) in ALTERED.items()}
+    cases |= {f"{case}_{how}": [dropped, RENUMBER, proven] for case, (_, proven, dropped) in RENUMBERED.items()}
     cases |= {f"{kind}_{how}": statements for kind, statements in MOVED.items()}
     cases |= {f"{case}_{how}": statements for case, (_, statements) in OF_NOTES.items()}
     for name, statements in cases.items():
@@ -174,7 +196,7 @@ def happen(scene: Scene, how: str, *, at_once: bool) -> None:
 
 
 CASES = [f"{case}_{how}" for case in ALTERED for how in HOW]
-CASES += [f"{case}_{how}" for case in OF_NOTES for how in HOW]
+CASES += [f"{case}_{how}" for case in (*RENUMBERED, *OF_NOTES) for how in HOW]
 CASES += [f"{kind}_{how}" for kind in MOVED for how in HOW] + [f"tables_{how}_other" for how in HOW]
 
 

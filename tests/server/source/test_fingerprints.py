@@ -226,6 +226,72 @@ async def test_the_key_by_which_related_rows_are_ordered_counts(
     assert difference(before, now, catalog.tables[of], [catalog.tables[T]]).compare
 
 
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "by an earlier version"])
+async def test_a_function_of_a_condition_that_is_defined_again_has_source_and_index_compared(
+    source: Connection, stored: bool
+) -> None:
+    await lay_out(source)
+    condition = "public.wanted(title)"
+
+    async def read() -> tuple[Fingerprint, Catalog]:
+        await source.execute(
+            "CREATE OR REPLACE FUNCTION public.wanted(s text) RETURNS boolean IMMUTABLE LANGUAGE sql AS"
+            " $$ SELECT s <> 'spam' $$"
+        )
+        catalog = await read_catalog(source, "p", [T], expressions=[condition])
+        return fingerprint_of(catalog, catalog.tables[T], ("title",), expressions=[condition]), catalog
+
+    before, _ = await read()
+    if not stored:
+        before = msgspec.structs.replace(before, made_of=msgspec.structs.replace(before.made_of, functions_written={}))
+    now, catalog = await read()
+    found = difference(before, now, catalog.tables[T])
+
+    assert found.compare == ("what its conditions call was defined again: public.wanted(text)" if stored else None)
+    assert not found.called
+
+
+ANEW = "ALTER TABLE public.t DROP CONSTRAINT t_pkey; ALTER TABLE public.t ADD PRIMARY KEY (id)"
+KEYS = {
+    "a primary key dropped and added": (("id",), "", ANEW, True),
+    "a unique index dropped and made": (
+        ("twice",),
+        "CREATE UNIQUE INDEX u ON public.t (twice)",
+        "DROP INDEX public.u; CREATE UNIQUE INDEX u ON public.t (twice)",
+        True,
+    ),
+    "a unique index of part of the key dropped, another one is left": (
+        ("id", "twice"),
+        "CREATE UNIQUE INDEX u ON public.t (twice)",
+        "DROP INDEX public.u",
+        False,
+    ),
+    "another unique index made": (("id",), "", "CREATE UNIQUE INDEX u ON public.t (id)", False),
+    "a primary key that is not the key": (("twice",), "CREATE UNIQUE INDEX u ON public.t (twice)", ANEW, False),
+    "a constraint's index made anew beside the old one": (("id",), "", "REINDEX TABLE CONCURRENTLY public.t", False),
+}
+
+
+@pytest.mark.parametrize(("key", "made", "edit", "compared"), KEYS.values(), ids=KEYS)
+async def test_a_key_that_may_not_have_been_unique_for_a_while_counts(
+    source: Connection, key: tuple[str, ...], made: str, edit: str, compared: bool
+) -> None:
+    await lay_out(source)
+
+    async def read() -> tuple[Fingerprint, Catalog]:
+        catalog = await read_catalog(source, "p", [T])
+        return fingerprint_of(catalog, catalog.tables[T].keyed_by(key), ("title",)), catalog
+
+    if made:
+        await source.execute(made)
+    before, _ = await read()
+    for statement in edit.split("; "):
+        await source.execute(statement)
+    now, catalog = await read()
+
+    assert bool(difference(before, now, catalog.tables[T])) == compared
+
+
 @pytest.mark.parametrize(("publication", "edit"), OUT_AND_BACK, ids=map(": ".join, OUT_AND_BACK))
 async def test_a_table_that_was_not_sent_for_a_while_is_noticed_by_any_kind_of_publication(
     source: Connection, publication: str, edit: str

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from cdcsync.postgres.sessions import Connection, connect
-from cdcsync.source.functions import functions_called
+from cdcsync.source.functions import Definition, functions_called
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -30,6 +30,14 @@ LAYOUT = """
     END;
 """
 
+ODD = """
+    CREATE FUNCTION other.far(a text, b text) RETURNS boolean IMMUTABLE LANGUAGE sql AS $$ SELECT a <> b $$;
+    CREATE OPERATOR odd.<~> (FUNCTION = other.near, LEFTARG = text, RIGHTARG = text);
+    CREATE TYPE odd.pair AS (a int, b int);
+    CREATE FUNCTION other.paired(s text) RETURNS odd.pair IMMUTABLE LANGUAGE sql AS $$ SELECT (1, 2)::odd.pair $$;
+    CREATE CAST (text AS odd.pair) WITH FUNCTION other.paired(text);
+"""
+
 
 @pytest.fixture
 async def source(database: Database) -> AsyncIterator[Connection]:
@@ -38,10 +46,10 @@ async def source(database: Database) -> AsyncIterator[Connection]:
         yield connection
 
 
-async def called(source: Connection, condition: str = CONDITION) -> dict[str, str]:
+async def called(source: Connection, condition: str = CONDITION) -> dict[str, Definition]:
     """Return what a condition calls, without pgvector's operators: in a text, = and <> stand for those, too."""
     found = (await functions_called(source, [condition]))[condition]
-    return {name: digest for name, digest in found.items() if "vec" not in name}
+    return {name: defined for name, defined in found.items() if "vec" not in name}
 
 
 async def test_a_body_of_statements_calls_what_the_server_says_that_it_depends_on(source: Connection) -> None:
@@ -72,6 +80,62 @@ async def test_a_function_that_a_body_of_statements_calls_is_seen_to_change(
 
     assert after.keys() == before.keys()
     assert [name for name in after if after[name] != before[name]] == [replaced]
+
+
+UNDONE = {
+    "a function": (
+        CONDITION,
+        "other.inner_one(text)",
+        [
+            f"CREATE OR REPLACE FUNCTION other.inner_one(s text) RETURNS boolean IMMUTABLE LANGUAGE sql AS $$ {body} $$"
+            for body in ("SELECT false", "SELECT s <> 'spam'")
+        ],
+    ),
+    "the function of an operator": (
+        "status OPERATOR(odd.<~>) 'x'",
+        "other.near(text,text)",
+        [
+            statement
+            for function in ("far", "near")
+            for statement in (
+                "DROP OPERATOR odd.<~> (text, text)",
+                f"CREATE OPERATOR odd.<~> (FUNCTION = other.{function}, LEFTARG = text, RIGHTARG = text)",
+            )
+        ],
+    ),
+    "the function of a cast": (
+        "(status::odd.pair) IS NOT NULL",
+        "other.paired(text)",
+        [
+            statement
+            for how in ("WITH INOUT", "WITH FUNCTION other.paired(text)")
+            for statement in ("DROP CAST (text AS odd.pair)", f"CREATE CAST (text AS odd.pair) {how}")
+        ],
+    ),
+    "the check of a domain": (
+        CONDITION,
+        "domain other.word",
+        [
+            "ALTER DOMAIN other.word DROP CONSTRAINT word_check",
+            "ALTER DOMAIN other.word ADD CHECK (other.checked(VALUE))",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("condition", "altered", "edits"), UNDONE.values(), ids=UNDONE)
+async def test_what_was_altered_and_altered_back_was_written_by_another_transaction(
+    database: Database, source: Connection, condition: str, altered: str, edits: list[str]
+) -> None:
+    database.execute(ODD)
+    before = await called(source, condition)
+    assert await called(source, condition) == before
+    for edit in edits:
+        database.execute(edit)
+    after = await called(source, condition)
+
+    assert {name: one.digest for name, one in after.items()} == {name: one.digest for name, one in before.items()}
+    assert [name for name in after if after[name].written != before[name].written] == [altered]
 
 
 async def test_a_table_that_a_body_reads_is_not_waited_for_and_its_lock_changes_nothing(

@@ -10,11 +10,15 @@ import pytest
 
 from cdcsync.config import QualifiedName
 from cdcsync.errors import SetupError
+from cdcsync.flows.audit.digests import source_digests
 from cdcsync.model.rows import Key, Shape
 from cdcsync.postgres.conditions import check_filter
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.source.many import source_table as source_table_of
+from cdcsync.source.related import LookUps
 from cdcsync.source.tables import SourceTable
+from tests.support.preflight import configured, examined
 from tests.support.relations import rows
 from tests.support.tables import create_types, pages, source_table
 
@@ -248,6 +252,72 @@ async def test_the_publications_row_filter_applies_to_every_read(
     assert (await table.absent(source_session, [("2",), ("4",)]))[1] == [("4",)]
     assert await table.count(source_session) == 3
     assert await table.count(source_session, "id > 2 OR title = '%s'") == 2
+
+
+OF_THREE = """
+    CREATE TABLE t (id int PRIMARY KEY, title text);
+    CREATE TABLE tagged (t_id int, tag_id int, PRIMARY KEY (t_id, tag_id));
+    CREATE TABLE tags (no int PRIMARY KEY, name text);
+    ALTER TABLE tagged REPLICA IDENTITY FULL; ALTER TABLE tags REPLICA IDENTITY FULL;
+    INSERT INTO t VALUES (1, 'good'), (2, 'bad'); INSERT INTO tagged VALUES (1, 1); INSERT INTO tags VALUES (1, 'own');
+"""
+CHILDREN = """
+    CREATE TABLE t_child () INHERITS (t); CREATE TABLE tagged_child () INHERITS (tagged);
+    CREATE TABLE tags_child () INHERITS (tags);
+    INSERT INTO t_child VALUES (1, 'good'), (2, 'good'), (3, 'good');
+    INSERT INTO tagged_child VALUES (1, 1), (1, 2), (2, 1), (3, 1); INSERT INTO tags_child VALUES (1, 'x'), (2, 'y');
+"""
+MANY_TABLES = "CREATE SCHEMA a; CREATE TABLE a.t (id int PRIMARY KEY, title text); INSERT INTO a.t VALUES (1, 'good')"
+MANY_CHILDREN = "CREATE TABLE t_child () INHERITS (a.t); INSERT INTO t_child VALUES (1, 'good'), (2, 'good')"
+
+
+@pytest.mark.parametrize(
+    ("tables", "lines", "children"),
+    [
+        (
+            OF_THREE,
+            """table = "t"
+            text = "{title} {tags}"
+            where = "title LIKE 'good%'"
+            [indexes.t.related.tags]
+            table = "tags"
+            via = { table = "tagged", on = { t_id = "id" } }
+            on = { no = "tag_id" }
+            text = "{name}"
+            where = "name <> ''"
+            """,
+            CHILDREN,
+        ),
+        (MANY_TABLES, """tables = ["*.t"]\ntext = "{title}"\nwhere = "title LIKE 'good%'"\n""", MANY_CHILDREN),
+    ],
+    ids=["of several tables", "of many equal ones"],
+)
+async def test_the_rows_of_tables_that_inherit_are_not_the_tables_own_however_it_is_read(
+    database: Database, source_session: Connection, tables: str, lines: str, children: str
+) -> None:
+    database.execute(tables)
+    # The embedder's line would stand in the section of the relation.
+    (spec,) = (await examined(configured(database.dsn, t=f'embedder = "hash"\n{lines}'))).specs
+    table = source_table_of(spec)
+    keys: list[Key] = [(*prefix, str(at)) for prefix in ([("a.t",)] if spec.shape.many else [()]) for at in (1, 2, 3)]
+
+    async def read() -> list[object]:
+        look_ups = LookUps(spec.shape, spec.links, spec.facts)
+        return [
+            (await table.page(source_session, None, 9)).rows,
+            (await table.page(source_session, None, 9, "id < 9")).rows,
+            sorted((await table.by_keys(source_session, keys)).rows),
+            (await table.absent(source_session, keys))[1],
+            await table.count(source_session),
+            (await source_digests(source_session, spec, None, 9)).by_key,
+            (await source_digests(source_session, spec, None, 9, keys=keys)).by_key,
+            [(await look_ups.keys(source_session, link, [("1",), ("2",)], 9))[1] for link in spec.links],
+        ]
+
+    before = await read()
+    database.execute(children)
+
+    assert await read() == before
 
 
 async def test_a_replays_condition_narrows_what_is_read(database: Database, source_session: Connection) -> None:

@@ -19,6 +19,8 @@ def test_a_pause_names_the_row_that_is_the_cause() -> None:
     error = changed()
     error.key = ("4711",)
     assert Pause.of(error).reason == "the column body is gone, of the row 4711"
+    error.key = ("4711", None)
+    assert Pause.of(error).reason == "the column body is gone, of the row 4711, NULL"
 
 
 def test_an_index_that_was_paused_once_is_not_kept_out() -> None:

@@ -67,7 +67,7 @@ async def test_a_value_that_the_target_refuses_pauses_its_index_too() -> None:
     assert [(indexes, set(paused)) for indexes, _, paused, _ in target.commits] == [({"articles"}, {"notes"})]
 
 
-def refused(key: str, cause: Exception) -> SchemaChanged:
+def refused(key: str | None, cause: Exception) -> SchemaChanged:
     error = SchemaChanged("the target refuses a value", index="notes")
     error.key, error.__cause__ = (key,), cause
     return error
@@ -116,9 +116,10 @@ async def test_a_document_is_left_out_as_well_if_a_related_row_has_such_a_value(
     [
         ("a", psycopg.errors.CheckViolation()),  # a constraint may concern every row
         ("elsewhere", psycopg.errors.UntranslatableCharacter()),
+        (None, psycopg.errors.UntranslatableCharacter()),  # NULL names no row
     ],
 )
-async def test_what_is_no_matter_of_a_row_of_the_batch_pauses_the_index(key: str, cause: Exception) -> None:
+async def test_what_is_no_matter_of_a_row_of_the_batch_pauses_the_index(key: str | None, cause: Exception) -> None:
     target = Target(refused(key, cause))
     await applier(target).apply(a_batch(), caught_up=lambda: True)
     assert [(indexes, set(paused)) for indexes, _, paused, _ in target.commits] == [({"articles"}, {"notes"})]
