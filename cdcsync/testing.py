@@ -148,14 +148,14 @@ async def _refuse_existing(config: Config) -> None:
     """
     backoff = Backoff(first=LOOK_S, most=1)
     deadline = anyio.current_time() + config.worker.start_timeout_s
-    while True:
+    existing: list[str] | None = None
+    while existing is None:
         try:
             existing = await what_exists(config)
-            break
         except Unavailable:
             if anyio.current_time() > deadline:
                 raise
-        await backoff.wait()
+            await backoff.wait()
     if existing:
         raise SetupError(
             f"a test would drop what it did not make: {', '.join(existing)}",

@@ -15,7 +15,15 @@ from __future__ import annotations
 
 from cdcsync.target.ddl.nearness import FUSION, MAX_HITS
 from cdcsync.target.ddl.searching import drop_search, put_search
-from cdcsync.target.search.arguments import check_arguments
+from cdcsync.target.search.arguments import (
+    Mode,
+    check_arguments,
+    check_opening,
+    check_switch,
+    check_text,
+    check_wait,
+    check_whole,
+)
 from cdcsync.target.search.conditions import check_where
 from cdcsync.target.search.nearest import Effort, nearest_statement, tune, usual_effort
 from cdcsync.target.search.query import (
@@ -23,7 +31,6 @@ from cdcsync.target.search.query import (
     TIMEOUT_S,
     Filter,
     Hit,
-    Mode,
     Plan,
     check_condition,
     refusal,
@@ -45,7 +52,12 @@ __all__ = [
     "Plan",
     "check_arguments",
     "check_condition",
+    "check_opening",
+    "check_switch",
+    "check_text",
+    "check_wait",
     "check_where",
+    "check_whole",
     "count_words",
     "drop_search",
     "load_values",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psycopg
@@ -24,15 +24,13 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.hits import OWN, attribute_of
 from cdcsync.target.ddl.names import Names, function_name
 from cdcsync.target.ddl.search_function import BY_WORDS_ALONE, NO_GENERATION, NOT_WHOLE, Variant, compose
-from cdcsync.target.search.arguments import all_finite, check_arguments, plain_filter
+from cdcsync.target.search.arguments import Mode, check_arguments, plain_filter
 from cdcsync.target.search.conditions import check_where
 from cdcsync.target.search.values import load_values
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-Mode = Literal["hybrid", "vector", "text"]
 
 Filter = Mapping[str, Any]
 """By column: a value, a list of values, None, or values by operator (eq, ne, in, lt, lte, gt, gte, like, null)."""
@@ -127,17 +125,21 @@ async def search(
     :param warnings: gets what the caller should know of the answer: that nothing keeps the index in step, that it is
         being built, or that the vector has no direction.
     :param for_json: return values as an answer in JSON holds them; see `load_values`.
-    :raises UsageError: `k`, `mode`, `filter`, `where` or another argument cannot be used.
+    :raises UsageError: `k`, `mode`, `filter`, `where` or another argument cannot be used, or the vector is not of the
+        index's dimension.
     :raises ModelChanged: the vectors that `vector` was made for are gone; embed the query anew.
-    :raises SetupError: the index is not in this database, or the vector is not of its dimension.
+    :raises SetupError: the index is not in this database.
     :raises TargetUnavailable: the target does not answer now, or took longer than `timeout_s`.
     """
     check_arguments(
         texts=[text, headline],
         k=k,
+        mode=mode,
         skip=skip,
         filter=filter,
+        per_document=per_document,
         weights=weights,
+        vector=vector,
         timeout_s=timeout_s,
         settings=settings,
     )
@@ -226,17 +228,15 @@ async def check_condition(connection: Connection, schema: str, spec: IndexSpec, 
 def _check(spec: IndexSpec, vector: Sequence[float] | npt.NDArray[np.float32] | None, mode: Mode) -> None:
     """Refuse what the index cannot do, in the words of those who configure it.
 
-    :raises UsageError, SetupError: it cannot.
+    :raises UsageError: it cannot.
     """
     where = f"index {spec.name}"
     if vector is not None and len(vector) != spec.dimensions:
-        raise SetupError(
+        raise UsageError(
             f"the query's vector has {len(vector)} dimensions, the index has {spec.dimensions}",
             where=where,
             hint=f"embed the query with {spec.model}",
         )
-    if vector is not None and not all_finite(vector):
-        raise UsageError("the query's vector holds a number that is not finite", where=where, hint="embed the query")
     searchable = spec.config.search is not None
     if mode == "text" and not searchable:
         raise UsageError(

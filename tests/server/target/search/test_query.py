@@ -15,7 +15,7 @@ from cdcsync.config import Index, QualifiedName
 from cdcsync.documents.chunks import Chunk
 from cdcsync.documents.documents import Documents
 from cdcsync.documents.templates import Template, hash_text
-from cdcsync.errors import SetupError, UsageError
+from cdcsync.errors import UsageError
 from cdcsync.model.changeset import ChangeSet, Document
 from cdcsync.model.rows import Shape
 from cdcsync.model.spec import Distance, IndexSpec
@@ -254,10 +254,13 @@ async def test_a_wrong_condition_is_a_usage_error_that_names_it(database: Databa
     assert database.execute("SELECT is_called FROM counter") == [(False,)]
 
 
-async def test_a_vector_of_another_model_is_refused_before_the_server_sees_it(database: Database) -> None:
+@pytest.mark.parametrize("vector", [(1, 0, 0, 0), ()])
+async def test_a_vector_of_another_model_is_refused_before_the_server_sees_it(
+    database: Database, vector: Sequence[float]
+) -> None:
     async with indexed(database, COMPASS) as (connection, spec):
-        with pytest.raises(SetupError, match="4 dimensions, the index has 3") as refused:
-            await search(connection, SCHEMA, spec, text="up", vector=(1, 0, 0, 0))
+        with pytest.raises(UsageError, match=f"{len(vector)} dimensions, the index has 3") as refused:
+            await search(connection, SCHEMA, spec, text="up", vector=vector)
     assert "three-directions" in (refused.value.hint or "")
 
 
