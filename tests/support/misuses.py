@@ -12,7 +12,7 @@ OPENING: tuple[tuple[dict[str, Any], str], ...] = (
     ({"name": ["articles"]}, "is not a text"),
     ({"name": "artikles"}, "no index artikles"),
     ({"connections": 0}, "no index has 0 connections"),
-    ({"connections": 10**9}, "no index has 1000000000 connections"),
+    ({"connections": 1_001}, "no index has 1001 connections"),
     ({"connections": "4"}, "'4' is not a whole number"),
     ({"model_timeout_s": NAN}, "nan is not a number of seconds"),
     ({"model_timeout_s": "5"}, "'5' is not a number of seconds"),

@@ -1,7 +1,6 @@
 """Search: the chunks or documents nearest to a query, by vector, by words, or by both.
 
     arguments     what no search can use
-    conditions    conditions in SQL that a caller writes
     values        values of an index's columns, as answers have them
     words         how often words occur, which the keyword leg weights them by
     nearest       the search by vector alone, to measure recall with
@@ -24,7 +23,6 @@ from cdcsync.target.search.arguments import (
     check_wait,
     check_whole,
 )
-from cdcsync.target.search.conditions import check_where
 from cdcsync.target.search.nearest import Effort, nearest_statement, tune, usual_effort
 from cdcsync.target.search.query import (
     NO_SETTINGS,
@@ -56,7 +54,6 @@ __all__ = [
     "check_switch",
     "check_text",
     "check_wait",
-    "check_where",
     "check_whole",
     "count_words",
     "drop_search",

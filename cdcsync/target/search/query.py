@@ -25,7 +25,6 @@ from cdcsync.target.ddl.hits import OWN, attribute_of
 from cdcsync.target.ddl.names import Names, function_name
 from cdcsync.target.ddl.search_function import BY_WORDS_ALONE, NO_GENERATION, NOT_WHOLE, Variant, compose
 from cdcsync.target.search.arguments import Mode, check_arguments, plain_filter
-from cdcsync.target.search.conditions import check_where
 from cdcsync.target.search.values import load_values
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ async def search(
         settings=settings,
     )
     _check(spec, vector, mode)
-    check_where(where)
+    await check_condition(connection, schema, spec, where)
     attributes = [attribute_of(name) for name in spec.shape.key + spec.shape.carried]
     with speaking_of("target", where=f"index {spec.name}"):
         function = function_name(schema, spec.searched_as)
@@ -204,15 +203,19 @@ def _for_this_search(timeout_s: float | None, settings: Mapping[str, str]) -> sq
 
 
 async def check_condition(connection: Connection, schema: str, spec: IndexSpec, where: str | None) -> None:
-    """Ask the server to check a condition, before anything costly is done for the search.
+    """Have the server plan a condition alone: in brackets and without them, so that it can only be one expression.
 
-    :raises UsageError: it is not a condition on the index's columns.
+    :param where: the condition; nothing is asked for None.
+    :raises UsageError: it is not one condition on the index's columns.
     """
-    check_where(where)
     if where is None:
         return
-    statement = sql.SQL("EXPLAIN SELECT FROM {} AS c WHERE (\n{}\n)").format(
-        Names(schema, spec.relations).chunks, sql.SQL(where)
+    if not where.strip():
+        raise UsageError("the condition is empty", where="--where", hint="give one SQL condition, or leave it out")
+    # On lines of its own, so that nothing of ours can become part of a comment.
+    places = (
+        sql.SQL("EXPLAIN SELECT FROM {} AS c WHERE (\n{}\n)"),
+        sql.SQL("EXPLAIN SELECT CASE WHEN\n{1}\nTHEN true END FROM {0} AS c"),
     )
     with speaking_of("target", where=f"index {spec.name}"):
         try:
@@ -220,7 +223,14 @@ async def check_condition(connection: Connection, schema: str, spec: IndexSpec, 
                 await connection.execute("SET TRANSACTION READ ONLY")
                 await connection.execute("SET LOCAL statement_timeout = '5s'")
                 await connection.execute("SET LOCAL search_path TO DEFAULT")
-                await psycopg.AsyncRawCursor(connection).execute(statement, prepare=False)
+                for place in places:
+                    statement = place.format(Names(schema, spec.relations).chunks, sql.SQL(where))
+                    # Asked for binary results, the server takes a single statement only.
+                    await psycopg.AsyncRawCursor(connection).execute(statement, prepare=False, binary=True)
+        except psycopg.errors.ProtocolViolation:
+            raise UsageError(
+                "a condition has no parameters", where=f"--where {where}", hint="write the value in place of each"
+            ) from None
         except psycopg.Error as error:
             raise refusal(error, spec, where) from error
 
