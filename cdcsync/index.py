@@ -55,6 +55,11 @@ from cdcsync.target.search import (
     Hit,
     Mode,
     check_arguments,
+    check_opening,
+    check_switch,
+    check_text,
+    check_wait,
+    check_whole,
     search,
     served_now,
     stored_spec,
@@ -82,6 +87,9 @@ WAIT_S = 10.0
 
 REACH_AGAIN_S = 0.05
 """How soon a position is asked for again of another session, if the one that was to search is behind."""
+
+
+_QUOTED = "write it in quotes"
 
 
 class _Altered(ModelChanged):
@@ -149,6 +157,7 @@ class Index:
     """Whether hits are written as JSON, which holds fewer kinds of values."""
 
     def __init__(self, resources: Resources, name: str, *, owner: bool) -> None:
+        check_text(name, "INDEX", hint="give the name of an index of the configuration")
         self.name = name
         self._config = resources.config.index_named(name)
         self._resources = resources
@@ -171,9 +180,12 @@ class Index:
         :param connections: the most searches at the same time.
         :param model_timeout_s: how long a query may wait for its vector before the search goes by words alone.
         :param application_name: the name of its sessions in the target.
-        :raises UsageError: the configuration has no such index.
+        :raises UsageError: the configuration has no such index, or another argument cannot be used.
         :raises SetupError: on entering, if the target does not hold the index or its model cannot be used.
         """
+        check_opening(
+            config, connections=connections, model_timeout_s=model_timeout_s, application_name=application_name
+        )
         resources = Resources(
             config, connections=connections, model_timeout_s=model_timeout_s, application_name=application_name
         )
@@ -259,16 +271,23 @@ class Index:
         :raises EmbedderUnavailable: the mode is `vector`, or the index has no keyword search, and the model is away.
         :raises TargetUnavailable: the target does not answer now; `NotReached`: it does not hold `after_lsn` in time.
         """
-        position = None if after_lsn is None else _position(after_lsn, "search")
+        check_text(text, "search", hint=_QUOTED)
         check_arguments(
             texts=[text, headline],
             k=k,
+            mode=mode,
             skip=skip,
             filter=filter,
+            per_document=per_document,
             weights=weights,
+            vector=vector,
             timeout_s=timeout_s,
             settings=settings,
         )
+        if generation is not None:
+            check_whole(generation, "generation", hint="give the number that Hits.generation has")
+        check_wait(wait_s, "wait_s")
+        position = None if after_lsn is None else _position(after_lsn, "search")
         reranker = self._resources.models.reranker(self._config.reranker) if rerank and self._config.reranker else None
         first, count = (skip, k) if reranker is None else (0, max(skip + k, reranker.candidates))
         schema, tracing = self._resources.config.target.schema, self._resources.tracing
@@ -380,8 +399,12 @@ class Index:
         The first `candidates` get its scores and come first; the others keep their order behind them. If the reranker
         is away or cannot be loaded, all hits come back as they were, with a warning.
 
-        :raises UsageError: the index has no reranker.
+        :raises UsageError: the index has no reranker, or an argument cannot be used.
         """
+        check_text(text, "rerank", hint=_QUOTED)
+        given: object = hits
+        if not isinstance(given, Sequence) or not all(isinstance(hit, Hit) for hit in given):
+            raise UsageError("these are not hits", where="rerank", hint="give hits of searches")
         warning, generation = (hits.warning, hits.generation) if isinstance(hits, Hits) else (None, None)
         if self._config.reranker is None:
             raise UsageError(
@@ -425,9 +448,12 @@ class Index:
         :param lsn: `None` takes the source's position now.
         :param timeout_s: how long to wait before returning `False`.
         :param vectors: also wait until the texts up to there have their vectors.
+        :raises UsageError: an argument cannot be used.
         :raises SetupError: the target does not hold the index, or it is paused or no longer followed.
         :raises SourceUnavailable: `lsn` is None and the source does not answer.
         """
+        check_wait(timeout_s, "timeout_s")
+        check_switch(vectors, "vectors")
         if lsn is None:
             lsn = await self.lsn()
         position = _position(lsn, "wait_for")

@@ -21,13 +21,15 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from time import monotonic, sleep
 
+import anyio
 import msgspec
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from cdcsync.backoff import Backoff
 from cdcsync.config import Config, HashEmbedder
-from cdcsync.errors import CdcsyncError
-from cdcsync.flows.teardown import tear_down
+from cdcsync.errors import CdcsyncError, SetupError, Unavailable
+from cdcsync.flows.teardown import tear_down, what_exists
 from cdcsync.sync import Index
 from cdcsync.worker.run import run
 from cdcsync.worker.state import WorkerState
@@ -119,12 +121,14 @@ def following(config: Config, *, models: bool = False) -> Iterator[Worker]:
     """Follow the tables of a configuration; at the end, drop slot, publication and index.
 
     :param models: take the configured models instead of feature hashing.
-    :raises SetupError: the servers or tables are not as the worker needs them.
+    :raises SetupError: the pipeline, its slot or an index of it exists, and is left as it is; or the servers or tables
+        are not as the worker needs them.
     """
     if not models:
         stand_in = HashEmbedder(dimensions=DIMENSIONS)
         config = msgspec.structs.replace(config, embedders=dict.fromkeys(config.embedders, stand_in))
     with start_blocking_portal(name="cdcsync.testing") as portal:
+        portal.call(_refuse_existing, config)  # what is there is not ours to drop
         try:
             with ExitStack() as stack:
                 worker = Worker(config, stack, portal)
@@ -135,6 +139,30 @@ def following(config: Config, *, models: bool = False) -> Iterator[Worker]:
                     worker._stop()
         finally:
             portal.call(lambda: tear_down(config, purge=True))
+
+
+async def _refuse_existing(config: Config) -> None:
+    """See that the block begins the pipeline, before anything is done; waits for the servers as a start does.
+
+    :raises SetupError: there is something that its end would drop.
+    """
+    backoff = Backoff(first=LOOK_S, most=1)
+    deadline = anyio.current_time() + config.worker.start_timeout_s
+    existing: list[str] | None = None
+    while existing is None:
+        try:
+            existing = await what_exists(config)
+        except Unavailable:
+            if anyio.current_time() > deadline:
+                raise
+            await backoff.wait()
+    if existing:
+        raise SetupError(
+            f"a test would drop what it did not make: {', '.join(existing)}",
+            where="cdcsync_worker",
+            hint="give tests a source.slot and a target.schema of their own; if a test run that was killed has left"
+            " these, drop them with its configuration: cdcsync teardown --purge",
+        )
 
 
 @pytest.fixture

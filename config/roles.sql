@@ -19,6 +19,8 @@
 --                   marks where SQL needs them ('shop.articles, shop."a, b"')
 --   publication     cdcsync: source.publication of the configuration
 --   target_role     the role of target.dsn
+--   former_role     none: another role, with which a worker has run before: all that cdcsync has in the target and that
+--                   is this role's is handed over to target_role
 --   schema          cdcsync: target.schema of the configuration
 --   view_schema     public: where the views are that your users search, as in `view` of each index
 --   reader_role     none: a role of applications that search by SQL, and ask cdcsync.wait_for; it must exist
@@ -145,6 +147,32 @@ CREATE SCHEMA IF NOT EXISTS :"schema" AUTHORIZATION :"target_role";
 -- -v view_schema=search, and view = "search.articles" in the configuration, it can make them only in a schema for that.
 CREATE SCHEMA IF NOT EXISTS :"view_schema";
 GRANT USAGE, CREATE ON SCHEMA :"view_schema" TO :"target_role";
+
+\if :{?former_role}
+    -- The worker replaces and drops what is its own, which only the owner may. A comment tells which relations and functions
+    -- are; indexes, sequences and triggers go with their tables. The schema is first: whom something in it is given to must
+    -- be allowed to create there. Views may be in any schema.
+    SELECT format('ALTER %s %s OWNER TO %I', own.kind, own.name, :'target_role')
+    FROM (
+        SELECT 'SCHEMA', quote_ident(nspname), nspowner FROM pg_namespace WHERE nspname = :'schema'
+        UNION ALL
+        SELECT CASE c.relkind WHEN 'v' THEN 'VIEW' WHEN 'c' THEN 'TYPE' ELSE 'TABLE' END, c.oid::regclass::text, c.relowner
+        FROM pg_class AS c, pg_namespace AS n
+        WHERE n.nspname = :'schema' AND c.relkind IN ('r', 'p', 'v', 'c')
+            AND starts_with(coalesce(obj_description(c.oid, 'pg_class'), obj_description(c.reltype, 'pg_type')), 'cdcsync')
+            AND (c.relnamespace = n.oid OR EXISTS (
+                SELECT FROM pg_rewrite AS r
+                JOIN pg_depend AS d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid
+                JOIN pg_class AS t ON d.refclassid = 'pg_class'::regclass AND d.refobjid = t.oid
+                WHERE r.ev_class = c.oid AND t.relnamespace = n.oid))
+        UNION ALL
+        SELECT 'FUNCTION', p.oid::regprocedure::text, p.proowner
+        FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
+        WHERE n.nspname = :'schema' AND starts_with(obj_description(p.oid, 'pg_proc'), 'cdcsync')
+    ) AS own (kind, name, owner)
+    WHERE pg_get_userbyid(own.owner) = :'former_role'
+    ORDER BY own.kind <> 'SCHEMA' \gexec
+\endif
 
 -- Searches name pgvector's types and operators, and a filter the type of its column, with their schemas and with the
 -- caller's privileges. What types the columns have is known once the worker has created the index.

@@ -9,14 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
-from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption
+from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption, print_help_instead
 from cdcsync.errors import SetupError, UsageError
 
 EPILOG = "docs/serve.md describes the API, docs/agents.md how an agent uses it."
 
 commands = typer.Typer()
-token_commands = typer.Typer(help="Make, list and revoke the tokens of callers.", no_args_is_help=True)
+token_commands = typer.Typer(help="Make, list and revoke the tokens of callers.")
 commands.add_typer(token_commands, name="token")
+
+
+@token_commands.callback(invoke_without_command=True)
+def _before_a_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print_help_instead(context)
 
 
 @commands.command(epilog=EPILOG)

@@ -17,6 +17,7 @@ from cdcsync.config.environment import expand
 from cdcsync.config.names import QualifiedName
 from cdcsync.config.problems import Problems
 from cdcsync.config.sections import Config, Index
+from cdcsync.config.serving import Serve
 from cdcsync.errors import ConfigError
 
 
@@ -78,6 +79,7 @@ def parse(text: str, environ: Mapping[str, str], *, where: str) -> Config:
     values = read_fields(cast("mi.StructType", mi.type_info(Config)), data, "", problems)
     indexes = {name: _with_view(name, index) for name, index in values.get("indexes", {}).items()}
     _check_indexes(indexes, data.get("embedders"), data.get("rerankers"), problems)
+    _check_offered(values.get("serve"), data.get("indexes"), problems)
     problems.check(where)
     config = Config(**{**values, "indexes": indexes})
     if "dsn" in data.get("target", {}):
@@ -202,3 +204,16 @@ def _check_indexes(indexes: Mapping[str, Index], embedders: object, rerankers: o
         owner = owners.setdefault(index.view_name, name)
         if owner != name:
             problems.add(f"indexes.{name}.view", f"{index.view_name} is the view of index {owner} already")
+
+
+def _check_offered(serve: Serve | None, indexes: object, problems: Problems) -> None:
+    """Note indexes that the tool server is to offer and that are not declared.
+
+    :param serve: None if the file has no such section, or a faulty one.
+    :param indexes: the [indexes] section as the file has it.
+    """
+    if serve is None or not isinstance(indexes, dict) or not indexes:
+        return
+    for name in serve.indexes:
+        if name not in indexes:
+            problems.add("serve.indexes", f"there is no [indexes.{name}] section; {suggestion(name, indexes)}")

@@ -14,11 +14,12 @@ from cdcsync.config.values import Address, Dsn, Name, is_loopback, parse_address
 class Tenant(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A column that a caller's claim decides: callers find only rows with their value, and never see the column.
 
-    :param column: the carried column, which each index that `serve` offers must have; left out, callers see all rows.
+    :param column: the carried column, which each index that `serve` offers must have; empty, callers see all rows.
     :param claim: the claim of the caller's token that holds the value.
     """
 
-    column: Name | None = None
+    column: Name | None
+    """Without a default, so that a section which names only the claim does not show every row to every caller."""
     claim: str = "tenant"
 
 
@@ -62,7 +63,7 @@ class Serve(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     issuer: str | None = None
     audience: str | None = None
     anonymous: bool = False
-    tenant: Tenant = Tenant()
+    tenant: Tenant = Tenant(column=None)
     connections: Annotated[int, Meta(ge=1, le=1_000)] = 8
     waiting: Annotated[int, Meta(ge=0, le=100_000)] = 64
     max_k: Annotated[int, Meta(ge=1, le=1_000)] = 50

@@ -61,6 +61,21 @@ async def read_belongings(config: Config) -> Belongings:
             return await belongings_of(target, config.target.schema, config.source.slot)
 
 
+async def what_exists(config: Config) -> list[str]:
+    """Return what there is already that a purge would drop, in words; nothing for a pipeline that never began.
+
+    :raises SourceUnavailable, TargetUnavailable, SetupError: a server cannot be asked.
+    """
+    belongings, slot_name = await read_belongings(config), config.source.slot
+    async with Session(config.source.dsn, "source", application_name="cdcsync teardown") as session:
+        source = await session.connection()
+        with speaking_of("source"):
+            slot = await read_slot(source, slot_name)
+    pipeline = [f"the pipeline {slot_name} in the schema {config.target.schema}"] if belongings.set_up else []
+    indexes = [f"the index {name}" for name in belongings.indexes]
+    return [*pipeline, *indexes, *([] if slot is None else [f"the slot {slot_name}"])]
+
+
 async def tear_down(config: Config, *, purge: bool) -> list[Step]:
     """Drop slot and publication on the source, and with `purge` what the pipeline has in the target.
 

@@ -15,7 +15,6 @@
     temporary     temporary tables of sessions that live for weeks
     pool          a few sessions shared by the tasks of an application
     comparisons   the operators that compare keys as the server does
-    conditions    conditions that a user writes in SQL
 
 A file imports only from lines above its own.
 """

@@ -36,7 +36,7 @@ async def examine_layout(
     own = [f"{stem}_chunks", f"{stem}_backlog", vectors, f"{vectors}_fresh", f"{vectors}_settled"]
     with noting(findings, "target", where):
         relations = await read_relations(connection, schema, own)
-        findings += relation_faults("target.schema", relations, target.server)
+        findings += relation_faults("target.schema", relations, target.server, config)
         if own_name(name) == name:
             access = await read_access(connection, view.schema)
             findings += access_faults(f"{where}.view", access, target.server, created=view.schema == schema)
@@ -63,7 +63,7 @@ async def _view_faults(connection: Connection, config: Config, name: str, target
         return [
             Finding.error(where, f"{view} is the view of an index in the schema {of}, of another pipeline", another)
         ]
-    return list(relation_faults(where, existing, target.server))
+    return list(relation_faults(where, existing, target.server, config))
 
 
 def _form(expression: str) -> list[bool]:

@@ -8,11 +8,12 @@ Source: PostgreSQL, "CREATE EXTENSION", "Privileges"; pgvector's README and chan
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from cdcsync.config import Config, QualifiedName
+from cdcsync.config import Config, QualifiedName, Target
 from cdcsync.config.names import quote
 from cdcsync.postgres.queries import fetch_one, fetch_row
 from cdcsync.postgres.sessions import Connection
@@ -121,7 +122,7 @@ async def examine_target(connection: Connection, config: Config, findings: list[
         denied = list(access_faults("target.schema", access, server, created=True))
         findings += denied
         relations = await read_relations(connection, schema, SHARED)
-        faults = list(relation_faults("target.schema", relations, server))
+        faults = list(relation_faults("target.schema", relations, server, config))
         findings += faults
         present = any(relation.name.name == "pipelines" for relation in relations)
         faults += denied  # what is in a schema without USAGE cannot be read
@@ -287,16 +288,30 @@ def access_faults(where: str, access: Access, server: Server, *, created: bool) 
         )
 
 
-def relation_faults(where: str, relations: Sequence[Relation], server: Server) -> Iterator[Finding]:
+def relation_faults(where: str, relations: Sequence[Relation], server: Server, config: Config) -> Iterator[Finding]:
     """Say which relations stand where ours belong, or are ours and out of reach."""
     if foreign := [str(one.name) for one in relations if not one.of(OURS)]:
         yield Finding.error(
             where, f"these exist and are not cdcsync's: {named(foreign)}", "name another schema with target.schema"
         )
-    if unowned := [one for one in relations if one.of(OURS) and not one.owned]:
-        owner, role = quote(unowned[0].owner), quote(server.role)
+    unowned = [one for one in relations if one.of(OURS) and not one.owned]
+    for owner in sorted({one.owner for one in unowned}):
+        theirs = named(str(one.name) for one in unowned if one.owner == owner)
         yield Finding.error(
             where,
-            f"the role {role} does not own {named(str(one.name) for one in unowned)}",
-            f"GRANT {owner} TO {role}, or connect as {owner}",
+            f"the role {quote(server.role)} does not own {theirs}",
+            f"connect as {quote(owner)}, or hand all of it over, as an administrator of the target:"
+            f" {_handing_over(owner, server, config)}",
         )
+
+
+def _handing_over(owner: str, server: Server, config: Config) -> str:
+    """Return the command that makes the worker's role the owner of what another role made in its place."""
+    variables = {"target_role": server.role, "former_role": owner}
+    if config.target.schema != Target().schema:
+        variables["schema"] = config.target.schema
+    schemas = sorted({index.view_name.schema for index in config.indexes.values()})
+    if "public" not in schemas:
+        variables["view_schema"] = schemas[0]
+    options = [part for name, value in variables.items() for part in ("-v", f"{name}={value}")]
+    return f"cdcsync config roles | {shlex.join(['psql', '-d', server.database, *options])}"

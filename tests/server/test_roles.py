@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import anyio
 import msgspec
 import psycopg
 import pytest
 import structlog
+from psycopg import conninfo
 
 from cdcsync.config import Config, Serve
 from cdcsync.serve.reader import Reader
 from cdcsync.tracing import Tracing
-from tests.support.roles import Roles, answered, config, grant
+from tests.support.roles import Roles, answered, config, grant, psql
 from tests.support.servers import Database
 from tests.support.serving import served
 from tests.support.workers import Pipeline, until
@@ -99,6 +105,61 @@ def test_a_worker_runs_end_to_end_under_roles_with_the_least_privilege(
         ("search",),
     ]
     assert pipeline.stop(worker) == 0
+
+
+@pytest.mark.proof
+def test_what_a_first_try_as_superuser_made_is_handed_over_by_the_command_that_check_names(
+    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    database.execute(f"{TABLE}; CREATE SCHEMA search")
+    slot = f"s_{database.name}"
+    pipeline = make_pipeline(config(database.dsn, database.dsn, slot, view="search.articles"))
+    worker = pipeline.start()
+    pipeline.live()
+    assert pipeline.stop(worker) == 0
+    database.execute("CREATE TABLE cdcsync.mine (id int)")
+
+    role = roles.name("both")
+    grant(database, source_role=role, target_role=role, tables="shop.articles", view_schema="search")
+    dsn = roles.dsn(database, role)
+    text = config(dsn, dsn, slot, view="search.articles")
+    pipeline.configure(text)
+    findings = pipeline.answer("check", status=2)["findings"]
+    commands = {one["hint"].partition("target: ")[2] for one in findings if "does not own" in one["message"]}
+    (command,) = commands
+    administrator(database, command)
+    assert (run := pipeline.command("check")).returncode == 0, run.stdout
+    assert database.execute("SELECT tableowner FROM pg_tables WHERE tablename = 'mine'") == [("postgres",)]
+
+    worker = pipeline.start()  # as the role
+    database.execute("INSERT INTO shop.articles VALUES (100, 1, 'a new one')")
+    pipeline.in_step()
+    assert pipeline.stop(worker) == 0
+    pipeline.configure(text.replace("{title}", "{title} again").replace('columns = ["tenant"]', ""))
+    worker = pipeline.start()
+    until(pipeline.in_step_now, lambda: f"the index to be built anew: {pipeline.difference}")
+    assert pipeline.stop(worker) == 0
+    assert pipeline.command("teardown", "--purge", "--yes").returncode == 0
+    left = "SELECT count(*) FROM pg_class WHERE relnamespace IN ('cdcsync'::regnamespace, 'search'::regnamespace)"
+    assert database.execute(left) == [(1,)]
+
+
+def administrator(database: Database, command: str) -> None:
+    """Run a command as it is typed, in a shell whose psql connects to the database's server as its superuser."""
+    names = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "password": "PGPASSWORD"}
+    parts = conninfo.conninfo_to_dict(database.dsn)
+    environment = {names[name]: str(value) for name, value in parts.items() if name in names}
+    path = f"{Path(psql()).parent}:{os.environ['PATH']}"
+    typed = f'cdcsync() {{ {shlex.quote(sys.executable)} -m cdcsync "$@"; }}; {command}'
+    done = subprocess.run(
+        ["sh", "-ec", typed],
+        env={**os.environ, **environment, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_tool_servers_role_reads_the_rows_of_its_callers_tenant_and_no_others(

@@ -15,6 +15,7 @@ import pytest
 import cdcsync
 import cdcsync.sync
 from cdcsync.errors import UsageError
+from tests.support.misuses import CALLS
 from tests.support.searched import Model, indexed, keys
 from tests.support.servers import Database
 
@@ -56,6 +57,19 @@ async def test_threads_search_at_the_same_time_and_a_closed_index_says_so(databa
 
         await anyio.to_thread.run_sync(use)
     assert Model.opened == 0
+
+
+async def test_threads_are_told_of_arguments_that_cannot_be_used_as_tasks_are(database: Database) -> None:
+    async with indexed(database) as (_, config):
+
+        def use() -> None:
+            with cdcsync.sync.Index.open(config, "articles") as articles:
+                for method, arguments, named, told in CALLS:
+                    with pytest.raises(UsageError, match=told):
+                        getattr(articles, method)(*arguments, **named)
+                assert keys(articles.search("dog house", k=1)) == [2]
+
+        await anyio.to_thread.run_sync(use)
 
 
 def in_a_child(use: Callable[[], object]) -> str:

@@ -8,11 +8,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import cdcsync
+import cdcsync.sync
+from cdcsync.errors import UsageError
 from tests import ROOT
+from tests.support.articles import read
+from tests.support.configs import NO_SERVER
+from tests.support.misuses import CALLS, OPENING
 
 PAGE = (ROOT / "docs" / "api.md").read_text()
 HEADINGS = re.findall(r"^### `(.+)`$", PAGE, re.MULTILINE)
@@ -77,3 +83,22 @@ def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         cdcsync.nonsense  # type: ignore[attr-defined]  # noqa: B018
     assert set(cdcsync.__all__) <= set(dir(cdcsync))
+
+
+@pytest.mark.parametrize(("named", "told"), OPENING)
+@pytest.mark.parametrize("face", [cdcsync.Index, cdcsync.sync.Index])
+def test_an_index_is_not_opened_with_what_it_cannot_use(face: Any, named: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told) as refused:
+        face.open(**{"config": read(NO_SERVER), "name": "articles"} | named)
+    assert refused.value.hint
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("method", "arguments", "named", "told"), CALLS)
+async def test_a_call_with_what_it_cannot_use_is_refused_before_any_server_is_asked(
+    method: str, arguments: tuple[Any, ...], named: dict[str, Any], told: str
+) -> None:
+    index = cdcsync.Index.open(read(NO_SERVER), "articles")  # whose server does not answer
+    with pytest.raises(UsageError, match=told) as refused:
+        await getattr(index, method)(*arguments, **named)
+    assert refused.value.hint

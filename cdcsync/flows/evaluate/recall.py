@@ -43,7 +43,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.relations import Names, vector_schema
 from cdcsync.target.evaluations import USUAL_K, Evaluation, Measured
 from cdcsync.target.registry import Registry
-from cdcsync.target.search import Effort, check_where, nearest_statement, refusal, usual_effort
+from cdcsync.target.search import Effort, check_condition, nearest_statement, refusal, usual_effort
 from cdcsync.target.snapshots import hold_snapshot
 
 QUERIES = 100
@@ -93,7 +93,7 @@ async def evaluate(
     :raises TargetUnavailable: the target does not answer now.
     """
     _check(queries, k, ef_search)
-    check_where(where)
+    await check_condition(connection, schema, spec, where)
     names = Names(schema, spec.relations)
     with speaking_of("target", where=f"index {spec.name}"):
         await _refuse_without_hnsw(connection, schema, spec)

@@ -1,7 +1,6 @@
 """Search: the chunks or documents nearest to a query, by vector, by words, or by both.
 
     arguments     what no search can use
-    conditions    conditions in SQL that a caller writes
     values        values of an index's columns, as answers have them
     words         how often words occur, which the keyword leg weights them by
     nearest       the search by vector alone, to measure recall with
@@ -15,15 +14,21 @@ from __future__ import annotations
 
 from cdcsync.target.ddl.nearness import FUSION, MAX_HITS
 from cdcsync.target.ddl.searching import drop_search, put_search
-from cdcsync.target.search.arguments import check_arguments
-from cdcsync.target.search.conditions import check_where
+from cdcsync.target.search.arguments import (
+    Mode,
+    check_arguments,
+    check_opening,
+    check_switch,
+    check_text,
+    check_wait,
+    check_whole,
+)
 from cdcsync.target.search.nearest import Effort, nearest_statement, tune, usual_effort
 from cdcsync.target.search.query import (
     NO_SETTINGS,
     TIMEOUT_S,
     Filter,
     Hit,
-    Mode,
     Plan,
     check_condition,
     refusal,
@@ -45,7 +50,11 @@ __all__ = [
     "Plan",
     "check_arguments",
     "check_condition",
-    "check_where",
+    "check_opening",
+    "check_switch",
+    "check_text",
+    "check_wait",
+    "check_whole",
     "count_words",
     "drop_search",
     "load_values",

@@ -1,23 +1,27 @@
-"""The arguments of a search, checked before anything is spent on it: no model is asked and no session is lent."""
+"""The arguments of an index's calls, checked before anything is spent: no model is asked and no session is lent."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
-from typing import Any, cast
+from numbers import Real
+from typing import Any, Literal, cast, get_args
 from uuid import UUID
 
 from psycopg.types.multirange import Multirange
 from psycopg.types.range import Range
 
+from cdcsync.config import Config
 from cdcsync.errors import UsageError
 from cdcsync.postgres.texts import is_text
 from cdcsync.target.ddl.nearness import MAX_HITS
+
+Mode = Literal["hybrid", "vector", "text"]
 
 NESTED = 2
 """The lists and objects of a filter on one column that may be in one another: values by operator, of which one is a
@@ -27,15 +31,22 @@ LONGEST_S = 1e6
 """More than the server's timers can count."""
 
 
+MOST_CONNECTIONS = 1_000
+"""More than a server lends to one process."""
+
+
 def check_arguments(
     *,
     texts: Sequence[str | None],
     k: int,
+    mode: str,
     skip: int,
     filter: Mapping[str, Any] | None,
+    per_document: bool,
     weights: Sequence[float],
+    vector: object,
     timeout_s: float | None,
-    settings: Mapping[str, str],
+    settings: object,
 ) -> None:
     """Refuse what no search can use.
 
@@ -43,8 +54,7 @@ def check_arguments(
     :raises UsageError: one of them cannot be used.
     """
     for number in (k, skip):
-        if isinstance(number, bool) or not hasattr(number, "__index__"):
-            raise UsageError(f"{number!r} is not a whole number", where="-k", hint="k and skip are counts")
+        check_whole(number, "-k", hint="k and skip are counts")
     for words in texts:
         if not isinstance(words, str | None):
             raise UsageError(
@@ -55,6 +65,13 @@ def check_arguments(
     if not (k >= 1 and skip >= 0 and skip + k <= MAX_HITS):
         after = f" after skipping {skip}" if skip else ""
         raise UsageError(f"cannot return {k} hits{after}", where="-k", hint=f"ask for hits within the first {MAX_HITS}")
+    if mode not in get_args(Mode):
+        raise UsageError(f"there is no mode {mode!r}", where="mode", hint=f"the modes are {', '.join(get_args(Mode))}")
+    check_switch(per_document, "per_document")
+    if vector is not None and not (isinstance(vector, Sized) and all_finite(vector)):
+        raise UsageError(
+            f"the query's vector is {_shown(vector)}", where="vector", hint="give a list of finite numbers, or none"
+        )
     if not all_finite(weights) or len(weights) != 2:
         hint = "give two numbers: of vectors and of words"
         raise UsageError(f"the weights are {weights!r}", where="weights", hint=hint)
@@ -62,8 +79,12 @@ def check_arguments(
         raise UsageError(
             f"a search cannot take {timeout_s!r} seconds", where="timeout_s", hint="give a number of seconds above 0"
         )
-    if not all(isinstance(one, str) for pair in settings.items() for one in pair):
-        raise UsageError(f"the settings are {settings!r}", where="settings", hint="give each value as a text")
+    if not isinstance(settings, Mapping) or not all(isinstance(one, str) for pair in settings.items() for one in pair):
+        raise UsageError(
+            f"the settings are {_shown(settings)}",
+            where="settings",
+            hint='give texts by name, such as {"work_mem": "8MB"}',
+        )
     for value in _within([*texts, settings, plain_filter(filter)]):
         match value:
             case str() if not is_text(value):
@@ -76,6 +97,70 @@ def check_arguments(
                 raise UsageError(
                     f"the filter compares with {value}", where="filter", hint="compare with a number, or with a text"
                 )
+
+
+def check_opening(config: object, *, connections: int, model_timeout_s: float, application_name: str) -> None:
+    """Refuse what no index can be opened with.
+
+    :raises UsageError: one of them cannot be used.
+    """
+    if not isinstance(config, Config):
+        raise UsageError(
+            f"{_shown(config)} is not a configuration", where="config", hint='give load_config("cdcsync.toml")'
+        )
+    hint = f"give a number of connections, from 1 to {MOST_CONNECTIONS}"
+    check_whole(connections, "connections", hint=hint)
+    if not 1 <= connections <= MOST_CONNECTIONS:
+        raise UsageError(f"no index has {connections} connections", where="connections", hint=hint)
+    check_wait(model_timeout_s, "model_timeout_s")
+    check_text(application_name, "application_name", hint="give the name that pg_stat_activity shows")
+
+
+def check_text(text: object, where: str, *, hint: str) -> None:
+    """Refuse what is not a text that the server can hold.
+
+    :raises UsageError: it is none.
+    """
+    if not isinstance(text, str) or not is_text(text):
+        raise UsageError(f"{_shown(text)} is not a text", where=where, hint=f"{hint}, without NUL and lone surrogates")
+
+
+def check_whole(number: object, where: str, *, hint: str) -> None:
+    """Refuse what is not a whole number.
+
+    :raises UsageError: it is none.
+    """
+    if isinstance(number, bool) or not hasattr(number, "__index__"):
+        raise UsageError(f"{_shown(number)} is not a whole number", where=where, hint=hint)
+
+
+def check_wait(seconds: object, where: str) -> None:
+    """Refuse what is no time to wait; `inf` is one without an end.
+
+    :raises UsageError: it is none.
+    """
+    try:
+        known = isinstance(seconds, Real) and not math.isnan(seconds)
+    except OverflowError:
+        known = False
+    if not known:
+        raise UsageError(
+            f"{_shown(seconds)} is not a number of seconds", where=where, hint="give a number, such as 2.5"
+        )
+
+
+def check_switch(value: object, where: str) -> None:
+    """Refuse what is neither true nor false.
+
+    :raises UsageError: it is neither.
+    """
+    if type(value).__name__ not in ("bool", "bool_"):  # numpy's, too
+        raise UsageError(f"{_shown(value)} is neither True nor False", where=where, hint="give True or False")
+
+
+def _shown(value: object) -> str:
+    """Return a value as an error shows it: a vector may have thousands of numbers."""
+    return repr(value)[:80]
 
 
 def all_finite(numbers: object) -> bool:

@@ -52,8 +52,8 @@ def nearest_statement(
     rows: sql.Composable = sql.SQL("")
     if where:
         # On a line of its own, so that nothing of ours can become part of it.
-        rows = sql.SQL(" JOIN {} AS c USING (chunk_id) WHERE (\n" + where + "\n)").format(
-            Names(schema, spec.relations).chunks
+        rows = sql.SQL(" JOIN {} AS c USING (chunk_id) WHERE (\n{}\n)").format(
+            Names(schema, spec.relations).chunks, sql.SQL(where)
         )
     return (exactly_nearest if exact else nearest)(
         schema,

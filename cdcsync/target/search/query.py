@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psycopg
@@ -24,15 +24,12 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.hits import OWN, attribute_of
 from cdcsync.target.ddl.names import Names, function_name
 from cdcsync.target.ddl.search_function import BY_WORDS_ALONE, NO_GENERATION, NOT_WHOLE, Variant, compose
-from cdcsync.target.search.arguments import all_finite, check_arguments, plain_filter
-from cdcsync.target.search.conditions import check_where
+from cdcsync.target.search.arguments import Mode, check_arguments, plain_filter
 from cdcsync.target.search.values import load_values
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-Mode = Literal["hybrid", "vector", "text"]
 
 Filter = Mapping[str, Any]
 """By column: a value, a list of values, None, or values by operator (eq, ne, in, lt, lte, gt, gte, like, null)."""
@@ -127,22 +124,26 @@ async def search(
     :param warnings: gets what the caller should know of the answer: that nothing keeps the index in step, that it is
         being built, or that the vector has no direction.
     :param for_json: return values as an answer in JSON holds them; see `load_values`.
-    :raises UsageError: `k`, `mode`, `filter`, `where` or another argument cannot be used.
+    :raises UsageError: `k`, `mode`, `filter`, `where` or another argument cannot be used, or the vector is not of the
+        index's dimension.
     :raises ModelChanged: the vectors that `vector` was made for are gone; embed the query anew.
-    :raises SetupError: the index is not in this database, or the vector is not of its dimension.
+    :raises SetupError: the index is not in this database.
     :raises TargetUnavailable: the target does not answer now, or took longer than `timeout_s`.
     """
     check_arguments(
         texts=[text, headline],
         k=k,
+        mode=mode,
         skip=skip,
         filter=filter,
+        per_document=per_document,
         weights=weights,
+        vector=vector,
         timeout_s=timeout_s,
         settings=settings,
     )
     _check(spec, vector, mode)
-    check_where(where)
+    await check_condition(connection, schema, spec, where)
     attributes = [attribute_of(name) for name in spec.shape.key + spec.shape.carried]
     with speaking_of("target", where=f"index {spec.name}"):
         function = function_name(schema, spec.searched_as)
@@ -202,15 +203,19 @@ def _for_this_search(timeout_s: float | None, settings: Mapping[str, str]) -> sq
 
 
 async def check_condition(connection: Connection, schema: str, spec: IndexSpec, where: str | None) -> None:
-    """Ask the server to check a condition, before anything costly is done for the search.
+    """Have the server plan a condition alone: in brackets and without them, so that it can only be one expression.
 
-    :raises UsageError: it is not a condition on the index's columns.
+    :param where: the condition; nothing is asked for None.
+    :raises UsageError: it is not one condition on the index's columns.
     """
-    check_where(where)
     if where is None:
         return
-    statement = sql.SQL("EXPLAIN SELECT FROM {} AS c WHERE (\n{}\n)").format(
-        Names(schema, spec.relations).chunks, sql.SQL(where)
+    if not where.strip():
+        raise UsageError("the condition is empty", where="--where", hint="give one SQL condition, or leave it out")
+    # On lines of its own, so that nothing of ours can become part of a comment.
+    places = (
+        sql.SQL("EXPLAIN SELECT FROM {} AS c WHERE (\n{}\n)"),
+        sql.SQL("EXPLAIN SELECT CASE WHEN\n{1}\nTHEN true END FROM {0} AS c"),
     )
     with speaking_of("target", where=f"index {spec.name}"):
         try:
@@ -218,7 +223,14 @@ async def check_condition(connection: Connection, schema: str, spec: IndexSpec, 
                 await connection.execute("SET TRANSACTION READ ONLY")
                 await connection.execute("SET LOCAL statement_timeout = '5s'")
                 await connection.execute("SET LOCAL search_path TO DEFAULT")
-                await psycopg.AsyncRawCursor(connection).execute(statement, prepare=False)
+                for place in places:
+                    statement = place.format(Names(schema, spec.relations).chunks, sql.SQL(where))
+                    # Asked for binary results, the server takes a single statement only.
+                    await psycopg.AsyncRawCursor(connection).execute(statement, prepare=False, binary=True)
+        except psycopg.errors.ProtocolViolation:
+            raise UsageError(
+                "a condition has no parameters", where=f"--where {where}", hint="write the value in place of each"
+            ) from None
         except psycopg.Error as error:
             raise refusal(error, spec, where) from error
 
@@ -226,17 +238,15 @@ async def check_condition(connection: Connection, schema: str, spec: IndexSpec, 
 def _check(spec: IndexSpec, vector: Sequence[float] | npt.NDArray[np.float32] | None, mode: Mode) -> None:
     """Refuse what the index cannot do, in the words of those who configure it.
 
-    :raises UsageError, SetupError: it cannot.
+    :raises UsageError: it cannot.
     """
     where = f"index {spec.name}"
     if vector is not None and len(vector) != spec.dimensions:
-        raise SetupError(
+        raise UsageError(
             f"the query's vector has {len(vector)} dimensions, the index has {spec.dimensions}",
             where=where,
             hint=f"embed the query with {spec.model}",
         )
-    if vector is not None and not all_finite(vector):
-        raise UsageError("the query's vector holds a number that is not finite", where=where, hint="embed the query")
     searchable = spec.config.search is not None
     if mode == "text" and not searchable:
         raise UsageError(

@@ -103,7 +103,11 @@ async def test_tables_that_another_role_made_are_told_with_the_role_to_connect_a
     source.execute(ARTICLES)
     report = await examined(configured(source.dsn, role.dsn))
     unowned = [finding for finding in report.errors if "does not own" in finding.message]
-    assert {finding.hint for finding in unowned} == {f"GRANT postgres TO {role.name}, or connect as postgres"}
+    command = f"psql -d {lone_database.name} -v target_role={role.name} -v former_role=postgres"
+    assert {finding.hint for finding in unowned} == {
+        "connect as postgres, or hand all of it over, as an administrator of the target:"
+        f" cdcsync config roles | {command}"
+    }
     assert "cdcsync.articles_chunks" in " ".join(finding.message for finding in unowned)
     assert "cdcsync.backfills" in " ".join(finding.message for finding in unowned)
     assert "public.articles_index" in " ".join(finding.message for finding in unowned)

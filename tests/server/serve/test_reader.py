@@ -444,7 +444,7 @@ async def test_nothing_is_shown_while_the_index_does_not_have_the_bound_column_y
     }
 
 
-@pytest.mark.parametrize("tenant", [Tenant(), Tenant(column="tenant")])
+@pytest.mark.parametrize("tenant", [Tenant(column=None), Tenant(column="tenant")])
 async def test_a_server_whose_callers_are_of_no_tenant_has_none_to_hold(tickets: Office, tenant: Tenant) -> None:
     serve = msgspec.structs.replace(tickets.serving(anonymous=True).serve, tenant=tenant)
     reader = Reader(msgspec.structs.replace(tickets.config, serve=serve), Tracing())

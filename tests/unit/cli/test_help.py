@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from cdcsync.cli.commands import index_names
 from cdcsync.cli.entry import command_line, main
+from cdcsync.errors import EXIT_WRONG
 
 
 def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -53,6 +54,19 @@ def test_the_help_names_what_is_taken_as_people_do_and_breaks_no_word(
     written = " ".join(str(getattr(one, "help", "") or "") for one in command.params)
     for word in re.findall(r"[A-Za-z_]{4,}", written):
         assert word in text, f"{word} is broken"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PATHS if isinstance(found(command_line(), path), TyperGroup)], ids=" ".join
+)
+def test_who_names_no_command_gets_the_help_and_no_error(
+    path: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*path])
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.err) == (EXIT_WRONG, "")
+    assert "Commands" in printed.out
 
 
 def completed(directory: Path, incomplete: str) -> list[str]:

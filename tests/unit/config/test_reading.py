@@ -161,6 +161,17 @@ def test_a_faulty_embedder_is_a_declared_one_all_the_same() -> None:
     ]
 
 
+def test_the_tool_server_offers_indexes_that_are_declared() -> None:
+    assert problems('[serve]\nindexes = ["articles", "artcles"]' + SECTIONS) == [
+        'serve.indexes: there is no [indexes.artcles] section; did you mean "articles"?'
+    ]
+
+
+def test_a_faulty_index_is_a_declared_one_all_the_same() -> None:
+    faulty = SECTIONS.replace('text = "{title}"', "")
+    assert problems('[serve]\nindexes = ["articles"]' + faulty) == problems(faulty)
+
+
 def test_two_indexes_cannot_share_a_view_however_it_is_spelled() -> None:
     other = '[indexes.other]\ntable = "b"\ntext = "x"\nembedder = "test"\nview = \'PUBLIC."articles_index"\''
 

@@ -33,6 +33,8 @@ def test_safe_settings_are_taken(lines: str) -> None:
         (JWT.replace("https://id.example/keys", "http://id.example/keys"), "serve.jwks: must be an https:// address"),
         ('listen = "0.0.0.0:80"\nanonymous = true\n', "serve.anonymous: is for loopback only"),
         ('anonymous = true\ntenant = { column = "tenant" }\n', "serve.anonymous: cannot be combined with a tenant"),
+        ("tenant = {}\n", "serve.tenant.column: is required"),
+        ('tenant = { claim = "tenant" }\n', "serve.tenant.column: is required"),
         ('listen = "nowhere"\n', "serve.listen: "),
         ("max_k = 0\n", "serve.max_k: "),
         ("deadline_s = 601\n", "serve.deadline_s: "),

@@ -213,12 +213,14 @@ async def test_a_small_index_is_read_whole_and_misses_nothing(
 
 async def test_a_condition_is_met_by_all_that_is_compared(database: Database) -> None:
     async with indexed(database, crowd(400)) as (index, spec):
-        found = await evaluate(index.connection, SCHEMA, spec, queries=20, k=30, where="tenant = 3")
+        found = await evaluate(index.connection, SCHEMA, spec, queries=20, k=30, where="tenant = 3 AND '{;--}' <> ''")
         assert found.measured[0].recall > 0.9
         with pytest.raises(UsageError, match="leaves nothing"):
             await evaluate(index.connection, SCHEMA, spec, queries=2, where="tenant = 99")
         with pytest.raises(UsageError, match="nosuch") as refused:
             await evaluate(index.connection, SCHEMA, spec, where="nosuch = 1")
+        with pytest.raises(UsageError, match="syntax error"):
+            await evaluate(index.connection, SCHEMA, spec, where="tenant = 3) OR (true")
     assert refused.value.where == "--where nosuch = 1"
 
 

@@ -15,7 +15,7 @@ from cdcsync.config import Index, QualifiedName
 from cdcsync.documents.chunks import Chunk
 from cdcsync.documents.documents import Documents
 from cdcsync.documents.templates import Template, hash_text
-from cdcsync.errors import SetupError, UsageError
+from cdcsync.errors import UsageError
 from cdcsync.model.changeset import ChangeSet, Document
 from cdcsync.model.rows import Shape
 from cdcsync.model.spec import Distance, IndexSpec
@@ -209,8 +209,17 @@ async def test_a_condition_limits_every_leg(database: Database, mode: Mode) -> N
     assert ids(hits) == [2]
 
 
-async def test_a_condition_may_hold_braces(database: Database) -> None:
-    where = "'{a,b}'::text[] @> '{a}' AND 'x{1}' LIKE '{}x{1}%' IS FALSE"
+@pytest.mark.parametrize(
+    "where",
+    [
+        "'{a,b}'::text[] @> '{a}' AND 'x{1}' LIKE '{}x{1}%' IS FALSE",
+        "content <> 'a--b' AND content <> 'a;b' AND content <> '/*'",
+        "true -- and no more",
+        "content = 'a' /* the first */ OR false",
+        """content ~ '^a$' AND 5 % 3 = 2 AND ';)' <> E'\\'('""",
+    ],
+)
+async def test_a_condition_may_hold_what_else_has_a_meaning_to_us(database: Database, where: str) -> None:
     async with indexed(database, [Doc(1, "a", EAST)]) as (connection, spec):
         await check_condition(connection, SCHEMA, spec, where)
         hits = await search(connection, SCHEMA, spec, text=None, vector=EAST, where=where)
@@ -235,8 +244,14 @@ async def test_a_condition_finds_the_operators_of_extensions(database: Database)
         ("tenant =", "syntax error"),
         ("nosuch = 1", "nosuch"),
         ("id = 'x'", "invalid input syntax"),
-        ("true; DROP TABLE x", "more than one expression"),
-        ("true -- ", "more than one expression"),
+        ("true; DROP TABLE x", "syntax error"),
+        ("true); DROP TABLE x; SELECT (true", "multiple commands"),
+        ("id = 1) OR (true", "syntax error"),
+        ("id = 1 THEN false WHEN true", "syntax error"),
+        ("true /* ", "unterminated"),
+        ("id = $1", "no parameters"),
+        ("id, true", "must be type boolean"),
+        ("count(*) > 1", "aggregate"),
         ("", "empty"),
         ("nextval('public.counter') > 0", "read-only"),
     ],
@@ -254,10 +269,13 @@ async def test_a_wrong_condition_is_a_usage_error_that_names_it(database: Databa
     assert database.execute("SELECT is_called FROM counter") == [(False,)]
 
 
-async def test_a_vector_of_another_model_is_refused_before_the_server_sees_it(database: Database) -> None:
+@pytest.mark.parametrize("vector", [(1, 0, 0, 0), ()])
+async def test_a_vector_of_another_model_is_refused_before_the_server_sees_it(
+    database: Database, vector: Sequence[float]
+) -> None:
     async with indexed(database, COMPASS) as (connection, spec):
-        with pytest.raises(SetupError, match="4 dimensions, the index has 3") as refused:
-            await search(connection, SCHEMA, spec, text="up", vector=(1, 0, 0, 0))
+        with pytest.raises(UsageError, match=f"{len(vector)} dimensions, the index has 3") as refused:
+            await search(connection, SCHEMA, spec, text="up", vector=vector)
     assert "three-directions" in (refused.value.hint or "")
 
 
