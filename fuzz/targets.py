@@ -9,6 +9,7 @@ import struct
 import warnings
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 
 from cdcsync.config import Chunking, HashEmbedder, OpenAIEmbedder, QualifiedName, TeiEmbedder, parse, redact_dsn
@@ -23,7 +24,7 @@ from cdcsync.model.visibility import Snapshot
 from cdcsync.pgoutput.decode import decode
 from cdcsync.pgoutput.frames import decode_frame, decode_status_update
 from cdcsync.source.spool import Spool
-from cdcsync.target.search.conditions import check_where
+from cdcsync.target.search.arguments import plain_filter
 
 warnings.simplefilter("error")
 
@@ -112,9 +113,11 @@ def _dsn(data: bytes) -> None:
 
 
 def _filters(data: bytes) -> None:
+    """A filter of an agent is passed on as it was sent."""
     try:
-        check_where(data.decode("utf-8", "replace"))
-    except CdcsyncError:
+        sent = msgspec.json.decode(data)
+        assert plain_filter(sent) == (sent or {})
+    except (msgspec.DecodeError, CdcsyncError):
         return
 
 
