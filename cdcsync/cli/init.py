@@ -14,6 +14,7 @@ import typer
 
 from cdcsync.cli.commands import DEFAULT_CONFIG
 from cdcsync.errors import SetupError, UsageError
+from cdcsync.process.files import write_files
 from cdcsync.process.stopping import interruptible
 from cdcsync.process.terminals import harmless
 
@@ -265,8 +266,7 @@ def _check(content: str, seen: Look, index: str) -> None:
 
 def _write(output: Path, content: str) -> None:
     try:
-        with output.open("x", encoding="utf-8") as file:
-            file.write(content)
+        write_files({output: (content.encode(), None)})
     except OSError as error:
         raise SetupError(
             f"cannot be written: {error.strerror}", where=str(output), hint="name another file with --output"
