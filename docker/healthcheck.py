@@ -1,6 +1,8 @@
-"""Ask the worker in this container whether it is alive; exit with 0 if it is, with 1 if not.
+"""Ask the worker or the tool server of this container whether it is alive; exit with 0 if it is, with 1 if not.
 
-`CDCSYNC_HEALTH` is the port, where `worker.listen` of the configuration names another one than 9477.
+Process 1 says which of them runs here, and so its port: 9477 for the worker, 9478 for `cdcsync serve`. `CDCSYNC_HEALTH`
+is the port where `worker.listen` or `serve.listen` of the configuration names another one. With `serve --stdio` nothing
+listens: the process is all that can be asked about, and it is there as long as its container.
 """
 
 from __future__ import annotations
@@ -8,8 +10,29 @@ from __future__ import annotations
 import http.client
 import os
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 TIMEOUT_S = 3
+
+WORKER, SERVER = 9477, 9478
+"""The default ports. Both are not tried: with the host's network the other one may be another container's."""
+
+
+def port(environment: Mapping[str, str], words: Sequence[str]) -> int | None:
+    """Return the port to ask, or None if this command listens on none.
+
+    :param words: the command line of the container's process.
+    """
+    if "serve" in words and "--stdio" in words:
+        return None
+    named = environment.get("CDCSYNC_HEALTH")
+    return int(named) if named else SERVER if "serve" in words else WORKER
+
+
+def command_line() -> list[str]:
+    """Return the words of the command line of process 1, those of a shell's `-c` among them."""
+    return Path("/proc/1/cmdline").read_text(errors="replace").replace("\0", " ").split()
 
 
 def alive(port: int) -> bool:
@@ -26,4 +49,5 @@ def alive(port: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if alive(int(os.environ.get("CDCSYNC_HEALTH", "9477"))) else 1)
+    asked = port(os.environ, command_line())
+    sys.exit(0 if asked is None or alive(asked) else 1)

@@ -14,6 +14,7 @@ import typer
 
 from cdcsync.cli.commands import DEFAULT_CONFIG
 from cdcsync.errors import SetupError, UsageError
+from cdcsync.process.files import write_files
 from cdcsync.process.stopping import interruptible
 from cdcsync.process.terminals import harmless
 
@@ -109,7 +110,7 @@ def init(
         raise UsageError(
             "the file exists already", where=str(output), hint="name another one with --output, or move it away"
         )
-    index = name or _index_name(table)
+    index = _named(name) if name else _index_name(table)
     seen, prepared, slot = anyio.run(interruptible, _look, dsn, table, role)
     chosen = _choose(seen, text, _split(columns), _split(indexed), ask=sys.stdin.isatty() and not yes)
     content = _render(dsn, role, slot, index, seen, chosen, embedder)
@@ -199,27 +200,47 @@ def _index_name(table: str) -> str:
     return plain if plain[:1].isalpha() or plain[:1] == "_" else f"_{plain}"[:40]
 
 
+def _named(name: str) -> str:
+    """Return the name that `--name` gives.
+
+    :raises UsageError: no index can have it.
+    """
+    from msgspec import inspect
+
+    from cdcsync.config.values import RULE, IndexName
+
+    kind = inspect.type_info(IndexName)
+    assert isinstance(kind, inspect.Metadata)
+    assert kind.extra is not None
+    if fault := kind.extra[RULE](name):
+        raise UsageError(fault, where="--name", hint="leave it out, and the index is named after the table")
+    return name
+
+
 def _render(dsn: str, role: str, slot: str, index: str, seen: Look, chosen: Proposal, embedder: Model) -> str:
     """Return the file's text."""
     from cdcsync.config.rendering import toml_text
 
-    address = _address(dsn, role)
+    address, secrets = _address(dsn, role)
+    left_out = (
+        f"# {', '.join(secrets)}: left out of this; add ${{NAME}} of the environment for each.\n" if secrets else ""
+    )
     named = "" if slot == SLOT else f"# The server has a slot {SLOT} already.\nslot = {toml_text(slot)}\n"
     listed = [f"[{', '.join(map(toml_text, names))}]" for names in (chosen.columns, chosen.indexed)]
     return f"""# Written by `cdcsync init`. `cdcsync config example` explains every key; omitted keys have defaults.
 
 [source]
 # The password: PGPASSWORD, ~/.pgpass, or ${{NAME}} of the environment in here.
-dsn = {toml_text(address)}
+{left_out}dsn = {toml_text(address)}
 {named}
 # The index is kept in the same database, schema {SCHEMA}. For another one, which needs pgvector:
 # [target]
-# dsn = "postgresql://{role}@host/database"
+# dsn = "postgresql://{harmless(role)}@host/database"
 
 {_EMBEDDERS[embedder]}
 [indexes.{index}]
 table = {toml_text(str(seen.table.name))}
-# The text to embed and search. NULL renders as nothing. The key of a row: {", ".join(chosen.key)}.
+# The text to embed and search. NULL renders as nothing. The key of a row: {harmless(", ".join(chosen.key))}.
 text = {toml_text(chosen.text)}
 # Carried along as they are, to filter by.
 columns = {listed[0]}
@@ -229,18 +250,24 @@ embedder = "{embedder.value}"
 """
 
 
-def _address(dsn: str, role: str) -> str:
-    """Return a DSN with the worker's role and without a password, as a URI if it was one."""
+def _address(dsn: str, role: str) -> tuple[str, list[str]]:
+    """Return a DSN with the worker's role and without secrets, and which it had besides a password.
+
+    A URI stays one, unless it has parameters, or a password that would end a URI of other schemes.
+    """
     from urllib.parse import quote, urlsplit
 
     from psycopg import conninfo
 
+    from cdcsync.config.redaction import REDACTED, redact_dsn
+
     parts = urlsplit(dsn)
-    if parts.scheme in ("postgresql", "postgres") and not parts.query:
-        return f"{parts.scheme}://{quote(role)}@{parts.netloc.rpartition('@')[2]}{parts.path}"
-    settings = conninfo.conninfo_to_dict(dsn)
-    settings.pop("password", None)
-    return conninfo.make_conninfo("", **{**settings, "user": role})
+    if parts.scheme in ("postgresql", "postgres") and not (parts.query or parts.fragment):
+        return f"{parts.scheme}://{quote(role)}@{parts.netloc.rpartition('@')[2]}{parts.path}", []
+    settings = conninfo.conninfo_to_dict(redact_dsn(dsn))
+    secrets = [name for name, value in settings.items() if value == REDACTED]
+    kept = {name: value for name, value in settings.items() if name not in secrets}
+    return conninfo.make_conninfo("", **{**kept, "user": role}), [name for name in secrets if name != "password"]
 
 
 def _check(content: str, seen: Look, index: str) -> None:
@@ -265,8 +292,7 @@ def _check(content: str, seen: Look, index: str) -> None:
 
 def _write(output: Path, content: str) -> None:
     try:
-        with output.open("x", encoding="utf-8") as file:
-            file.write(content)
+        write_files({output: (content.encode(), None)})
     except OSError as error:
         raise SetupError(
             f"cannot be written: {error.strerror}", where=str(output), hint="name another file with --output"

@@ -17,6 +17,7 @@ import typer
 import cdcsync
 from cdcsync.cli.commands import ConfigOption, Invocation, print_help_instead
 from cdcsync.errors import UsageError
+from cdcsync.process.files import write_files
 
 COMPOSE = ("config/alerts.yml", "config/dashboard.json", "config/roles.sql", "docker")
 """compose.yaml mounts files of config/ by their place beside it."""
@@ -124,26 +125,26 @@ def _print(name: str) -> None:
 def _write(names: tuple[str, ...], directory: Path) -> None:
     """Copy files and folders below a directory, and print what was written.
 
-    :raises UsageError: one of the files is there already, in which case none is written; or cannot be written.
+    :raises UsageError: one of the files is there already, or cannot be written; then none is.
     """
     root = shipped("")
     found = [path for name in names for path in ([shipped(name)] if shipped(name).is_file() else _files(shipped(name)))]
-    copies = {path: directory / path.relative_to(root) for path in found}
-    if there := next((target for target in copies.values() if target.exists()), None):
+    copies = {directory / path.relative_to(root): (path.read_bytes(), path.stat().st_mode & 0o777) for path in found}
+    try:
+        write_files(copies)
+    except FileExistsError as error:
         raise UsageError(
             "the file exists already, and nothing was written",
-            where=str(there),
+            where=str(error.filename),
             hint="name another directory, or move the file away",
-        )
-    for path, target in copies.items():
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
-            target.chmod(path.stat().st_mode & 0o777)
-        except OSError as error:
-            raise UsageError(
-                f"cannot be written: {error.strerror}", where=str(target), hint="name a directory that you may write to"
-            ) from error
+        ) from error
+    except OSError as error:
+        raise UsageError(
+            f"cannot be written: {error.strerror}; nothing was",
+            where=str(error.filename),
+            hint="name a directory that you may write to, on a disk that is not full",
+        ) from error
+    for target in copies:
         print(target)
 
 

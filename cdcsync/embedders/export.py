@@ -50,17 +50,17 @@ def export(model: str, directory: Path, *, revision: str | None = None) -> float
     )
     files = locate(model, revision, where="model")
     fetch_weights(files, with_torch.description.weights, where="model")
-    for path in sorted(files.directory.rglob("*")):
-        if path.suffix in (".json", ".txt", ".model"):
-            copy = directory / path.relative_to(files.directory)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-    (directory / "onnx").mkdir(parents=True, exist_ok=True)
     try:
+        for path in sorted(files.directory.rglob("*")):
+            if path.suffix in (".json", ".txt", ".model"):
+                copy = directory / path.relative_to(files.directory)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+        (directory / "onnx").mkdir(parents=True, exist_ok=True)
         _write(files.directory, directory / "onnx" / "model.onnx")
         return anyio.run(_difference, with_torch, directory)
     except BaseException:
-        shutil.rmtree(directory)
+        shutil.rmtree(directory, ignore_errors=True)
         raise
 
 

@@ -12,6 +12,7 @@ import functools
 import importlib
 import logging
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, Literal
@@ -19,7 +20,8 @@ from typing import Any, Literal
 import anyio
 import msgspec
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cdcsync.errors import SetupError
 
@@ -27,7 +29,7 @@ STOP_TIMEOUT_S = 1
 """How long answers that are being given may take when the program stops."""
 
 MOST_HEAD = 65_536
-"""Bytes of a request besides its body: its line, headers and trailers. As much as h11 takes."""
+"""Bytes of a request besides its body: its line, headers and trailers. They are kept before it is known who asks."""
 
 MOST_PIPELINED = 32
 """Requests that a client may send ahead of their answers: each costs some kilobytes, and hardly any client does it."""
@@ -75,7 +77,7 @@ async def serve(
     """
     sockets = await _listen(host, port, setting, 2 * bounds.connections)
     config = uvicorn.Config(
-        app,
+        _SmallHeads(app),
         http=functools.partial(_bounded(parser), bounds=bounds),  # type: ignore[arg-type, misc]
         ws="none",
         lifespan="off",
@@ -85,6 +87,7 @@ async def serve(
         proxy_headers=False,
         server_header=False,
         backlog=ACCEPTED_AT_ONCE,
+        h11_max_incomplete_event_size=MOST_HEAD,
         timeout_graceful_shutdown=STOP_TIMEOUT_S,
     )
 
@@ -108,8 +111,8 @@ async def serve(
 def _bounded(parser: Parser) -> type[Any]:
     """Return uvicorn's protocol with bounds."""
     protocol = getattr(importlib.import_module(f"uvicorn.protocols.http.{parser}_impl"), _PROTOCOLS[parser])
-    bases = (_Bounded, protocol) if parser == "h11" else (_BoundedHeads, _Bounded, protocol)
-    return type("Bounded", bases, {})
+    heads = _RefusedHeads if parser == "h11" else _BoundedHeads
+    return type("Bounded", (heads, _Bounded, protocol), {})
 
 
 class _Bounded(asyncio.Protocol):
@@ -169,6 +172,44 @@ class _Bounded(asyncio.Protocol):
         self._deadline = None
         if not self._answered or self.transport.get_write_buffer_size():
             self.transport.abort()
+
+
+class _SmallHeads:
+    """Answers with 431 if a request has too many bytes before its body, in however many parts they came.
+
+    The protocols below refuse those that go on and on; what came whole in one part has passed them.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] == "http" and _head_bytes(scope) > MOST_HEAD:
+            await Response(status_code=431, headers={"connection": "close"})(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def _head_bytes(scope: Scope) -> int:
+    """Return the bytes of a request's line and headers, with one space where more may stand."""
+    line = f"{scope['method']} {'?' if scope['query_string'] else ''} HTTP/1.1\r\n"
+    named = sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])
+    return len(line) + len(scope["raw_path"]) + len(scope["query_string"]) + named + len("\r\n")
+
+
+class _RefusedHeads(asyncio.Protocol):
+    """A connection of h11, which has a bound of its own, and whose reason for a refusal is told."""
+
+    transport: asyncio.Transport
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse a request."""
+        if getattr(sys.exception(), "error_status_hint", None) == 431:
+            self.transport.write(_TOO_LARGE)
+            self.transport.close()
+        else:
+            super().send_400_response(msg)  # type: ignore[misc]
 
 
 class _BoundedHeads(asyncio.Protocol):

@@ -2,6 +2,7 @@
 
     collector      Python's garbage collector
     crashpoints    named points at which tests kill it
+    files          files that are written whole or not at all
     memory         how much memory it may use, and how large a value may be
     stopping       Ctrl-C, once and twice
     terminals      text from elsewhere, made safe for a terminal

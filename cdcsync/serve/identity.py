@@ -31,6 +31,7 @@ from cdcsync.config.redaction import redact_url
 from cdcsync.config.serving import Serve
 from cdcsync.errors import SetupError, UsageError
 from cdcsync.postgres.texts import is_text
+from cdcsync.process.files import real, replace_file
 from cdcsync.serve.problems import Problem
 
 log = structlog.get_logger()
@@ -139,10 +140,11 @@ def _changing(path: Path) -> Iterator[list[StoredToken]]:
 
     Who else would change the file waits from before it is read until it is replaced. The lock is on the directory: the
     file is another one afterwards, and a file for the lock would need an owner and a mode that suit all who change this
-    one.
+    one. All of it concerns the file that the path leads to, which a server may know by another path.
 
     :raises SetupError: the file cannot be locked, read or written.
     """
+    path = real(path)
     with contextlib.ExitStack() as held:
         try:
             directory = os.open(path.parent, os.O_RDONLY)
@@ -161,43 +163,14 @@ def _changing(path: Path) -> Iterator[list[StoredToken]]:
 
 def _write(path: Path, content: TokenFile) -> None:
     """Replace the file in one step. A new file is readable only by its owner; an existing one keeps its mode."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        before = path.stat() if path.exists() else None
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            if before is not None:
-                _keep_access(file.fileno(), before)
-            file.write(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(path, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n", mode=0o600)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise SetupError(
             f"the tokens cannot be written: {error.strerror}",
             where=str(path),
             hint="run this as a user who may write to its directory, on a disk that is not full",
         ) from error
-
-
-def _keep_access(descriptor: int, before: os.stat_result) -> None:
-    """Give a file the owner, group and mode of the one that it replaces.
-
-    Root may add a token for a server that runs as another user. A user who may not give files away keeps the new one,
-    and a group that it cannot have gets no access by way of another one.
-    """
-    mode = before.st_mode & 0o777
-    now = os.fstat(descriptor)
-    if now.st_gid != before.st_gid:
-        try:
-            os.fchown(descriptor, -1, before.st_gid)
-        except PermissionError:
-            mode &= ~0o070
-    os.fchmod(descriptor, mode)
-    if now.st_uid != before.st_uid:
-        with contextlib.suppress(PermissionError):
-            os.fchown(descriptor, before.st_uid, -1)
 
 
 def _digest(token: str) -> str:
@@ -214,7 +187,7 @@ def not_signed_in() -> Problem:
 
 
 NEVER_LOOKED = (0, 0, 0)
-"""The stamp of a file of tokens before it is read for the first time."""
+"""The stamp of a file of tokens that has not been read, or could not be."""
 
 TOKEN_VARIABLE = "CDCSYNC_TOKEN"  # a name # noqa: S105 # nosec B105
 """The environment variable that holds the caller's token where MCP speaks over standard input and output."""
@@ -242,6 +215,8 @@ class Authenticator:
         self._file = Path(serve.tokens_file) if serve.tokens_file is not None else None
         self._stamp: tuple[int, int, int] | None = NEVER_LOOKED
         """The file as it was read last; None if there was none."""
+        self._fault: str | None = None
+        """The last attempt's fault, which is logged once: every call tries again."""
         self._tokens: dict[str, StoredToken] = {}
         self._keys = _Keys(serve.jwks) if serve.jwks is not None else None
 
@@ -327,9 +302,13 @@ class Authenticator:
         try:
             self._tokens = {one.sha256: one for one in read_tokens(self._file).tokens}
         except SetupError as error:
-            self._tokens = {}
-            log.error("tokens_unreadable", error=error.message, where=error.where)
-        self._stamp = stamp
+            # The stamp does not tell when it can be read again: a mode, or a directory's, is changed and not the file.
+            self._tokens, self._stamp = {}, NEVER_LOOKED
+            if error.message != self._fault:
+                log.error("tokens_unreadable", error=error.message, where=error.where)
+            self._fault = error.message
+        else:
+            self._stamp, self._fault = stamp, None
 
 
 class PublishedKey(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -18,6 +18,7 @@ from cdcsync.serve.http import make_app
 from cdcsync.serve.identity import not_signed_in_over_stdio
 from cdcsync.serve.mcp import make_mcp, mcp_route
 from cdcsync.serve.service import Service
+from cdcsync.serve.stdio import one_client
 from cdcsync.worker.descriptors import raise_descriptor_limit
 from cdcsync.worker.systemd import ServiceManager
 
@@ -99,7 +100,8 @@ async def _meet_target(service: Service) -> None:
 async def run_stdio(config: Config) -> None:
     """Serve MCP over standard input and output, to the one client that started this process.
 
-    The client is answered at once, even if the target is away or refuses the login: the tools say so.
+    The client is answered at once, even if the target is away or refuses the login: the tools say so. Once it is gone,
+    in the middle of a call or not, this returns.
 
     :raises SetupError: nobody could call.
     """
@@ -110,7 +112,11 @@ async def run_stdio(config: Config) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(service.recorder.run)
             tasks.start_soon(service.reader.load)
-            await make_mcp(service, stdio=True).run_stdio_async()
+            try:
+                with one_client():
+                    await make_mcp(service, stdio=True).run_stdio_async()
+            except* BrokenPipeError:  # an answer was under way to a client that is gone; tools raise nothing to here
+                pass
             tasks.cancel_scope.cancel()
     finally:
         await service.aclose()

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import runpy
 import shutil
 import stat
 import subprocess
@@ -27,6 +28,8 @@ import cdcsync
 from cdcsync.cli.commands import CONFIG_VARIABLE
 from cdcsync.config import Config, parse
 from cdcsync.config.sections import Worker
+from cdcsync.config.serving import Serve
+from cdcsync.config.values import parse_address
 from tests import ROOT
 
 DOCKER = ROOT / "docker"
@@ -309,6 +312,39 @@ def healthcheck(port: int) -> int:
 def test_the_health_check_says_what_livez_says(code: int, status: int) -> None:
     with answering(code) as port:
         assert healthcheck(port) == status
+
+
+PYTHON = "/opt/cdcsync/bin/python /opt/cdcsync/bin/cdcsync "
+
+
+@pytest.mark.parametrize(
+    ("command", "named", "asked"),
+    [
+        ("run", None, parse_address(Worker().listen)[1]),
+        ("serve", None, parse_address(Serve().listen)[1]),
+        ("serve -c /etc/cdcsync/serve.toml", None, 9478),
+        ("run -c /etc/cdcsync/serve.toml", None, 9477),
+        ("run", "8000", 8000),
+        ("serve", "8000", 8000),
+        ("serve", "", 9478),
+        ("serve --stdio", None, None),
+    ],
+)
+def test_the_health_check_asks_what_runs_in_the_container(command: str, named: str | None, asked: int | None) -> None:
+    port = runpy.run_path(str(HEALTHCHECK))["port"]
+    environment = {} if named is None else {"CDCSYNC_HEALTH": named}
+    for words in (
+        f"{PYTHON}{command}",
+        f"/sbin/docker-init -- {PYTHON}{command}",
+        f"/bin/sh -c exec cdcsync {command}",
+    ):
+        assert port(environment, words.split()) == asked
+
+
+@pytest.mark.skipif(not Path("/proc/1/cmdline").exists(), reason="the image is Linux, this machine is not")
+def test_the_health_check_reads_what_the_first_process_was_started_with() -> None:
+    words = runpy.run_path(str(HEALTHCHECK))["command_line"]()
+    assert words == Path("/proc/1/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").split()
 
 
 def test_a_worker_that_does_not_answer_is_not_healthy() -> None:

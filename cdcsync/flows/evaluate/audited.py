@@ -23,6 +23,7 @@ from cdcsync.flows.evaluate.judged import document_id, embed_questions
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.files import replace_file
 from cdcsync.target.calls import read_questions
 from cdcsync.target.search import Mode, search
 
@@ -98,11 +99,9 @@ def _modes(spec: IndexSpec) -> list[Mode]:
 
 def _write(path: Path, lines: Sequence[Judgment]) -> None:
     """Replace the file in one step."""
-    temporary = path.with_suffix(".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(b"".join(msgspec.json.encode(one) + b"\n" for one in lines))
-        temporary.replace(path)
+        replace_file(path, b"".join(msgspec.json.encode(one) + b"\n" for one in lines))
     except OSError as error:
         hint = "name a directory that you may write to"
         raise UsageError(f"cannot be written: {error.strerror}", where=str(path), hint=hint) from None

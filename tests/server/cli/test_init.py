@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import secrets
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import psycopg
 import pytest
-from psycopg import conninfo, sql
+from psycopg import conninfo, pq, sql
 
 from tests.support import forked
 from tests.support.servers import Database, Server
@@ -111,6 +113,7 @@ def test_the_key_of_a_table_without_a_primary_key_is_a_unique_index(database: Da
         (["--table", "numbers"], "no column of public.numbers looks like text"),
         (["--table", "numbers", "--text", "{nosuch}"], "has no column nosuch"),
         (["--table", "numbers", "--text", "{n"], "text"),
+        (["--table", "numbers", "--name", "Foo Bar"], "where: --name"),
         (["--table", "numbers", "--text", "{n}", "--columns", "", "--indexed", "m"], "m is not a column of the index"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -254,6 +257,45 @@ def test_a_file_that_is_there_is_kept(database: Database, tmp_path: Path) -> Non
     (tmp_path / "cdcsync.toml").write_text("mine")
     assert cdcsync(tmp_path, "init", database.dsn, "--table", "x").returncode == 2
     assert (tmp_path / "cdcsync.toml").read_text() == "mine"
+
+
+SECRETS = {
+    "password": "geheim 1",
+    "sslpassword": "geheim 2",
+    "scram_client_key": "Z2VoZWlt" * 5 + "Z2U=",
+    "oauth_client_secret": "geheim",
+}
+
+
+@pytest.mark.parametrize("as_uri", [True, False])
+def test_no_secret_of_the_connection_string_is_written(database: Database, tmp_path: Path, as_uri: bool) -> None:
+    known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+    hidden = {name: value for name, value in SECRETS.items() if name in known}
+    settings = conninfo.conninfo_to_dict(database.dsn) | {"sslmode": "prefer"}
+    dsn = conninfo.make_conninfo("", **(settings | hidden))
+    if as_uri:
+        dsn = f"postgresql:///?{urlencode(settings | hidden, quote_via=quote)}"
+    database.execute(TABLE)
+    done = cdcsync(tmp_path, "init", dsn, "--table", "tickets", "--role", "worker", "--embedder", "hash")
+    assert done.returncode == 0, done.stderr
+    kept = conninfo.conninfo_to_dict(written(tmp_path)["source"]["dsn"])
+    assert kept == {**{name: value for name, value in settings.items() if name not in hidden}, "user": "worker"}
+    text = (tmp_path / "cdcsync.toml").read_text()
+    left_out = [name for name in hidden if name != "password"]
+    assert "sslpassword" in left_out
+    assert re.findall("# (.*): left out", text) == [", ".join(left_out)]
+
+
+@pytest.mark.parametrize("password", ["geheim", "ge#heim", "ge?heim", "ge:heim", "ge%40heim"])
+def test_no_part_of_a_password_in_a_uri_is_written(database: Database, tmp_path: Path, password: str) -> None:
+    database.execute(TABLE)
+    known = conninfo.conninfo_to_dict(database.dsn)
+    place = f"{known['host']}:{known['port']}/{known['dbname']}"
+    dsn = f"postgresql://{known['user']}:{password}@{place}"
+    done = cdcsync(tmp_path, "init", dsn, "--table", "tickets", "--role", "worker", "--embedder", "hash")
+    assert done.returncode == 0, done.stderr
+    expected = conninfo.conninfo_to_dict(f"postgresql://worker@{place}")
+    assert conninfo.conninfo_to_dict(written(tmp_path)["source"]["dsn"]) == expected
 
 
 def asked(database: Database, folder: Path, answers: bytes) -> tuple[int, bytes, bytes]:

@@ -76,9 +76,23 @@ def test_files_that_are_there_are_kept_and_nothing_is_written_beside_them(
     assert mine.read_text() == "mine"
 
 
-def test_a_directory_that_cannot_be_written_is_an_error_with_a_fix(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("command", "in_the_way"),
+    [("compose", "docker"), ("compose", "docker/grafana"), ("kubernetes", "deploy"), ("kubernetes", ".")],
+)
+def test_if_a_file_cannot_be_written_none_is_and_the_command_can_be_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, in_the_way: str
 ) -> None:
-    (tmp_path / "file").write_text("")
-    assert exit_status("config", "kubernetes", tmp_path / "file") == 2
-    assert "fix:" in capsys.readouterr().err
+    directory = tmp_path / "shop"
+    mine = directory / in_the_way
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("mine")
+    before = set(tmp_path.rglob("*"))
+    assert exit_status("config", command, directory) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "nothing was\n" in told.err
+    assert "fix:" in told.err
+    assert set(tmp_path.rglob("*")) == before
+    mine.unlink()
+    assert exit_status("config", command, directory) == 0

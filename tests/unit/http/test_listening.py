@@ -14,7 +14,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from cdcsync.errors import SetupError
-from cdcsync.http.listening import Bounds, Parser, serve
+from cdcsync.http.listening import MOST_HEAD, Bounds, Parser, serve
 from cdcsync.worker import http as endpoints
 from tests.support.endpoints import Answer, Client, View, serving, unexpected
 
@@ -211,6 +211,25 @@ async def test_a_request_whose_head_does_not_end_is_refused(view: View, parser: 
             await stream.send(begun)
             await closed_while_it_sends(stream, filling * 32_768)
         assert (await client.ask("/small")).code == 200
+
+
+@pytest.mark.parametrize("part", [1_000_000, 40_000, 5_000])
+@pytest.mark.parametrize(("too_many", "status"), [(0, b"200"), (1, b"431"), (4_464, b"431")])
+async def test_a_head_has_one_limit_in_however_many_parts_it_comes(
+    view: View, parser: Parser, part: int, too_many: int, status: bytes
+) -> None:
+    begun = b"GET /small?x=1 HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nx: "
+    request = begun + (MOST_HEAD + too_many - len(begun) - 4) * b"a" + b"\r\n\r\n"
+    answer = bytearray()
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(serving(view, app=large_or_small, parser=parser))
+        stream = await stack.enter_async_context(await anyio.connect_tcp("127.0.0.1", client.port))
+        for at in range(0, len(request), part):
+            await stream.send(request[at : at + part])
+        with anyio.fail_after(60), suppress(anyio.EndOfStream):
+            while True:
+                answer += await stream.receive()
+    assert answer.split(b" ", 2)[:2] == [b"HTTP/1.1", status]
 
 
 async def test_a_client_that_sends_very_many_requests_ahead_is_refused(view: View) -> None:

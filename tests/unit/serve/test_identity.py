@@ -25,6 +25,7 @@ import httpx2
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from structlog.testing import capture_logs
 
 from cdcsync.config.serving import Serve, Tenant
 from cdcsync.errors import SetupError, UsageError
@@ -93,30 +94,6 @@ def test_a_file_that_others_may_read_stays_so(path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-def test_a_token_that_root_adds_leaves_the_file_to_its_owner(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    new_token(path, "ana", {}, None)
-    path.chmod(0o640)
-    given: list[tuple[int, int]] = []
-    owned_by(path, monkeypatch, 4_321, 4_322)
-    monkeypatch.setattr(os, "fchown", lambda _, user, group: given.append((user, group)))
-    new_token(path, "ben", {}, None)
-    assert given == [(-1, 4_322), (4_321, -1)]
-    assert os.stat(path).st_mode & 0o777 == 0o640
-
-
-def test_a_group_that_cannot_be_kept_is_not_replaced_by_another(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    new_token(path, "ana", {}, None)
-    path.chmod(0o640)
-
-    def refused(*_: int) -> None:
-        raise PermissionError
-
-    owned_by(path, monkeypatch, 4_321, 4_322)
-    monkeypatch.setattr(os, "fchown", refused)
-    new_token(path, "ben", {}, None)
-    assert os.stat(path).st_mode & 0o777 == 0o600
-
-
 CHANGES: dict[str, Callable[[Path, str], object]] = {
     "new": lambda path, subject: new_token(path, f"{subject} again", {}, None),
     "revoke": revoke_tokens,
@@ -182,12 +159,28 @@ def test_a_file_whose_directory_cannot_be_locked_is_left_as_it_is(
     assert path.read_bytes() == before
 
 
-def owned_by(path: Path, monkeypatch: pytest.MonkeyPatch, user: int, group: int) -> None:
-    """Have the file look as if it were somebody else's."""
-    before = path.stat()
-    facts = os.stat_result([*before[:4], user, group, *before[6:]])
-    stat = Path.stat
-    monkeypatch.setattr(Path, "stat", lambda self, **more: facts if self == path else stat(self, **more))
+def test_the_file_that_a_link_leads_to_is_changed_and_the_link_stays(path: Path) -> None:
+    """A server may name the file by its real path, or a volume have it."""
+    volume = path.parent / "volume" / "real.json"
+    volume.parent.mkdir()
+    path.symlink_to(volume)
+    new_token(path, "ana", {}, None)
+    assert revoke_tokens(path, "ana") == 1
+    assert path.is_symlink()
+    assert [one.revoked for one in read_tokens(volume).tokens] == [True]
+    assert [one.name for one in volume.parent.iterdir()] == ["real.json"]
+
+
+def test_those_who_name_a_file_by_different_paths_wait_for_each_other(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path.parent / "volume").mkdir()
+    path.symlink_to(path.parent / "volume" / "real.json")
+    locked: list[int] = []
+    monkeypatch.setattr(fcntl, "flock", lambda descriptor, _: locked.append(os.fstat(descriptor).st_ino))
+    for named in (path, path.parent / "volume" / "real.json"):
+        new_token(named, "ana", {}, None)
+    assert locked == 2 * [(path.parent / "volume").stat().st_ino]
 
 
 @pytest.mark.parametrize(
@@ -250,6 +243,29 @@ async def test_a_file_that_cannot_be_read_lets_nobody_in(path: Path, broken: str
     if broken is not None:
         with pytest.raises(SetupError):
             authenticator(path).check()
+
+
+async def test_a_file_that_could_not_be_read_is_read_as_soon_as_it_can_be(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may read a file changes without the file: by `chown`, or by the mode of its directory."""
+    token = new_token(path, "ana", {}, None)
+    made = authenticator(path)
+    read = Path.read_bytes
+
+    def refused(self: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with capture_logs() as logs:
+        for _ in range(2):
+            monkeypatch.setattr(Path, "read_bytes", refused)
+            for _ in range(3):
+                with pytest.raises(Problem):
+                    await made.principal(f"Bearer {token}")
+            monkeypatch.setattr(Path, "read_bytes", read)
+            assert await made.principal(f"Bearer {token}") == Principal("ana")
+            path.touch()  # noqa: ASYNC240
+    assert [entry["event"] for entry in logs] == 2 * ["tokens_unreadable"]  # once for each time that it could not be
 
 
 async def test_tokens_of_a_file_that_is_deleted_before_the_first_call_let_nobody_in(path: Path) -> None:
