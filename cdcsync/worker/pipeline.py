@@ -420,7 +420,7 @@ class Pipeline:
             config.target.schema,
             specs,
             deliveries=self.deliveries,
-            renew=self.streaming.renew,
+            reach=self.streaming.reach,
         )
 
     async def audit_once_streaming(self) -> None:

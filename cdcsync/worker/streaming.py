@@ -33,8 +33,8 @@ from cdcsync.worker.state import WorkerState
 
 log = structlog.get_logger()
 
-RENEWAL_POLL_S = 0.1
-"""How often it is looked whether the stream has come so far that it can be opened anew."""
+REACH_POLL_S = 0.1
+"""How often it is looked whether the stream has come to a position."""
 
 
 class Streaming:
@@ -148,13 +148,17 @@ class Streaming:
                     log.info("stream_renewed", slot=self._config.source.slot)
         return []
 
-    async def renew(self, position: Lsn) -> None:
-        """Return once the slot is followed over another connection, which begins at `position` or later.
+    async def reach(self, position: Lsn, anew: bool) -> None:
+        """Return once the target holds everything that the source had committed before `position`.
 
-        The server then knows its catalogs as of there: it decodes no transaction again that ended before.
+        :param anew: whether the slot is to be followed over another connection by then, which begins there or later.
+            The server then knows its catalogs as of there: it decodes no transaction again that ended before.
         """
-        while self._stream.checkpoint < position:  # noqa: ASYNC110 - whoever commits need not know of this
-            await anyio.sleep(RENEWAL_POLL_S)
+        stream = self._stream
+        while (stream.checkpoint if anew else stream.held) < position:  # noqa: ASYNC110 - it need not know of this
+            await anyio.sleep(REACH_POLL_S)
+        if not anew:
+            return
         again = self._again = anyio.Event()
         self._connection.cancel()
         await again.wait()

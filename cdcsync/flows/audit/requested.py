@@ -1,9 +1,10 @@
 """Comparisons that were asked for: an index whose rows may have changed without the stream telling it.
 
-    request ─► every transaction of that time is over ─► `verify` ─► `repair` of exactly what differs
+    request ─► every transaction of that time is over, and applied ─► `verify` ─► `repair` of exactly what differs
 
-On a source that lacks a fix (`source/publications.fixed_in`), a table that was published while a transaction wrote to
-it may not be sent any more once that transaction is decoded. So there the stream is opened anew before `verify`.
+What equals before a change is applied may not afterwards, so `verify` begins once the stream has come as far. On a
+source that lacks a fix (`source/publications.fixed_in`), a table that was published while a transaction wrote to it may
+not be sent any more once that transaction is decoded. So there the stream is opened anew before `verify`.
 
 A false alarm costs one comparison by digests and reads no row again. If most of the index differs, the comparison ends
 early, and the table is read again from its start.
@@ -46,11 +47,11 @@ BLOCKED_POLL_S = 0.5
 BLOCKED_REPORT_S = 10.0
 """How often those transactions are logged."""
 
-RENEWAL_S = 60.0
+REACH_S = 60.0
 """How long it is waited for the stream to come to a position before a later one, or an earlier one, is asked for."""
 
-Renew = Callable[[Lsn], Awaitable[None]]
-"""Opens the stream anew, from a position or a later one."""
+Reach = Callable[[Lsn, bool], Awaitable[None]]
+"""Returns once a position is applied, and if asked to, the stream is opened anew from there or later."""
 
 
 async def compare_for_ever(
@@ -59,7 +60,7 @@ async def compare_for_ever(
     schema: str,
     specs: Mapping[str, IndexSpec],
     deliveries: Mapping[str, Deliveries],
-    renew: Renew,
+    reach: Reach,
 ) -> None:
     """Make the comparisons that are asked for, until cancelled."""
     queue = Queue(schema)
@@ -83,7 +84,7 @@ async def compare_for_ever(
                 spec = specs[request.index]
                 comparing = await source.connection(), await target.connection()
                 try:
-                    await _serve(*comparing, schema, spec, deliveries[request.index], renew, request)
+                    await _serve(*comparing, schema, spec, deliveries[request.index], reach, request)
                 except CdcsyncError as error:
                     if not await locked[request.index].note(error, source, target):
                         raise
@@ -99,14 +100,14 @@ async def _serve(
     schema: str,
     spec: IndexSpec,
     deliveries: Deliveries,
-    renew: Renew,
+    reach: Reach,
     request: Request,
 ) -> None:
     queue, requests = Queue(schema), Requests(schema)
     with speaking_of("target"):
         await queue.start(target, request, None)
     try:
-        rows = await _compare(source, target, schema, spec, deliveries, renew)
+        rows = await _compare(source, target, schema, spec, deliveries, reach)
     except DiffersAsAWhole as found:
         log.warning("index_read_again", index=spec.name, differing=found.suspects)
         with speaking_of("target"):
@@ -137,19 +138,20 @@ async def _serve(
 
 
 async def _compare(
-    source: Connection, target: Connection, schema: str, spec: IndexSpec, deliveries: Deliveries, renew: Renew
+    source: Connection, target: Connection, schema: str, spec: IndexSpec, deliveries: Deliveries, reach: Reach
 ) -> int:
     """Compare an index with its source and replay what differs; returns how many documents the source has."""
     await _outlast(source, spec.name, deliveries)
-    if fixed_in(source.info.server_version) is not None:
-        while True:
-            with speaking_of("source"):
-                end = await insert_lsn(source)
-            # From there on, no transaction of before is decoded. What was not sent until then is found by comparing. A
-            # source that another took the place of may never come there.
-            with anyio.move_on_after(RENEWAL_S):
-                await renew(end)
-                break
+    # If the stream is opened anew there, no transaction of before is decoded. What was not sent until then is found by
+    # comparing.
+    anew = fixed_in(source.info.server_version) is not None
+    while True:
+        with speaking_of("source"):
+            end = await insert_lsn(source)
+        # A source that another took the place of may never come there.
+        with anyio.move_on_after(REACH_S):
+            await reach(end, anew)
+            break
     findings = await verify(source, target, schema, spec, to_the_end=False)
     found = findings.verification
     if found.differs:

@@ -212,6 +212,12 @@ class OpenBatch:
         """Whether the applier is working on a batch."""
         return bool(self._taken)
 
+    @property
+    def held(self) -> Lsn:
+        """Up to where the target holds everything: the checkpoint, and what was passed by with nothing to apply."""
+        checkpoint = self._progress.checkpoint
+        return checkpoint if self._taken else max(self._passed, checkpoint)
+
     async def wait_for_applier(self, timeout_s: float) -> None:
         """Return once the applier has taken or finished a batch, or after `timeout_s` seconds."""
         if self.full:

@@ -103,6 +103,11 @@ class Stream:
         """How far the stream has been received: every transaction that committed before it has been delivered."""
         return self._progress.received
 
+    @property
+    def held(self) -> Lsn:
+        """Up to where the target holds everything that the source has committed, even if its checkpoint is behind."""
+        return self._open.held
+
     def pause(self, error: SchemaChanged) -> None:
         """Pause an index with the next commit, of this connection or a later one.
 

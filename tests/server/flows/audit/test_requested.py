@@ -10,6 +10,7 @@ import pytest
 from cdcsync.flows.audit.verification import MANY
 from tests.support.configs import NO_AUDIT
 from tests.support.outages import MakeSimple
+from tests.support.scenes import Followed, MakeScene
 from tests.support.servers import Database
 from tests.support.workers import PATIENCE_S, Pipeline, until
 
@@ -38,6 +39,34 @@ def test_a_table_of_which_most_differs_is_read_as_one_and_not_key_by_key(
         "SELECT kind, keyed FROM cdcsync.backfills WHERE kind NOT IN ('compare', 'initial') ORDER BY id"
     ).fetchall()
     assert read == ([("resync", False)] if whole else [("verify", True), ("replay", True)])
+
+
+@pytest.mark.proof
+def test_what_equals_before_the_stream_has_brought_everything_is_compared_only_afterwards(
+    make_scene: MakeScene,
+) -> None:
+    """All texts are alike, so that the index looks right until the stream deletes what moved out of its key."""
+    scene = make_scene(
+        [
+            *(f"CREATE TABLE {name} (id int PRIMARY KEY, title text)" for name in ("same", "before")),
+            "ALTER TABLE same REPLICA IDENTITY FULL",
+            "INSERT INTO same SELECT i, 'the same' FROM generate_series(1, 2000) i",
+        ],
+        {"same": Followed("same"), "before": Followed("before")},
+        worker_lines=NO_AUDIT,
+    )
+    scene.pipeline.stop(scene.pipeline.processes[-1])
+    scene.execute(
+        "INSERT INTO before SELECT i, md5(i::text) FROM generate_series(1, 30000) i",
+        "ALTER TABLE same DROP CONSTRAINT same_pkey",
+        "UPDATE same SET id = id + 1",
+        "ALTER TABLE same ADD PRIMARY KEY (id)",
+    )
+
+    scene.pipeline.start()
+
+    scene.settle()
+    scene.heals("same", "before")
 
 
 def loaded(make_database: Callable[[], Database], make_simple: MakeSimple) -> Pipeline:

@@ -209,6 +209,23 @@ async def test_a_position_is_not_written_before_the_changes_that_came_ahead_of_i
     assert opened.progress.received == Lsn(10)
 
 
+async def test_everything_is_held_up_to_a_position_that_was_passed_by_once_what_came_before_it_is_applied(
+    opened: Opened,
+) -> None:
+    assert opened.batch.held == 10
+    opened.batch.pass_by(Lsn(15), promptly=False)
+    assert opened.batch.held == 15
+    opened.transaction(20, "a")
+    opened.batch.pass_by(Lsn(25), promptly=False)
+    assert opened.batch.held == 15
+    opened.batch.note_dry(heard_all=True)
+    taken = await opened.take()
+    opened.batch.pass_by(Lsn(30), promptly=False)
+    assert opened.batch.held == 10, "the checkpoint, as long as a batch is being applied"
+    opened.apply(taken)
+    assert opened.batch.held == 30
+
+
 async def test_a_position_is_not_written_inside_a_transaction(opened: Opened) -> None:
     opened.batch.pass_by(Lsn(20), promptly=True)
     opened.begin(30)
