@@ -187,7 +187,7 @@ class Index:
             config, connections=connections, model_timeout_s=model_timeout_s, application_name=application_name
         )
         resources = Resources(
-            config, connections=connections, model_timeout_s=model_timeout_s, application_name=application_name
+            config, connections=int(connections), model_timeout_s=model_timeout_s, application_name=application_name
         )
         return cls(resources, name, owner=True)
 
@@ -221,7 +221,7 @@ class Index:
 
     async def search(
         self,
-        text: str,
+        text: str | None,
         *,
         k: int = 10,
         mode: Mode = "hybrid",
@@ -240,7 +240,8 @@ class Index:
     ) -> Hits:
         """Return the `k` best hits for a text, the best first.
 
-        In the text, words are alternatives, `"quoted phrases"` have to occur, and a `-word` must not occur.
+        In the text, words are alternatives, `"quoted phrases"` have to occur, and a `-word` must not occur. With a
+        vector, `None` searches by that alone.
 
         If the model is away, or does not answer in time, a hybrid search goes by words alone and `Hits.warning` says
         so; the same if the provider refuses us, because a key has expired, say. A model that failed is left alone for
@@ -271,7 +272,8 @@ class Index:
         :raises EmbedderUnavailable: the mode is `vector`, or the index has no keyword search, and the model is away.
         :raises TargetUnavailable: the target does not answer now; `NotReached`: it does not hold `after_lsn` in time.
         """
-        check_text(text, "search", hint=_QUOTED)
+        if text is not None or vector is None:
+            check_text(text, "search", hint=_QUOTED)
         check_arguments(
             texts=[text, headline],
             k=k,
@@ -288,7 +290,8 @@ class Index:
             check_whole(generation, "generation", hint="give the number that Hits.generation has")
         check_wait(wait_s, "wait_s")
         position = None if after_lsn is None else _position(after_lsn, "search")
-        reranker = self._resources.models.reranker(self._config.reranker) if rerank and self._config.reranker else None
+        reranked = rerank and text is not None and self._config.reranker
+        reranker = self._resources.models.reranker(reranked) if reranked else None
         first, count = (skip, k) if reranker is None else (0, max(skip + k, reranker.candidates))
         schema, tracing = self._resources.config.target.schema, self._resources.tracing
 
@@ -297,7 +300,7 @@ class Index:
             embedded: Sequence[float] | Vectors | None = vector
             warnings: list[str] = []
             by_words = mode == "text"
-            if mode != "text" and vector is None and text.strip():
+            if mode != "text" and vector is None and text is not None and text.strip():
                 try:
                     model = self._resources.models.embedder(spec)
                     with tracing.span("cdcsync.embed_query", embedder=model.embedder.name):
@@ -346,7 +349,7 @@ class Index:
             return await self._after_switches(once, unnamed=unnamed)
 
         found = await (settled() if after_lsn is None else self._once_reached(settled, after_lsn, wait_s))
-        if reranker is None:
+        if reranker is None or text is None:
             return found
         ranked = await self.rerank(text, found)
         return Hits(ranked[skip : skip + k], ranked.warning, generation=found.generation, freshness=found._freshness)

@@ -160,8 +160,8 @@ async def _refuse_existing(config: Config) -> None:
         raise SetupError(
             f"a test would drop what it did not make: {', '.join(existing)}",
             where="cdcsync_worker",
-            hint="give tests a source.slot and a target.schema of their own; if a test run that was killed has left"
-            " these, drop them with its configuration: cdcsync teardown --purge",
+            hint="give tests a source.slot, a source.publication and a target.schema of their own; if a test run that"
+            " was killed has left these, drop them with its configuration: cdcsync teardown --purge",
         )
 
 

@@ -468,6 +468,15 @@ async def test_columns_that_an_index_no_longer_carries_are_not_asked_for(databas
         assert found[0].carried == {}
 
 
+async def test_a_vector_may_be_searched_by_without_a_text(database: Database) -> None:
+    connections = cast(int, np.int64(2))
+    async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles", connections=connections) as of:
+        assert await of.search(None, mode="hybrid", vector=[1.0] * 32, k=1)
+        assert await of.search(None, mode="vector", vector=[1.0] * 32, k=1)
+        with pytest.raises(UsageError, match="None is not a text"):
+            await of.search(None)
+
+
 @pytest.mark.parametrize("lsn", ["nonsense", "", 5, b"0/1"])
 async def test_only_none_asks_the_source_for_a_position(database: Database, lsn: Any) -> None:
     async with indexed(database) as (_, config):

@@ -10,7 +10,7 @@
     text_weight float8 DEFAULT 1,
     headline text DEFAULT {headline_options},
     generation int DEFAULT NULL
-) RETURNS SETOF {hit} LANGUAGE plpgsql {volatility} SECURITY INVOKER {settings} AS $cdcsync_search$
+) RETURNS SETOF {hit} LANGUAGE plpgsql {volatility} SECURITY INVOKER {settings} AS {tag}
 -- Searches the index {index_comment}. One snapshot, and read only: every statement in here sees the caller's.
 --
 -- That one is older than the locks of the tables. A search that had to wait for an exchange of the settled tier still
@@ -31,7 +31,10 @@
 DECLARE
     wanted CONSTANT int := least(greatest(skip::bigint + k, 0), {max_hits} + 1);
     facts CONSTANT jsonb := {columns};
-    asked CONSTANT text := regexp_replace(left(query, {query_characters}), '\S{{{unbroken}}}', '\& ', 'g');
+    asked CONSTANT text := CASE WHEN length(query) <= {unbroken} THEN query ELSE (
+        SELECT string_agg(CASE WHEN length(run) > {unbroken} THEN regexp_replace(run, '.{{255}}', '\& ', 'g') ELSE run END, ' '
+                          ORDER BY place)
+        FROM regexp_split_to_table(left(query, {query_characters}), '\s') WITH ORDINALITY AS runs (run, place)) END;
     by_vector boolean := embedding IS NOT NULL AND mode <> 'text';
     by_words boolean := {searchable} AND query IS NOT NULL AND mode <> 'vector';
     ranker text;

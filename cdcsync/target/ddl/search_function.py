@@ -72,10 +72,10 @@ PostgreSQL's limit of stack depth ends a phrase of many thousands of words."""
 QUERY_CHARACTERS = 100_000
 """The keyword leg reads this much of a query: about 15,000 words."""
 
-UNBROKEN = 255
-"""A query's run of so many characters without a blank gets one behind it. At each `_`, `~` or `@` PostgreSQL's parser
-looks ahead for a path, a host or an address, and may come to the run's end: in 10,000 characters that takes seconds.
-255 is the most that a regular expression of PostgreSQL counts to."""
+UNBROKEN = 2_000
+"""A query's run of more characters without a blank, which no index holds as a word, is read in parts. At each `_`, `~`
+or `@` PostgreSQL's parser looks ahead for a path, a host or an address, and may come to the run's end: in 10,000
+characters that takes seconds."""
 
 K1, B, K3 = 1.2, 0.75, 8
 """BM25's usual constants. K3 is for words that the query repeats, which says what a long one is about."""
@@ -149,7 +149,16 @@ async def compose(
             beside=sql.SQL(BLOCK).format(**of_beside),
             own=body,
         )
-    return sql.SQL(HEAD).format(**parts) + body + sql.SQL("$cdcsync_search$\n")
+    tag = _tag(body.as_string(connection))
+    return sql.SQL(HEAD).format(tag=tag, **parts) + body + tag + sql.SQL("\n")
+
+
+def _tag(body: str) -> sql.SQL:
+    """Return a dollar quote that does not end within a body: a name or a condition may hold what looks like one."""
+    tag: LiteralString = "$cdcsync_search$"
+    while tag in body:
+        tag = "$_" + tag[1:]
+    return sql.SQL(tag)
 
 
 async def _parts(

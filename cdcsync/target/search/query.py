@@ -224,15 +224,19 @@ async def check_condition(connection: Connection, schema: str, spec: IndexSpec, 
                 await connection.execute("SET LOCAL statement_timeout = '5s'")
                 await connection.execute("SET LOCAL search_path TO DEFAULT")
                 for place in places:
-                    statement = place.format(Names(schema, spec.relations).chunks, sql.SQL(where))
-                    # Asked for binary results, the server takes a single statement only.
-                    await psycopg.AsyncRawCursor(connection).execute(statement, prepare=False, binary=True)
-        except psycopg.errors.ProtocolViolation:
-            raise UsageError(
-                "a condition has no parameters", where=f"--where {where}", hint="write the value in place of each"
-            ) from None
+                    await _execute_one(connection, place.format(Names(schema, spec.relations).chunks, sql.SQL(where)))
         except psycopg.Error as error:
+            # By a pooler, this is FATAL, and of its own faults.
+            if isinstance(error, psycopg.errors.ProtocolViolation) and error.diag.severity_nonlocalized == "ERROR":
+                raise UsageError(
+                    "a condition has no parameters", where=f"--where {where}", hint="write the value in place of each"
+                ) from None
             raise refusal(error, spec, where) from error
+
+
+async def _execute_one(connection: Connection, statement: sql.Composed) -> None:
+    """Execute what holds a condition. Asked for binary results, the server takes a single statement only."""
+    await psycopg.AsyncRawCursor(connection).execute(statement, prepare=False, binary=True)
 
 
 def _check(spec: IndexSpec, vector: Sequence[float] | npt.NDArray[np.float32] | None, mode: Mode) -> None:
@@ -271,9 +275,8 @@ async def _session_function(
         cursor = await connection.execute("SELECT pg_catalog.current_setting('search_path')")
         row = await cursor.fetchone()
     path = str(row[0]) if row is not None else ""
-    await connection.execute(
-        await compose(connection, schema, spec, variant=Variant(where=where, path=path, explain=explain))
-    )
+    statement = await compose(connection, schema, spec, variant=Variant(where=where, path=path, explain=explain))
+    await _execute_one(connection, statement)
     return sql.Identifier("pg_temp", "search")
 
 

@@ -106,6 +106,14 @@ async def test_a_long_run_without_blanks_is_read_in_parts(articles: LiveIndex, r
     assert [hit.key["id"] for hit in hits] == [3]
 
 
+@pytest.mark.parametrize("word", ["0123456789abcdef" * 30, "https://host/" + "0aA-b_c9/" * 40])
+async def test_a_token_or_an_address_of_hundreds_of_characters_is_one_word(articles: LiveIndex, word: str) -> None:
+    await filled(articles, ["another token", f"the token {word}", "https://host/0aA-b_c9/"])
+    for query in (word, f'"{word}"', f'token "{word}"'):
+        assert (await find(articles.connection, query, mode="text"))[0] == "2"
+    assert "2" not in await find(articles.connection, f"token -{word}", mode="text")
+
+
 async def test_words_that_are_in_no_chunk_do_not_take_the_places_of_those_that_are(articles: LiveIndex) -> None:
     await filled(articles, [*SHELF, *["the printer prints"] * 20])
     pasted = " ".join(f"aa{n}" for n in range(200)) + " printer"

@@ -217,6 +217,7 @@ async def test_a_condition_limits_every_leg(database: Database, mode: Mode) -> N
         "true -- and no more",
         "content = 'a' /* the first */ OR false",
         """content ~ '^a$' AND 5 % 3 = 2 AND ';)' <> E'\\'('""",
+        "content NOT IN ('$cdcsync_search$', '$body$', '$$', '$_cdcsync_search$')",
     ],
 )
 async def test_a_condition_may_hold_what_else_has_a_meaning_to_us(database: Database, where: str) -> None:
@@ -224,6 +225,17 @@ async def test_a_condition_may_hold_what_else_has_a_meaning_to_us(database: Data
         await check_condition(connection, SCHEMA, spec, where)
         hits = await search(connection, SCHEMA, spec, text=None, vector=EAST, where=where)
     assert ids(hits) == [1]
+
+
+async def test_a_condition_cannot_end_the_function_that_holds_it(database: Database) -> None:
+    """Whatever it is quoted in, there the condition may hold what ends that, and statements behind it."""
+    database.execute("CREATE TABLE kept (a int)")
+    tag = "$cdcsync_search$"
+    where = f"'{tag} SET check_function_bodies = off; DROP TABLE public.kept; SELECT {tag}' <> ''"
+    async with indexed(database, [Doc(1, "a", EAST)]) as (connection, spec):
+        hits = await search(connection, SCHEMA, spec, text=None, vector=EAST, where=where)
+    assert ids(hits) == [1]
+    assert database.execute("SELECT count(*) FROM kept") == [(0,)]
 
 
 async def test_a_condition_finds_the_operators_of_extensions(database: Database) -> None:
