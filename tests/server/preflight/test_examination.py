@@ -47,7 +47,13 @@ async def test_a_sound_configuration_gives_the_indexes_as_they_are_to_be(
     (spec,) = report.specs
     types = ((23, -1), (25, -1), (1043, 8 + 4), (25, -1))  # integer, text, varchar(8) as its typmod says it, text
     assert spec.shape == Shape(
-        "books", QualifiedName("public", "books"), ("place", "shelf"), ("tenant",), ("body",), types
+        "books",
+        QualifiedName("public", "books"),
+        ("place", "shelf"),
+        ("tenant",),
+        ("body",),
+        types,
+        inheritable=True,
     )
     assert spec.source_key_types == spec.key_types == ("integer", "text")
     assert spec.carried_types == ("character varying(8)",)
