@@ -18,7 +18,7 @@ two skins of `Service`, which every call goes through.
     openapi       the API described for programs
     http          routes
     mcp           tools for agents
-    stdio         standard input that ends with its client
+    stdio         standard input that ends with its client, or at a signal
     run           the process
 
 A file here imports only from lines above its own.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -12,8 +13,9 @@ import structlog
 
 from cdcsync.config import Config
 from cdcsync.errors import Unavailable
-from cdcsync.http.listening import Bounds, serve
+from cdcsync.http.listening import STOP_TIMEOUT_S, Bounds, serve
 from cdcsync.process import collector
+from cdcsync.serve.calls import STORE_S
 from cdcsync.serve.http import make_app
 from cdcsync.serve.identity import not_signed_in_over_stdio
 from cdcsync.serve.mcp import make_mcp, mcp_route
@@ -29,6 +31,10 @@ MOST_CONNECTIONS = 4_096
 
 READING_S = 10.0
 """How long reading a request and writing its answer may take, besides the call's own deadline."""
+
+LEAVING_S = STORE_S + STOP_TIMEOUT_S
+"""How long a signal waits for the end of a server over standard input and output: the last calls are being stored.
+Less than the 10 seconds that `docker stop` waits."""
 
 
 async def run(
@@ -64,12 +70,16 @@ async def run(
         if started is not None:
             started(actual)
 
+    def stopping() -> None:
+        if manager is not None:
+            manager.tell(STOPPING=1)
+
     try:
         async with mcp.session_manager.run(), anyio.create_task_group() as tasks:
             tasks.start_soon(service.recorder.run)
             tasks.start_soon(_load, service, handle_signals)
             if handle_signals:
-                tasks.start_soon(_stop_on_signal, tasks.cancel_scope, manager)
+                tasks.start_soon(_stop_on_signal, tasks.cancel_scope, stopping)
             bounds = Bounds(MOST_CONNECTIONS, config.serve.deadline_s + READING_S)
             app = make_app(service, more=routes)
             await serve(app, host, port, bounds=bounds, setting="serve.listen", parser="httptools", started=bound)
@@ -101,7 +111,8 @@ async def run_stdio(config: Config) -> None:
     """Serve MCP over standard input and output, to the one client that started this process.
 
     The client is answered at once, even if the target is away or refuses the login: the tools say so. Once it is gone,
-    in the middle of a call or not, this returns.
+    or at SIGTERM or SIGINT, in the middle of a call or not, this returns. If it has not returned `LEAVING_S` after a
+    signal, the process ends: the SDK may wait in a thread for the client to read an answer.
 
     :raises SetupError: nobody could call.
     """
@@ -113,7 +124,15 @@ async def run_stdio(config: Config) -> None:
             tasks.start_soon(service.recorder.run)
             tasks.start_soon(service.reader.load)
             try:
-                with one_client():
+                with one_client() as end_input:
+
+                    def stopping() -> None:
+                        end_input()
+                        last = threading.Timer(LEAVING_S, os._exit, [0])
+                        last.daemon = True
+                        last.start()
+
+                    tasks.start_soon(_stop_on_signal, tasks.cancel_scope, stopping)
                     await make_mcp(service, stdio=True).run_stdio_async()
             except* BrokenPipeError:  # an answer was under way to a client that is gone; tools raise nothing to here
                 pass
@@ -122,11 +141,9 @@ async def run_stdio(config: Config) -> None:
         await service.aclose()
 
 
-async def _stop_on_signal(scope: anyio.CancelScope, manager: ServiceManager | None) -> None:
+async def _stop_on_signal(scope: anyio.CancelScope, stopping: Callable[[], None]) -> None:
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            log.info("stopping", signal=signal.Signals(number).name)
-            if manager is not None:
-                manager.tell(STOPPING=1)
-            scope.cancel()
-            return
+        number = await anext(signals)
+        log.info("stopping", signal=signal.Signals(number).name)
+        stopping()
+        scope.cancel()

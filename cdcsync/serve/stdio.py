@@ -1,9 +1,11 @@
-"""Standard input that ends once nobody reads standard output: the client is gone, whichever of both it closed.
+"""Standard input that ends once nobody reads standard output, or once this process is told to stop.
 
-The SDK reads in a thread, which cannot be stopped: a server whose answers are not taken would wait for another line. So
-it reads from a pipe. Another thread fills that, and sees both ends of the client at a time.
+The SDK reads in a thread, which cannot be stopped: a server whose answers are not taken, or that a signal ends, would
+wait for another line. So it reads from a pipe. Another thread fills that, and watches both ends of the client and a
+pipe of our own at the same time.
 
-Source: POSIX, poll (POLLERR for a pipe without readers, POLLHUP for a socket whose peer is closed).
+Source: POSIX, poll (POLLERR for a pipe without readers, POLLHUP for one without writers and for a socket whose peer is
+closed).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import contextlib
 import os
 import select
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 GONE = select.POLLERR | select.POLLHUP
 
@@ -21,32 +23,40 @@ PART = 65_536
 
 
 @contextlib.contextmanager
-def one_client() -> Iterator[None]:
-    """Have descriptor 0 end in the body when its writer closes it, or when the reader of descriptor 1 is gone."""
+def one_client() -> Iterator[Callable[[], None]]:
+    """Have descriptor 0 end in the body when its writer closes it, or when the reader of descriptor 1 is gone.
+
+    Yields a function that ends it too; calls after the first do nothing.
+    """
     source, output = os.dup(0), os.dup(1)
     reading, writing = os.pipe()
+    told, telling = os.pipe()
     os.dup2(reading, 0)
     os.close(reading)
     # A daemon: at the end of the process it may still wait for a client that stays.
-    threading.Thread(target=relay, args=(source, writing, output), name="stdin", daemon=True).start()
-    try:
-        yield
-    finally:
-        os.dup2(source, 0)
+    threading.Thread(target=relay, args=(source, writing, output, told), name="stdin", daemon=True).start()
+    with open(telling, "wb", buffering=0) as held:
+        try:
+            yield held.close
+        finally:
+            os.dup2(source, 0)
 
 
-def relay(source: int, sink: int, output: int) -> None:
-    """Copy from one descriptor to another one until the source ends, or nobody reads a third one; then close the sink.
+def relay(source: int, sink: int, *watched: int) -> None:
+    """Copy from one descriptor to another one until the source ends, or the peer of a watched one is gone.
 
-    :param output: is only watched. Files and terminals always have a reader.
+    Then close the sink.
+
+    :param watched: are not read or written. Files and terminals always have a peer.
     """
     poll = select.poll()
     poll.register(source, select.POLLIN)
-    poll.register(output, 0)  # errors are told without being asked for
+    for descriptor in watched:
+        poll.register(descriptor, 0)  # errors are told without being asked for
     with contextlib.suppress(BrokenPipeError), open(sink, "wb") as pipe:
         while True:
             ready = dict(poll.poll())
-            if ready.get(output, 0) & GONE:
+            if any(ready.get(descriptor, 0) & GONE for descriptor in watched):
                 return
             if source in ready:
                 data = os.read(source, PART)

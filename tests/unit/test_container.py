@@ -328,23 +328,53 @@ PYTHON = "/opt/cdcsync/bin/python /opt/cdcsync/bin/cdcsync "
         ("serve", "8000", 8000),
         ("serve", "", 9478),
         ("serve --stdio", None, None),
+        ("serve -c /etc/cdcsync/serve.toml --stdio", "8000", None),
+        ("--debug serve", None, 9478),
+        ("serve; true", None, 9478),
+        ("serve>/log", None, 9478),
+        ("serve && echo --stdio", None, 9478),
+        ("serve --stdio; true", None, None),
+        ("search articles serve", None, 9477),
     ],
 )
 def test_the_health_check_asks_what_runs_in_the_container(command: str, named: str | None, asked: int | None) -> None:
     port = runpy.run_path(str(HEALTHCHECK))["port"]
     environment = {} if named is None else {"CDCSYNC_HEALTH": named}
-    for words in (
+    for line in (
         f"{PYTHON}{command}",
+        f"/opt/cdcsync/bin/python -m cdcsync {command}",
         f"/sbin/docker-init -- {PYTHON}{command}",
         f"/bin/sh -c exec cdcsync {command}",
+        f"/bin/sh -c cdcsync check &&\ncdcsync {command}",
     ):
-        assert port(environment, words.split()) == asked
+        assert port(environment, line) == asked
+
+
+@pytest.mark.parametrize(("named", "asked"), [(None, 9477), ("9478", 9478)])
+@pytest.mark.parametrize("line", ["", "/pause ", "/usr/lib/cdcsync/serve ", "/bin/sh -c serve"])
+def test_the_health_check_asks_what_the_environment_names_where_the_first_process_is_another_program(
+    line: str, named: str | None, asked: int
+) -> None:
+    port = runpy.run_path(str(HEALTHCHECK))["port"]
+    assert port({} if named is None else {"CDCSYNC_HEALTH": named}, line) == asked
 
 
 @pytest.mark.skipif(not Path("/proc/1/cmdline").exists(), reason="the image is Linux, this machine is not")
 def test_the_health_check_reads_what_the_first_process_was_started_with() -> None:
-    words = runpy.run_path(str(HEALTHCHECK))["command_line"]()
-    assert words == Path("/proc/1/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").split()
+    line = runpy.run_path(str(HEALTHCHECK))["command_line"]()
+    assert line == Path("/proc/1/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_the_health_check_does_without_a_first_process_that_it_may_not_read(
+    monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    def refused(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    command_line = runpy.run_path(str(HEALTHCHECK))["command_line"]
+    assert command_line() == ""
 
 
 def test_a_worker_that_does_not_answer_is_not_healthy() -> None:

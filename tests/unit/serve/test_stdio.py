@@ -6,6 +6,7 @@ import array
 import fcntl
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,7 @@ embedder = "hash"
 
 [serve]
 anonymous = true
+audit_days = 0
 """
 
 
@@ -92,6 +94,20 @@ def test_input_ends_when_nobody_reads_the_output(channel: Callable[[], tuple[int
         os.close(descriptor)
 
 
+def test_input_ends_when_this_process_says_so_although_its_client_stays() -> None:
+    own, (reading, client) = os.dup(0), os.pipe()
+    os.dup2(reading, 0)
+    try:
+        with one_client() as end_input:
+            end_input()
+            assert os.read(0, 1) == b""
+            end_input()
+    finally:
+        os.dup2(own, 0)
+        for descriptor in (own, reading, client):
+            os.close(descriptor)
+
+
 def test_standard_input_is_the_process_s_own_again_afterwards() -> None:
     def what() -> tuple[int, int]:
         found = os.fstat(0)
@@ -104,37 +120,50 @@ def test_standard_input_is_the_process_s_own_again_afterwards() -> None:
 
 
 @pytest.fixture
-def serving(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A server in the middle of an answer, which is larger than the pipe that takes it."""
+def connected(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server and its client, over pipes that hold less than an answer."""
     path = tmp_path / "cdcsync.toml"
-    path.write_text(CONFIG)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cdcsync", "serve", "--stdio", "-c", str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        pipesize=4096,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    client = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
-    try:
-        send(process.stdin, id=1, method="initialize", params=client)
-        assert json.loads(process.stdout.readline())["id"] == 1
-        send(process.stdin, method="notifications/initialized")
-        for number in range(2, 12):
-            send(process.stdin, id=number, method="tools/list", params={})
-        until(lambda: waiting(process.stdout) > 0, "an answer")
-        yield process
-    finally:
-        process.kill()
-        with process:  # closes its pipes
-            pass
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # a call takes as long as its deadline
+        path.write_text(CONFIG.replace("127.0.0.1:1/", f"127.0.0.1:{silent.getsockname()[1]}/"))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cdcsync", "serve", "--stdio", "-c", str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pipesize=4096,
+        )
+        assert process.stdin is not None
+        client = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
+        try:
+            send(process.stdin, id=1, method="initialize", params=client)
+            assert answered(process) == 1
+            send(process.stdin, method="notifications/initialized")
+            yield process
+        finally:
+            process.kill()
+            with process:  # closes its pipes
+                pass
+
+
+@pytest.fixture
+def serving(connected: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+    """A server in the middle of an answer, which is larger than the pipe that takes it."""
+    assert connected.stdin is not None
+    for number in range(2, 12):
+        send(connected.stdin, id=number, method="tools/list", params={})
+    until(lambda: waiting(connected.stdout) > 0, "an answer")
+    return connected
 
 
 def send(stdin: IO[bytes], **message: Any) -> None:
     stdin.write(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
     stdin.flush()
+
+
+def answered(process: subprocess.Popen[bytes]) -> Any:
+    """Return the number of the message that is answered next."""
+    assert process.stdout is not None
+    return json.loads(process.stdout.readline())["id"]
 
 
 def waiting(pipe: IO[bytes] | None) -> int:
@@ -152,5 +181,34 @@ def test_a_client_that_goes_away_in_the_middle_of_an_answer_ends_the_server_with
     for name in closed:
         getattr(serving, name).close()
     assert serving.wait(60) == 0
-    assert serving.stderr is not None
-    assert [line for line in serving.stderr.read().splitlines() if not line.startswith(b"{")] == []
+    assert unplanned(serving) == []
+
+
+def unplanned(process: subprocess.Popen[bytes]) -> list[bytes]:
+    """Return what an ended server said besides its log."""
+    assert process.stderr is not None
+    return [line for line in process.stderr.read().splitlines() if not line.startswith(b"{")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_signal_ends_the_server_in_order_while_its_client_stays(
+    connected: subprocess.Popen[bytes], busy: bool, number: signal.Signals
+) -> None:
+    assert connected.stdin is not None
+    if busy:
+        send(connected.stdin, id=2, method="tools/call", params={"name": "list_indexes", "arguments": {}})
+    send(connected.stdin, id=3, method="ping")
+    assert answered(connected) == 3
+    connected.send_signal(number)
+    assert connected.wait(60) == 0
+    assert unplanned(connected) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.proof)])
+def test_a_signal_ends_the_server_although_its_client_does_not_read_an_answer(
+    serving: subprocess.Popen[bytes], number: signal.Signals
+) -> None:
+    serving.send_signal(number)
+    assert serving.wait(60) == 0
+    assert unplanned(serving) == []
