@@ -24,7 +24,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.errors import CdcsyncError, SourceUnavailable, Unavailable
 from cdcsync.logs import get_logger
 from cdcsync.postgres.autovacuums import Vacuumed, end_autovacuums
-from cdcsync.postgres.errors import LOCKED_OUT, locked_out, of_a_statement, speaking_of
+from cdcsync.postgres.errors import LOCKED_OUT, first_line, locked_out, of_a_statement, speaking_of
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.postgres.settings import Side
 
@@ -64,8 +64,8 @@ async def until_locked(
     while True:
         try:
             return await change()
-        except LOCKED_OUT:
-            log.info("lock_waits", table=table, attempt=attempt + 1)
+        except LOCKED_OUT as error:
+            log.info("lock_waits", table=table, attempt=attempt + 1, error=first_line(error))
             if attempt + 1 == attempts:
                 raise
             if vacuumed is not None and attempt % NUDGE_EVERY == FIRST_NUDGE and await end_autovacuums(vacuumed):

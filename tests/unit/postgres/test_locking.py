@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import psycopg
 import pytest
+import structlog
 
 from cdcsync.postgres.locking import until_locked
 from tests.support.virtual import in_virtual_time
@@ -36,3 +37,17 @@ def test_any_other_failure_is_the_callers() -> None:
     with pytest.raises(psycopg.errors.UndefinedTable):
         in_virtual_time(lambda: until_locked(change, table="articles_chunks"))
     assert tries == 1
+
+
+def test_the_log_says_what_a_change_waits_for() -> None:
+    failures = [psycopg.errors.LockNotAvailable("the transaction of pid 7 (report)")]
+
+    async def change() -> None:
+        if failures:
+            raise failures.pop()
+
+    with structlog.testing.capture_logs() as events:
+        in_virtual_time(lambda: until_locked(change, table="articles_chunks"))
+    assert [(event["table"], event["error"]) for event in events] == [
+        ("articles_chunks", "the transaction of pid 7 (report)")
+    ]
