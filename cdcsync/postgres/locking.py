@@ -184,6 +184,16 @@ async def exclusive_locks(
     ]
 
 
+def away(error: CdcsyncError, side: Side) -> bool:
+    """Say whether a server is away, for all indexes: not if an error came of what a statement for one of them needs.
+
+    The driver's error tells, whether or not the innermost `speaking_of` knew which index that was.
+    """
+    if not isinstance(error, Unavailable) or locked_out(error):
+        return False
+    return not (isinstance(error.__cause__, psycopg.Error) and of_a_statement(error.__cause__, side))
+
+
 class LockedOut:
     """Whether the tables of an index could not be used just now, for all who use them over the same sessions.
 
@@ -215,15 +225,12 @@ class LockedOut:
         """
         side: Side = "source" if isinstance(error, SourceUnavailable) else "target"
         session = source if side == "source" else target
-        if session is None or not isinstance(error, Unavailable):
+        if session is None or not isinstance(error, Unavailable) or away(error, side):
             return False
+        self.wait()
         if not locked_out(error):
-            if not (isinstance(error.__cause__, psycopg.Error) and of_a_statement(error.__cause__, side)):
-                return False
-            self.wait()
             log.warning("index_left_alone", index=self._index, error=str(error))
             return True
-        self.wait()
         try:
             with speaking_of(side):
                 modes = READERS_WAIT if side == "source" else WRITERS_WAIT

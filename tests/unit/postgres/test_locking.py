@@ -6,7 +6,9 @@ import psycopg
 import pytest
 import structlog
 
-from cdcsync.postgres.locking import until_locked
+from cdcsync.errors import CdcsyncError
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.locking import away, until_locked
 from tests.support.virtual import in_virtual_time
 
 
@@ -51,3 +53,26 @@ def test_the_log_says_what_a_change_waits_for() -> None:
     assert [(event["table"], event["error"]) for event in events] == [
         ("articles_chunks", "the transaction of pid 7 (report)")
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (psycopg.errors.LockNotAvailable(), False),
+        (psycopg.errors.DeadlockDetected(), False),
+        (psycopg.errors.OutOfMemory(), False),
+        (psycopg.errors.QueryCanceled(), False),
+        (psycopg.errors.UndefinedTable(), False),
+        (psycopg.errors.AdminShutdown(), True),
+        (psycopg.errors.DiskFull(), True),
+        (psycopg.OperationalError("the connection is closed"), True),
+    ],
+)
+@pytest.mark.parametrize("index", [None, "articles"])
+def test_a_server_is_away_unless_an_error_came_of_a_statement_whoever_translated_it(
+    error: psycopg.Error, index: str | None, expected: bool
+) -> None:
+    outer, inner = speaking_of("target", index="articles"), speaking_of("target", index=index)
+    with pytest.raises(CdcsyncError) as caught, outer, inner:
+        raise error
+    assert away(caught.value, "target") is expected
