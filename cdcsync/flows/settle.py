@@ -25,12 +25,12 @@ import structlog
 
 from cdcsync.backoff import Backoff, Cooldown
 from cdcsync.config.sections import Worker
-from cdcsync.errors import CdcsyncError, SetupError, Unavailable, leading
+from cdcsync.errors import CdcsyncError, SetupError, leading
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import CLOSE_S, Lag
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
-from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
+from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS, away
 from cdcsync.postgres.sessions import Session
 from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
 from cdcsync.target.settling import Settling, Tiers
@@ -179,7 +179,7 @@ class Settle:
                 moved = await self._settle(spec)
         except CdcsyncError as error:
             seen.wanted_at = math.inf
-            if isinstance(error, Unavailable) and error.index is None:
+            if away(error, "target"):
                 raise
             # Of this index alone: its tables are looked after by others.
             log.warning("settling_failed", index=spec.name, error=error.with_fix)
@@ -292,7 +292,7 @@ class Settle:
                 with speaking_of("target", index=spec.name):
                     await settling.note(scan_ms, seen.per_s)
             except CdcsyncError as error:
-                if isinstance(error, Unavailable) and error.index is None:
+                if away(error, "target"):
                     raise
                 log.debug("tiers_not_noted", index=spec.name, error=str(error))
             else:

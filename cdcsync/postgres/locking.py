@@ -24,7 +24,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.errors import CdcsyncError, SourceUnavailable, Unavailable
 from cdcsync.logs import get_logger
 from cdcsync.postgres.autovacuums import Vacuumed, end_autovacuums
-from cdcsync.postgres.errors import LOCKED_OUT, locked_out, of_a_statement, speaking_of
+from cdcsync.postgres.errors import LOCKED_OUT, first_line, locked_out, of_a_statement, speaking_of
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.postgres.settings import Side
 
@@ -64,8 +64,8 @@ async def until_locked(
     while True:
         try:
             return await change()
-        except LOCKED_OUT:
-            log.info("lock_waits", table=table, attempt=attempt + 1)
+        except LOCKED_OUT as error:
+            log.info("lock_waits", table=table, attempt=attempt + 1, error=first_line(error))
             if attempt + 1 == attempts:
                 raise
             if vacuumed is not None and attempt % NUDGE_EVERY == FIRST_NUDGE and await end_autovacuums(vacuumed):
@@ -184,6 +184,16 @@ async def exclusive_locks(
     ]
 
 
+def away(error: CdcsyncError, side: Side) -> bool:
+    """Say whether a server is away, for all indexes: not if an error came of what a statement for one of them needs.
+
+    The driver's error tells, whether or not the innermost `speaking_of` knew which index that was.
+    """
+    if not isinstance(error, Unavailable) or locked_out(error):
+        return False
+    return not (isinstance(error.__cause__, psycopg.Error) and of_a_statement(error.__cause__, side))
+
+
 class LockedOut:
     """Whether the tables of an index could not be used just now, for all who use them over the same sessions.
 
@@ -215,15 +225,12 @@ class LockedOut:
         """
         side: Side = "source" if isinstance(error, SourceUnavailable) else "target"
         session = source if side == "source" else target
-        if session is None or not isinstance(error, Unavailable):
+        if session is None or not isinstance(error, Unavailable) or away(error, side):
             return False
+        self.wait()
         if not locked_out(error):
-            if not (isinstance(error.__cause__, psycopg.Error) and of_a_statement(error.__cause__, side)):
-                return False
-            self.wait()
             log.warning("index_left_alone", index=self._index, error=str(error))
             return True
-        self.wait()
         try:
             with speaking_of(side):
                 modes = READERS_WAIT if side == "source" else WRITERS_WAIT

@@ -44,6 +44,7 @@ async def indexed(
     database: Database,
     vectors: Vectors,
     *,
+    name: str = "articles",
     hnsw: bool = True,
     state: str = "live",
     distance: Distance = "cosine",
@@ -53,6 +54,7 @@ async def indexed(
 ) -> AsyncIterator[tuple[LiveIndex, IndexSpec]]:
     """Make an index that holds these vectors, a document each; the second value is it as it is stored."""
     spec = make_spec(
+        name=name,
         dimensions=vectors.shape[1],
         distance=distance,
         hnsw=Hnsw(m=m, ef_construction=4 * m, quantise=quantise),

@@ -9,11 +9,11 @@ import structlog
 from psycopg import sql
 
 from cdcsync.backoff import Backoff
-from cdcsync.errors import CdcsyncError, Unavailable
+from cdcsync.errors import CdcsyncError
 from cdcsync.flows.evaluate.recall import Budget, evaluate
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
-from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
+from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS, away
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.target import evaluations
@@ -45,7 +45,7 @@ async def evaluate_for_ever(
                         await _evaluate_live(await target.connection(), schema, spec, budget)
                     except CdcsyncError as error:
                         log.warning("evaluation_failed", index=spec.name, error=str(error), fix=error.hint)
-                        if isinstance(error, Unavailable) and error.index is None:
+                        if away(error, "target"):
                             raise
                 backoff.succeeded()
                 await anyio.sleep(every_s)

@@ -7,9 +7,9 @@ into it. It leaves nothing dead behind, either.
 
 Meanwhile a trigger on each tier notes the chunks whose vectors are changed, moved or deleted: what it notes is
 taken out of the copy, so whatever remains is what it was when it was copied. Writers wait for the exchange, which
-deletes from fresh what is settled now; searches wait for its last milliseconds. The exchange itself waits for whoever
-reads under a snapshot from before the copy: it shows the copy without rows, and the table that it replaces is dropped.
-A rebuild that was interrupted is dropped by the next one.
+deletes from fresh what is settled now; searches wait for its last milliseconds. The exchange itself waits, for some
+minutes, for whoever reads under a snapshot from before the copy: it shows the copy without rows, and the table that it
+replaces is dropped. A rebuild that was interrupted is dropped by the next one.
 
 Source: PostgreSQL, "ALTER TABLE" (DETACH and ATTACH PARTITION), "Explicit Locking", "Caveats" (of concurrency control);
 pgvector's README (Index Build Time).
@@ -24,11 +24,12 @@ import psycopg
 from psycopg import sql
 
 from cdcsync.errors import SetupError
+from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import first_line
-from cdcsync.postgres.horizons import Horizon, read_horizon, snapshots
-from cdcsync.postgres.locking import BRIEFLY, REPLACING_WAITS, exclusive_locks, until_locked
+from cdcsync.postgres.horizons import Horizon, Snapshot, read_horizon, snapshots
+from cdcsync.postgres.locking import BRIEFLY, REPLACING_WAITS, Lock, exclusive_locks, until_locked
 from cdcsync.postgres.queries import fetch_one, fetch_rows, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
@@ -37,6 +38,8 @@ from cdcsync.target.ddl.grants import grants_of, guarded, succeed
 from cdcsync.target.ddl.names import SETTLED, Names
 from cdcsync.target.ddl.tiers import COLUMN_NAMES, describe_vectors
 
+log = get_logger()
+
 T = TypeVar("T")
 
 FEW = 500
@@ -44,6 +47,13 @@ FEW = 500
 
 ROUNDS = 20
 """Passes over what changed meanwhile, at most: under steady load there is always some."""
+
+SNAPSHOT_ATTEMPTS = 160
+"""How often the exchange gives way to a snapshot from before the copy: some ten minutes, in which nothing settles. Then
+it is made all the same. To give up the copy would lose what was built, and the next one would meet the same
+transaction."""
+
+BEGIN_ANEW = "begin a new transaction there: this one finds no settled vectors"
 
 _OWN_INDEXES: LiteralString = """
     SELECT c.relname::text, copy.index, CASE WHEN k.oid IS NULL
@@ -131,6 +141,8 @@ class Rebuild:
         """An operator's indexes, as `_OWN_INDEXES` finds them."""
         self._copied: Horizon | None = None
         """The moment since which snapshots have what was copied."""
+        self._snapshot_attempts = 0
+        """How often the exchange has given way to older ones."""
         self._waited_for: set[str] = set()
         """The transactions that used the tiers when the exchange was last tried."""
 
@@ -313,20 +325,28 @@ class Rebuild:
     async def _exchange(self) -> int:
         """Exchange the tiers, unless that would be in vain: writers wait for each attempt.
 
-        :raises LockNotAvailable: somebody reads under a snapshot from before the copy, in which that is empty; a
-            transaction from before the last attempt is still open; or this attempt was in vain.
+        :raises LockNotAvailable: somebody reads under a snapshot from before the copy, in which that is empty, and has
+            not been waited for long enough; a transaction from before the last attempt is still open; or this attempt
+            was in vain.
         """
         await self._follow()
-        if older := await snapshots(self._connection, before=self._copied):
-            raise psycopg.errors.LockNotAvailable(str(older[0]))
+        older = await snapshots(self._connection, before=self._copied)
+        if older and self._snapshot_attempts < SNAPSHOT_ATTEMPTS:
+            self._snapshot_attempts += 1
+            raise _in_the_way(older[0])
         *_, vectors = self._names.written(self._spec.generation)
         users = await exclusive_locks(self._connection, [vectors], modes=REPLACING_WAITS)
         for one in users:
             if one.transaction in self._waited_for:
-                raise psycopg.errors.LockNotAvailable(str(one))
+                raise _in_the_way(one)
         self._waited_for.clear()
         self._waited_for.update(one.transaction for one in users)
-        return await self.switch()
+        moved = await self.switch()
+        if older:
+            log.warning(
+                "snapshots_overtaken", index=self._spec.name, transactions=[str(one) for one in older], fix=BEGIN_ANEW
+            )
+        return moved
 
     async def switch(self) -> int:
         """Put the copy in the place of the settled tier; returns how many vectors left fresh."""
@@ -409,6 +429,11 @@ class Rebuild:
 
     def _sql(self, statement: LiteralString, **parts: sql.Composable) -> sql.Composed:
         return sql.SQL(statement).format(**self._parts, **parts)
+
+
+def _in_the_way(one: Lock | Snapshot) -> psycopg.errors.LockNotAvailable:
+    """Return the error by which an attempt ends because of somebody else."""
+    return psycopg.errors.LockNotAvailable(f"{one}; {one.remedy}")
 
 
 def _clause(options: Sequence[tuple[str, str]]) -> sql.Composable:

@@ -31,7 +31,9 @@ from psycopg import sql
 
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.errors import LOCKED_OUT
 from cdcsync.postgres.horizons import snapshots
+from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import FRESH, SETTLED, Names, opclass, vector_schema
@@ -130,24 +132,31 @@ async def _attach(connection: Connection, vectors: sql.Identifier, table: sql.Id
     if pending == (False,):
         return
     if pending is not None:
-        await _see_no_older_snapshots(connection, table)
-        await connection.execute(sql.SQL("ALTER TABLE {} DETACH PARTITION {} FINALIZE").format(vectors, table))
+        await _end_detachment(connection, vectors, table)
     await connection.execute(
         sql.SQL("ALTER TABLE {} ATTACH PARTITION {} FOR VALUES IN ({})").format(vectors, table, sql.Literal(tier))
     )
 
 
-async def _see_no_older_snapshots(connection: Connection, table: sql.Identifier) -> None:
-    """Fail where the end of a detachment would have to wait for long: for whoever may have seen the table attached.
+async def _end_detachment(connection: Connection, vectors: sql.Identifier, table: sql.Identifier) -> None:
+    """End a detachment, which waits for whoever may have seen the table attached.
 
-    :raises SetupError: a transaction has been open for a while.
+    :raises SetupError: that would be for long: a transaction has been open for a while, or for a time that we may not
+        know.
     """
-    if older := await snapshots(connection, open_for_s=OPEN_FOR_S):
+    try:
+        async with connection.transaction():
+            await connection.execute(
+                sql.SQL(BRIEFLY + "; ALTER TABLE {} DETACH PARTITION {} FINALIZE").format(vectors, table)
+            )
+    except LOCKED_OUT:
+        if not (older := await snapshots(connection, open_for_s=OPEN_FOR_S)):
+            raise
         raise SetupError(
             f"somebody began to detach it, and that ends only after {older[0]}",
             where=table.as_string(connection),
             hint=older[0].remedy,
-        )
+        ) from None
 
 
 async def describe_vectors(connection: Connection, schema: str, spec: IndexSpec) -> None:

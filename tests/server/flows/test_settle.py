@@ -229,9 +229,12 @@ async def test_an_index_whose_tables_are_gone_does_not_keep_another_from_settlin
         await until(settled(built, 100))
 
 
+@pytest.mark.parametrize("share", [1e-9, 1e9], ids=["looked at", "tidied"])
 async def test_an_index_whose_vectors_are_locked_does_not_keep_another_from_settling(
-    built: LiveIndex, open_index: OpenIndex, target: Database, monkeypatch: pytest.MonkeyPatch
+    built: LiveIndex, open_index: OpenIndex, target: Database, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
+    """They are met locked by a look at the tiers if fresh was tidied just now, and else by tidying it."""
+    monkeypatch.setattr(settle, "TIDY_SHARE", share)
     monkeypatch.setattr(settle, "SHARED_LOCK_WAIT_MS", 200)
     locked = await open_index(name="aaa", search=None)
     await register(locked.connection, locked.spec, slot="s")
@@ -239,13 +242,16 @@ async def test_an_index_whose_vectors_are_locked_does_not_keep_another_from_sett
     await fill(locked, 10)
     flow = Flow(target.dsn, [locked, built])
     flow.worker = msgspec.structs.replace(EAGER, settle_connections=0)
-    async with flow.running():
-        await flow.looks_in_vain()
-        async with locked.connection.transaction():
-            await locked.connection.execute("LOCK TABLE cdcsync.aaa_vectors_1 IN ACCESS EXCLUSIVE MODE")
-            flow.worker = EAGER
-            await until(settled(built, 100))
-        await until(settled(locked, 10))
+    with structlog.testing.capture_logs() as events:
+        async with flow.running():
+            await flow.looks_in_vain()
+            async with locked.connection.transaction():
+                await locked.connection.execute("LOCK TABLE cdcsync.aaa_vectors_1 IN ACCESS EXCLUSIVE MODE")
+                flow.worker = EAGER
+                await until(settled(built, 100))
+            await until(settled(locked, 10))
+    warned = [(event["event"], event["index"]) for event in events if event["log_level"] == "warning"]
+    assert set(warned) == {("settling_failed", "aaa")}
 
 
 async def test_settling_goes_on_after_its_sessions_were_ended(built: LiveIndex, target: Database) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import psycopg
 import pytest
+import structlog
 
-from cdcsync.postgres.locking import until_locked
+from cdcsync.errors import CdcsyncError
+from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.locking import away, until_locked
 from tests.support.virtual import in_virtual_time
 
 
@@ -36,3 +39,40 @@ def test_any_other_failure_is_the_callers() -> None:
     with pytest.raises(psycopg.errors.UndefinedTable):
         in_virtual_time(lambda: until_locked(change, table="articles_chunks"))
     assert tries == 1
+
+
+def test_the_log_says_what_a_change_waits_for() -> None:
+    failures = [psycopg.errors.LockNotAvailable("the transaction of pid 7 (report)")]
+
+    async def change() -> None:
+        if failures:
+            raise failures.pop()
+
+    with structlog.testing.capture_logs() as events:
+        in_virtual_time(lambda: until_locked(change, table="articles_chunks"))
+    assert [(event["table"], event["error"]) for event in events] == [
+        ("articles_chunks", "the transaction of pid 7 (report)")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (psycopg.errors.LockNotAvailable(), False),
+        (psycopg.errors.DeadlockDetected(), False),
+        (psycopg.errors.OutOfMemory(), False),
+        (psycopg.errors.QueryCanceled(), False),
+        (psycopg.errors.UndefinedTable(), False),
+        (psycopg.errors.AdminShutdown(), True),
+        (psycopg.errors.DiskFull(), True),
+        (psycopg.OperationalError("the connection is closed"), True),
+    ],
+)
+@pytest.mark.parametrize("index", [None, "articles"])
+def test_a_server_is_away_unless_an_error_came_of_a_statement_whoever_translated_it(
+    error: psycopg.Error, index: str | None, expected: bool
+) -> None:
+    outer, inner = speaking_of("target", index="articles"), speaking_of("target", index=index)
+    with pytest.raises(CdcsyncError) as caught, outer, inner:
+        raise error
+    assert away(caught.value, "target") is expected

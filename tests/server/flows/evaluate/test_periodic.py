@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 import anyio
 import msgspec
 import pytest
+import structlog
 
 from cdcsync.cli import main
+from cdcsync.flows.evaluate import periodic
 from cdcsync.flows.evaluate.periodic import evaluate_for_ever
 from tests.support.configs import configuration
 from tests.support.indexes import SCHEMA, register
@@ -126,3 +128,22 @@ async def test_a_failed_measurement_is_told_and_does_not_keep_others_from_theirs
             await until_true(lambda: stored(index.connection))
             tasks.cancel_scope.cancel()
         assert [row[:3] for row in await stored(index.connection)] == [(1, 10, 100)]
+
+
+async def test_an_index_that_is_locked_in_the_middle_of_its_measurement_does_not_keep_others_from_theirs(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(periodic, "SHARED_LOCK_WAIT_MS", 200)
+    async with (
+        indexed(database, crowd(20), name="aaa") as (other, locked),
+        indexed(database, crowd(20)) as (index, spec),
+        other.connection.transaction(),
+    ):
+        await other.connection.execute("LOCK TABLE cdcsync.aaa_chunks IN ACCESS EXCLUSIVE MODE")
+        with structlog.testing.capture_logs() as events:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(lambda: evaluate_for_ever(database.dsn, SCHEMA, [locked, spec], every_s=0.01))
+                await until_true(lambda: stored(index.connection))
+                tasks.cancel_scope.cancel()
+        assert events[0]["event"] == "evaluation_failed"
+        assert (events[0]["index"], "holds a lock" in events[0]["error"]) == ("aaa", True)

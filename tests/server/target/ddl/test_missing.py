@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import LiteralString
 
 import anyio
+import msgspec
 import psycopg
 import pytest
 
@@ -13,7 +15,8 @@ from cdcsync.errors import SetupError
 from cdcsync.target.ddl.building import build_hnsw, build_search
 from cdcsync.target.ddl.missing import Missing, missing_relations
 from cdcsync.target.ddl.tiers import create_vectors
-from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, live_index, make_spec
+from tests.support.roles import Roles, grant
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -126,6 +129,28 @@ async def test_a_detachment_that_would_wait_for_a_transaction_names_it(
     async with loaded.connection.transaction():
         await create_vectors(loaded.connection, SCHEMA, loaded.spec)
     assert not await missing_relations(loaded.connection, SCHEMA, loaded.spec)
+
+
+async def test_a_worker_that_may_not_know_how_long_a_transaction_has_been_open_does_not_wait_for_it_either(
+    roles: Roles, make_database: Callable[[], Database]
+) -> None:
+    database, role = make_database(), roles.name("target")
+    grant(database, target_role=role)
+    worker = msgspec.structs.replace(database, dsn=roles.dsn(database, role))
+    async with live_index(worker, make_spec()) as loaded:
+        database.execute(INTERRUPTED)
+        with psycopg.connect(database.dsn, application_name="report") as older:
+            older.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            older.execute("SELECT 1")
+            with pytest.raises(SetupError, match=rf"pid {older.info.backend_pid} \(report, role \S+\)$"):
+                async with loaded.connection.transaction():
+                    await create_vectors(loaded.connection, SCHEMA, loaded.spec)
+        async with loaded.connection.transaction():
+            await create_vectors(loaded.connection, SCHEMA, loaded.spec)
+        assert (
+            "articles_vectors_1_fresh as a partition"
+            not in (await missing_relations(loaded.connection, SCHEMA, loaded.spec)).built
+        )
 
 
 def test_the_remedy_for_an_unlogged_table_names_it_as_sql_does() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import anyio
@@ -11,7 +12,7 @@ import pytest
 import structlog
 
 from cdcsync.errors import SetupError
-from cdcsync.postgres.sessions import Connection
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.ddl import rebuilding
 from cdcsync.target.ddl.building import build_hnsw
 from cdcsync.target.ddl.generations import create_generations, drop_relations
@@ -19,8 +20,10 @@ from cdcsync.target.ddl.rebuilding import Emptied, Rebuild
 from cdcsync.target.keys import discard_vectors
 from cdcsync.target.settling import Settling
 from tests.support.exchanges import ConnectTarget, read_after_exchange
-from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, until
+from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, live_index, make_spec, until
 from tests.support.kills import Killed, kill_at, points
+from tests.support.roles import Roles, grant
+from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -488,6 +491,63 @@ async def keep_snapshot(reader: Connection) -> None:
     """Begin a transaction that keeps its snapshot, and has not used any of our tables."""
     await reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
     await reader.execute("SELECT 1")
+
+
+@pytest.fixture
+async def worked(roles: Roles, make_database: Callable[[], Database]) -> AsyncIterator[tuple[LiveIndex, Database]]:
+    """The index of `both` as a worker has it whose role roles.sql made, and its database as the worker connects."""
+    database = make_database()
+    role = roles.name("target")
+    grant(database, target_role=role)
+    database = msgspec.structs.replace(database, dsn=roles.dsn(database, role))
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def opened(**settings: Any) -> LiveIndex:
+            return await stack.enter_async_context(live_index(database, make_spec(**settings)))
+
+        yield await in_both_tiers(opened, search=None), database
+
+
+async def test_an_exchange_of_the_workers_role_waits_for_a_snapshot_of_another_role_and_says_whose(
+    worked: tuple[LiveIndex, Database],
+) -> None:
+    both, database = worked
+    expected = await both.rows(FOUND)
+
+    async def waited() -> bool:
+        return len([event for event in events if event["event"] == "lock_waits"]) >= 3
+
+    with structlog.testing.capture_logs() as events, database.connect() as reader:
+        reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        reader.execute("SELECT 1")
+        pid = reader.info.backend_pid
+        async with await connect(database.dsn, "target") as connection, anyio.create_task_group() as tasks:
+            tasks.start_soon(Rebuild(connection, SCHEMA, both.spec).run)
+            await until(waited)
+            assert reader.execute(FOUND).fetchall() == expected
+            reader.execute("ROLLBACK")
+    said = next(event["error"] for event in events if event["event"] == "lock_waits")
+    assert said.startswith(f"the transaction of pid {pid} (role ")
+    assert said.endswith(f"SELECT pg_terminate_backend({pid})")
+    assert [tier for _, tier in await both.rows(TIERS)] == ["settled"] * 8
+
+
+async def test_an_exchange_is_made_in_the_end_beside_a_snapshot_from_before_the_copy(
+    both: LiveIndex, connect_target: ConnectTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rebuilding, "SNAPSHOT_ATTEMPTS", 2)
+    reader = await connect_target()
+    await keep_snapshot(reader)
+    expected = await both.rows(FOUND)
+    with structlog.testing.capture_logs() as events, anyio.fail_after(60):
+        assert await Rebuild(await connect_target(), SCHEMA, both.spec).run() == 4
+    (overtaken,) = [event for event in events if event["event"] == "snapshots_overtaken"]
+    assert overtaken["log_level"] == "warning"
+    assert overtaken["index"] == "articles"
+    assert f"pid {reader.info.backend_pid} (" in overtaken["transactions"][0]
+    assert [event["attempt"] for event in events if event["event"] == "lock_waits"] == [1, 2]
+    assert [tier for _, tier in await both.rows(TIERS)] == ["settled"] * 8
+    assert await both.rows(FOUND) == expected
 
 
 async def test_an_exchange_waits_for_a_snapshot_from_before_the_copy_which_would_find_nothing(
