@@ -193,6 +193,8 @@ class Watch:
             self._note_problems(plan.name, findings)
             if plan.name in self._specs and entry.state == "live" and plan.name in loads:
                 entry = await self._look_at_load(target, entry, loads[plan.name])
+            if entry.state != "paused":
+                self._pauses.seen.pop(plan.name, None)
             if plan.name in self._specs and entry.state != "paused":
                 members = set(seen.members.get(plan.index.table_name, ()))
                 if error is None and (
@@ -350,11 +352,10 @@ class Watch:
                 self._pauses.heal(name)
             (self._pauses.unsafe.add if unsafe else self._pauses.unsafe.discard)(name)
         present = seen_fingerprint(plan, catalog, entry)
-        # The table as it was when the index was last tried; an examination that refuses it does not count as a try.
-        before = plan.seen if plan.refused else stored_fingerprint(entry)
+        # The stored one would not do: an index that cannot be set up keeps it, and it may be an earlier version's.
+        changed = present != self._pauses.seen.get(name, plan.seen)
+        self._pauses.seen[name] = present
         migrated = bool(plan.unlike) and not any(vector_faults(plan, entry))
-        # An index of which nothing was ever set up has none: there is nothing to compare with.
-        changed = before is not None and present != before
         if name in self._ailing or changed or migrated:
             self._pauses.heal(name)
         elif name in self._specs and name not in self._noted:

@@ -65,6 +65,8 @@ class Pauses:
         self._due: dict[str, float] = {}
         self.unsafe = set[str]()
         """The indexes whose tables in the target could lose or hide rows when they were last looked at."""
+        self.seen: dict[str, object] = {}
+        """What each paused index would be made of, as its tables were when they were last looked at."""
 
     def note(self, error: SchemaChanged, now: float) -> None:
         """Note that an index was paused at `now`, a clock's reading in seconds."""

@@ -271,7 +271,6 @@ def _pause_broken(plans: Sequence[Plan], stored: Mapping[str, Entry]) -> dict[st
         waits = all(error.locked for error in errors)
         as_before = waits or hidden or errors == plan.unlike or _as_before(plan, stored.get(plan.name))
         if errors and not outage and as_before:
-            plan.refused = True
             broken[plan.name] = Pause(errors[0].sentence, errors[0].hint)
         else:
             errors = plan.unlike

@@ -83,8 +83,6 @@ class Plan(msgspec.Struct):
     """The findings about this index alone."""
     seen: Fingerprint | None = None
     """The index's fingerprint when it was examined; None if its table is missing, or the index does not exist."""
-    refused: bool = False
-    """Whether the index exists and cannot follow its table, for any reason."""
     unfit: bool = False
     """Whether the catalog tells that the table is not fit for the index, so that the watch sees when it is."""
     locked: bool = False

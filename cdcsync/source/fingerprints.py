@@ -52,6 +52,7 @@ class TableValues(msgspec.Struct, frozen=True):
     :ivar collations: see `collations_of`. An earlier version stored none, so an index of a column that has another than
         the usual one is compared once.
     :ivar details: see `details_of`. What an earlier version did not store is not compared.
+    :ivar proven_by: see `proofs_of`. The same holds for it.
     """
 
     oid: int
@@ -61,6 +62,7 @@ class TableValues(msgspec.Struct, frozen=True):
     where: str | None = None
     collations: dict[str, dict[str, str]] = {}
     details: dict[str, dict[str, str]] = {}
+    proven_by: dict[str, tuple[int, ...]] = {}
 
 
 class MadeOf(msgspec.Struct, frozen=True):
@@ -159,6 +161,7 @@ def made_of(
         where.text if where is not None else None,
         collations_of(table, used),
         details_of(table, used, key, whole=WHOLE_ROW in read),
+        proofs_of(table),
     )
     return MadeOf({str(table.name): values}, {str(oid): type_ for oid, type_ in types.items()})
 
@@ -184,12 +187,10 @@ def details_of(
     """Return what may change values although the columns are as before, by the table's OID; of each of many by itself.
 
     These are the transactions (32 bits) that last wrote the columns' entries, as both of two columns have other values
-    after their names were exchanged; a digest of all columns' entries where a condition reads the row as a whole; the
-    key by which related rows are ordered in the end; and the unique index by which the index's key names one row. Once
-    it is dropped, two rows may have the same key, and a deletion by that key does not tell which of them is gone.
+    after their names were exchanged; a digest of all columns' entries where a condition reads the row as a whole; and
+    the key by which related rows are ordered in the end.
     """
     read = sorted(columns)
-    proven_by = {leaf.oid: leaf.proven_by for leaf in table.leaves} | {table.oid: table.proven_by}
     known = _of_each(table, lambda leaf: leaf.columns_written, lambda column: column.written_by)
     found = {}
     for oid, written in known.items():
@@ -198,9 +199,19 @@ def details_of(
             found[str(oid)]["its columns"] = _digest(sorted(written.items()))
         if key is not None:
             found[str(oid)]["its primary key"] = ", ".join(key)
-        if table.named:
-            found[str(oid)]["the unique index of its key"] = str(proven_by[oid])
     return found
+
+
+def proofs_of(table: Table) -> dict[str, tuple[int, ...]]:
+    """Return the unique indexes by which the index's key names one row, by the table's OID; of each of many by itself.
+
+    While there was none, two rows may have had the same key, and a deletion by that key does not tell which of them is
+    gone. One that took another's place while both were there leaves no such moment.
+    """
+    if not table.named:
+        return {}
+    own = {str(leaf.oid): leaf.proven_by for leaf in table.leaves if leaf.columns}
+    return own or {str(table.oid): table.proven_by}
 
 
 def _of_each(
@@ -361,13 +372,15 @@ def _compared_otherwise(was: TableValues, is_: TableValues) -> list[str]:
 
 def _altered(was: TableValues, is_: TableValues) -> list[str]:
     """Return the details that are others than before; what only one of both has comes with another configuration."""
-    return sorted(
-        {
-            name
-            for table in was.details.keys() & is_.details.keys()
-            for name in _rewritten(was.details[table], is_.details[table])
-        }
-    )
+    found = {
+        name
+        for table in was.details.keys() & is_.details.keys()
+        for name in _rewritten(was.details[table], is_.details[table])
+    }
+    proven = [(was.proven_by[table], is_.proven_by[table]) for table in was.proven_by.keys() & is_.proven_by.keys()]
+    if any(before != now and not set(before) & set(now) for before, now in proven):
+        found.add("the unique index of its key")
+    return sorted(found)
 
 
 def _altered_types(before: Mapping[str, Type], now: Mapping[str, Type]) -> list[str]:

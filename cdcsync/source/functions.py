@@ -7,7 +7,8 @@ belongs to what an index is made of, together with what that calls in turn.
 A condition names things by their schema, because our sessions have no search path. A function's body may have a path of
 its own, so in bodies every function of a name counts, in whatever schema; so does one that only a comment mentions. A
 digest too many costs a comparison when that function is replaced. One that was replaced and replaced back decided about
-rows in between, so the transactions that last wrote the catalog's entries are told beside the digests.
+rows in between, so the transactions that last wrote the catalog's entries are told beside the digests. A GRANT writes
+such an entry, too. That is not excused where the privileges are others: the function may have been another one besides.
 
 A body of SQL statements (BEGIN ATOMIC) is stored as the server understood it, and the server records what that depends
 on. So its text is not asked for: the function that writes it (pg_get_function_sqlbody) waits for all tables that the

@@ -60,7 +60,7 @@ class Partition(msgspec.Struct, frozen=True):
     columns: dict[str, tuple[int, int, int, int | None]] = {}
     collations: dict[str, str] = {}
     columns_written: dict[str, int] = {}
-    proven_by: int = 0
+    proven_by: tuple[int, ...] = ()
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -141,12 +141,9 @@ class Table(msgspec.Struct, frozen=True):
         return sorted(found, key=lambda one: (-len(one.columns), one.name))
 
     @property
-    def proven_by(self) -> int:
-        """The OID of the oldest of these unique indexes: while it is the same, the key has been unique at every moment.
-
-        0 if there is none.
-        """
-        return min((one.oid for one in self.proofs), default=0)
+    def proven_by(self) -> tuple[int, ...]:
+        """The OIDs of these unique indexes: while there is one of them, the key has been unique at every moment."""
+        return tuple(sorted(one.oid for one in self.proofs))
 
     def keyed_by(self, columns: tuple[str, ...], ordered: tuple[str, ...] = ()) -> Table:
         """Return the table as an index sees it that names its key; with no columns, the table itself.

@@ -34,6 +34,7 @@ HELD = {
     "a column is added, dropped or renamed, and": (f"{SCENARIOS}test_undone.py", "row_more"),
     "a related table gets another primary key": (f"{SCENARIOS}test_undone.py", "primary_key"),
     "the unique index of its key": (f"{SCENARIOS}test_undone.py", "renumbered_named"),
+    "a function that its condition calls": (f"{SCENARIOS}test_called_functions.py", "was_another_one_for_a_while"),
     "a column gets another collation": (
         f"{SCENARIOS}test_collations.py",
         "test_a_column_that_gets_another_collation",

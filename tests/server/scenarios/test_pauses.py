@@ -18,6 +18,7 @@ import msgspec
 import pytest
 from psycopg import conninfo, sql
 
+from tests.support.configs import NO_AUDIT
 from tests.support.scenes import BEAT, Followed, MakeScene, Scene, scene
 from tests.support.servers import Server, fresh_database
 from tests.support.workers import until
@@ -293,3 +294,44 @@ def tells_of_load(made: Scene) -> bool:
 def failed_load(made: Scene) -> bool:
     found = paused_row(made, "loaded")
     return bool(found) and found[0][0].startswith("its load failed: ") and "has not been populated" in found[0][0]
+
+
+@pytest.mark.proof
+def test_an_index_that_cannot_be_set_up_is_tried_again_once_its_table_changes_and_not_before(
+    make_scene: MakeScene,
+) -> None:
+    # The version before stored less of an index, so nothing of it equals what this one reads.
+    made = make_scene(
+        [
+            statement
+            for name in ("unsafe", "watched")
+            for statement in (f"CREATE TABLE {name} (id int PRIMARY KEY, title text)", f"INSERT INTO {name} VALUES (1)")
+        ],
+        {"unsafe": Followed("unsafe"), "watched": Followed("watched")},
+        worker_lines=NO_AUDIT,
+        hurry={"cdcsync.model.pauses.FIRST_DELAY_S": 3600.0, "cdcsync.flows.watch.WATCH_S": 0.2},
+    )
+    pipeline = made.pipeline
+    pipeline.stop(pipeline.processes[-1])
+    pipeline.target.execute("ALTER TABLE cdcsync.unsafe_chunks SET UNLOGGED")
+    pipeline.target.execute(
+        "UPDATE cdcsync.indexes SET made_of = jsonb_set(made_of - 'functions_written', '{tables}', (SELECT"
+        " jsonb_object_agg(key, value - 'details') FROM jsonb_each(made_of -> 'tables'))) WHERE name = 'unsafe'"
+    )
+    streams = pipeline.times("streaming")
+    pipeline.start()
+    until(lambda: pipeline.times("streaming") > streams, pipeline.tail)
+    for changes in (0, 1):
+        if changes:
+            made.execute("ALTER TABLE unsafe ALTER title SET STATISTICS 5")
+            until(lambda: pipeline.times("tables_changed"), pipeline.tail)
+        for look in (1, 2, 3):
+            made.execute(f"ALTER TABLE watched ALTER title SET STATISTICS {10 * look + changes}")
+            until(partial(doubted, made, 3 * changes + look), pipeline.tail)
+        assert pipeline.times("tables_changed") == changes
+        assert pipeline.times("index_paused") == 2 * (1 + changes)  # the first time, it is tried again at once
+    made.follows("watched")
+
+
+def doubted(made: Scene, times: int) -> bool:
+    return made.pipeline.times("index_doubted") == times

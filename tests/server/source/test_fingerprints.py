@@ -266,6 +266,18 @@ KEYS = {
         "DROP INDEX public.u",
         False,
     ),
+    "another unique index took its place in one look": (
+        ("twice",),
+        "CREATE UNIQUE INDEX u ON public.t (twice)",
+        "CREATE UNIQUE INDEX v ON public.t (twice); DROP INDEX public.u",
+        True,
+    ),
+    "the older of two unique indexes dropped": (
+        ("twice",),
+        "CREATE UNIQUE INDEX u ON public.t (twice); CREATE UNIQUE INDEX v ON public.t (twice)",
+        "DROP INDEX public.u",
+        False,
+    ),
     "another unique index made": (("id",), "", "CREATE UNIQUE INDEX u ON public.t (id)", False),
     "a primary key that is not the key": (("twice",), "CREATE UNIQUE INDEX u ON public.t (twice)", ANEW, False),
     "a constraint's index made anew beside the old one": (("id",), "", "REINDEX TABLE CONCURRENTLY public.t", False),
@@ -282,8 +294,8 @@ async def test_a_key_that_may_not_have_been_unique_for_a_while_counts(
         catalog = await read_catalog(source, "p", [T])
         return fingerprint_of(catalog, catalog.tables[T].keyed_by(key), ("title",)), catalog
 
-    if made:
-        await source.execute(made)
+    for statement in filter(None, made.split("; ")):
+        await source.execute(statement)
     before, _ = await read()
     for statement in edit.split("; "):
         await source.execute(statement)

@@ -91,6 +91,15 @@ UNDONE = {
             for body in ("SELECT false", "SELECT s <> 'spam'")
         ],
     ),
+    "a function whose privileges and cost changed, too": (
+        CONDITION,
+        "other.inner_one(text)",
+        [
+            "ALTER FUNCTION other.inner_one(text) STRICT",
+            "ALTER FUNCTION other.inner_one(text) CALLED ON NULL INPUT COST 7",
+            "REVOKE EXECUTE ON FUNCTION other.inner_one(text) FROM PUBLIC",
+        ],
+    ),
     "the function of an operator": (
         "status OPERATOR(odd.<~>) 'x'",
         "other.near(text,text)",
