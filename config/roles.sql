@@ -20,7 +20,7 @@
 --   publication     cdcsync: source.publication of the configuration
 --   target_role     the role of target.dsn
 --   former_role     none: another role, with which a worker has run before: all that cdcsync has in the target and that
---                   is this role's is handed over to target_role
+--                   is this role's is handed over to target_role, but for the schema, which it may use
 --   schema          cdcsync: target.schema of the configuration
 --   view_schema     public: where the views are that your users search, as in `view` of each index
 --   reader_role     none: a role of applications that search by SQL, and ask cdcsync.wait_for; it must exist
@@ -140,8 +140,10 @@ SELECT format('GRANT USAGE ON SCHEMA %I TO %I', n.nspname, :'target_role')
 FROM pg_extension AS e JOIN pg_namespace AS n ON n.oid = e.extnamespace WHERE e.extname = 'vector' \gexec
 
 -- cdcsync's own tables are in a schema that is the role's, so that it needs no CREATE on the database. The other way is
--- GRANT CREATE ON DATABASE, and the worker makes the schema itself; it could then make others too.
+-- GRANT CREATE ON DATABASE, and the worker makes the schema itself; it could then make others too. A schema that exists
+-- stays its owner's, who may have more in it: whom a schema belongs to may drop all that is in it.
 CREATE SCHEMA IF NOT EXISTS :"schema" AUTHORIZATION :"target_role";
+GRANT USAGE, CREATE ON SCHEMA :"schema" TO :"target_role";
 
 -- The views. CREATE on the schema public lets the role make other things there as well: with
 -- -v view_schema=search, and view = "search.articles" in the configuration, it can make them only in a schema for that.
@@ -150,12 +152,9 @@ GRANT USAGE, CREATE ON SCHEMA :"view_schema" TO :"target_role";
 
 \if :{?former_role}
     -- The worker replaces and drops what is its own, which only the owner may. A comment tells which relations and functions
-    -- are; indexes, sequences and triggers go with their tables. The schema is first: whom something in it is given to must
-    -- be allowed to create there. Views may be in any schema.
+    -- are; indexes, sequences and triggers go with their tables. Views may be in any schema.
     SELECT format('ALTER %s %s OWNER TO %I', own.kind, own.name, :'target_role')
     FROM (
-        SELECT 'SCHEMA', quote_ident(nspname), nspowner FROM pg_namespace WHERE nspname = :'schema'
-        UNION ALL
         SELECT CASE c.relkind WHEN 'v' THEN 'VIEW' WHEN 'c' THEN 'TYPE' ELSE 'TABLE' END, c.oid::regclass::text, c.relowner
         FROM pg_class AS c, pg_namespace AS n
         WHERE n.nspname = :'schema' AND c.relkind IN ('r', 'p', 'v', 'c')
@@ -170,8 +169,7 @@ GRANT USAGE, CREATE ON SCHEMA :"view_schema" TO :"target_role";
         FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
         WHERE n.nspname = :'schema' AND starts_with(obj_description(p.oid, 'pg_proc'), 'cdcsync')
     ) AS own (kind, name, owner)
-    WHERE pg_get_userbyid(own.owner) = :'former_role'
-    ORDER BY own.kind <> 'SCHEMA' \gexec
+    WHERE pg_get_userbyid(own.owner) = :'former_role' \gexec
 \endif
 
 -- Searches name pgvector's types and operators, and a filter the type of its column, with their schemas and with the

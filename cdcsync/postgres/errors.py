@@ -90,27 +90,44 @@ def passing(error: psycopg.Error) -> bool:
 
 _OF_A_STATEMENT = ("40", "53200", "53400", "55P03", "57014")
 """How the codes begin by which one statement fails while others succeed: it met a lock or another transaction, took
-more memory or temporary files than there may be, or was cancelled."""
+more memory of the source or temporary files than there may be, or was cancelled."""
+
+_OF_SHARED_MEMORY = ("lock.c", "predicate.c", "shmem.c")
+"""Files of the server that raise 53200 if the memory is full that all sessions share, such as the table of locks."""
+
+_NAMES = re.compile(r"[^\w\s]|\d")
+"""In what an error's context says of a function or a COPY: a quotation mark, a parenthesis, a number. What the server
+adds if a parallel worker met the error, `parallel worker`, is words alone in every language."""
 
 
 def of_a_statement(error: psycopg.Error, side: Side) -> bool:
     """Say whether an error that passes came of what a statement works on: if it stays, others succeed all the same.
 
     A function may fail with any code: if it says that a connection broke, that was not the one to us. On the source,
-    where we only read, a write that is refused is a function's, too. But the target's disk is everybody's: there the
-    server tells in the same way which line of a COPY found it full.
+    where we only read, a write that is refused is a function's, too.
     """
+    if _of_the_server(error, side):
+        return False
     code = error.sqlstate or ""
-    return code.startswith(_OF_A_STATEMENT) or (side, code) == ("source", "25006") or _of_a_function(error, side)
+    return code.startswith(_OF_A_STATEMENT) or (side, code) == ("source", "25006") or _from_inside(error)
 
 
-def _of_a_function(error: psycopg.Error, side: Side) -> bool:
-    return _from_inside(error) and (side, error.sqlstate) != ("target", "53100")
+def _of_the_server(error: psycopg.Error, side: Side) -> bool:
+    """Say whether the server lacks what all statements need, whichever of them met that first, and inside of what.
+
+    A disk is everybody's, and so is the table of locks. Other memory is the statement's on the source, where a document
+    may have any number of related rows; but what we write to the target at once is bounded, and much the same for all
+    indexes: if there is no memory for that, the server is short of it.
+    """
+    code = error.sqlstate
+    memory = code == "53200" and (side == "target" or error.diag.source_file in _OF_SHARED_MEMORY)
+    return (code == "53100" or memory) and not chosen(error)
 
 
 def _from_inside(error: psycopg.Error) -> bool:
     """Say whether an error came from inside what a statement calls, and ended no session."""
-    return bool(error.diag.context) and error.diag.severity_nonlocalized == "ERROR"
+    inside = _NAMES.search(error.diag.context or "") is not None
+    return inside and error.diag.severity_nonlocalized == "ERROR"
 
 
 def chosen(error: psycopg.Error) -> bool:
@@ -137,9 +154,9 @@ def translate(error: psycopg.Error, side: Side, *, where: str | None = None) -> 
         message = _HINTS["55P03"][0]  # in place of the limit that we ourselves have set
     if error.sqlstate == "53100" and "shared memory" in message:
         hint = _SHARED_MEMORY
-    if error.sqlstate == "42501" and error.diag.message_hint:
-        hint = error.diag.message_hint  # it is no privilege that is lacking, but a policy that hides rows
-    if passing(error) and not locked_out(error) and _of_a_function(error, side):
+    if error.sqlstate in ("42501", "53200") and error.diag.message_hint:
+        hint = error.diag.message_hint  # not a privilege is lacking, but a policy hides rows; or shared memory is full
+    if passing(error) and not locked_out(error) and _from_inside(error) and not _of_the_server(error, side):
         hint = _OF_A_FUNCTION
     if side == "target":
         hint = _TARGET_HINTS.get(error.sqlstate or "", hint)

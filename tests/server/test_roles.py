@@ -131,6 +131,9 @@ def test_what_a_first_try_as_superuser_made_is_handed_over_by_the_command_that_c
     administrator(database, command)
     assert (run := pipeline.command("check")).returncode == 0, run.stdout
     assert database.execute("SELECT tableowner FROM pg_tables WHERE tablename = 'mine'") == [("postgres",)]
+    assert database.execute("SELECT nspowner::regrole::text FROM pg_namespace WHERE nspname = 'cdcsync'") == [
+        ("postgres",)
+    ]
 
     worker = pipeline.start()  # as the role
     database.execute("INSERT INTO shop.articles VALUES (100, 1, 'a new one')")
@@ -143,6 +146,29 @@ def test_what_a_first_try_as_superuser_made_is_handed_over_by_the_command_that_c
     assert pipeline.command("teardown", "--purge", "--yes").returncode == 0
     left = "SELECT count(*) FROM pg_class WHERE relnamespace IN ('cdcsync'::regnamespace, 'search'::regnamespace)"
     assert database.execute(left) == [(1,)]
+
+
+def test_what_is_handed_over_is_cdcsyncs_and_not_the_schema_that_others_have_tables_in(
+    roles: Roles, make_database: Callable[[], Database]
+) -> None:
+    database = make_database()
+    former, role = roles.create("former"), roles.name("target")
+    database.execute(
+        f"CREATE SCHEMA search AUTHORIZATION {former}; SET ROLE {former}; CREATE TABLE search.theirs (id int);"
+        " CREATE TABLE search.ours (id int); COMMENT ON TABLE search.ours IS 'cdcsync: ours.';"
+        " CREATE FUNCTION search.our_own() RETURNS int RETURN 1;"
+        " COMMENT ON FUNCTION search.our_own IS 'cdcsync: ours.'; RESET ROLE"
+    )
+    for _ in range(2):
+        grant(database, target_role=role, former_role=former, schema="search", view_schema="search")
+
+    worker, owner = roles.dsn(database, role), roles.dsn(database, former)
+    for statement in ("DROP TABLE search.ours", "DROP FUNCTION search.our_own", "CREATE TABLE search.more ()"):
+        assert allowed(worker, statement), statement
+    for statement in ("DROP TABLE search.theirs", "SELECT FROM search.theirs", "DROP SCHEMA search CASCADE"):
+        assert not allowed(worker, statement), statement
+    for statement in ("SELECT FROM search.theirs", "CREATE TABLE search.more ()", "DROP SCHEMA search CASCADE"):
+        assert allowed(owner, statement), statement
 
 
 def administrator(database: Database, command: str) -> None:

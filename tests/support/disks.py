@@ -33,6 +33,13 @@ CREATE EVENT TRIGGER lacks_memory ON ddl_command_start WHEN TAG IN ('CREATE INDE
 """The server runs out of memory whenever the HNSW index of `articles` is built, however little it is given."""
 
 
+LACK_MEMORY = """
+COPY (SELECT) TO PROGRAM
+'prlimit --pid $PPID --as=$(($(cut -d " " -f 1 /proc/$PPID/statm) * $(getconf PAGESIZE) + 4000000)):'
+"""
+"""The session that executes this gets no memory any more, beyond some 4 MB. Linux only, and for superusers."""
+
+
 class CannotMount(Exception):
     """This process may not mount file systems."""
 

@@ -393,7 +393,7 @@ def test_an_index_that_cannot_be_built_says_why_everywhere_and_others_go_live(
     until(lambda: "index articles waits to be built: out of memory" in problems(pipeline), pipeline.tail)
 
     until(lambda: any(one.get("index") == "notes" for one in logged(pipeline, "index_live")), pipeline.tail)
-    why = "index articles waits to be built: out of memory; give the server more memory"
+    why = "index articles waits to be built: out of memory; correct the function"  # which stands for the server here
     until(
         lambda: len(reasons := not_ready(pipeline)) == 1 and reasons[0].startswith(why),
         lambda: f"{not_ready(pipeline)}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 from psycopg import errors
+from psycopg.pq import DiagnosticField
 
 from cdcsync.errors import CdcsyncError, SetupError, SourceUnavailable, TargetUnavailable, Unavailable
 from cdcsync.postgres.errors import speaking_of, translate
@@ -55,7 +56,6 @@ def test_a_server_that_takes_only_reads_is_not_told_as_one_that_is_away() -> Non
         (errors.LockNotAvailable("locked"), True),
         (errors.DeadlockDetected("deadlock"), True),
         (errors.SerializationFailure("a conflict with recovery"), True),
-        (errors.OutOfMemory("out of memory"), True),
         (errors.ConfigurationLimitExceeded("temporary file size exceeds the limit"), True),
         (errors.QueryCanceled("cancelled"), True),
         (errors.DiskFull("no space left"), False),
@@ -71,6 +71,34 @@ def test_an_error_names_the_index_whose_statement_failed_where_those_for_others_
     with pytest.raises(Unavailable) as caught, speaking_of(side, index="articles"):
         raise error
     assert caught.value.index == ("articles" if alone else None)
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize(
+    ("context", "inside"),
+    [
+        (None, False),
+        ("parallel worker", False),
+        ("paralleler Arbeitsprozess", False),
+        ("параллельный исполнитель", False),
+        ("パラレルワーカー", False),
+        ("PL/pgSQL function fits(integer) line 1 at RAISE\nparallel worker", True),
+        ('SQL function "fits" statement 1', True),
+        ("fonction PL/Python « fits »", True),
+    ],
+)
+def test_an_error_of_a_parallel_worker_is_no_functions_in_whatever_language_the_server_says_so(
+    context: str | None, inside: bool, side: Side
+) -> None:
+    said: dict[int, bytes | None] = {
+        DiagnosticField.CONTEXT: None if context is None else context.encode(),
+        DiagnosticField.SEVERITY_NONLOCALIZED: b"ERROR",
+        DiagnosticField.SQLSTATE: b"57P01",
+    }
+    error = errors.AdminShutdown("terminating connection", info=said)
+    with pytest.raises(Unavailable) as caught, speaking_of(side, index="articles"):
+        raise error
+    assert caught.value.index == ("articles" if inside else None)
 
 
 @pytest.mark.parametrize(

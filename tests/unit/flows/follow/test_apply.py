@@ -136,14 +136,14 @@ async def test_a_row_that_is_refused_even_without_its_values_pauses_the_index() 
 async def test_an_index_for_which_a_server_fails_again_and_again_is_paused_and_the_others_get_their_changes(
     kind: type[Unavailable], side: str, fewer: int
 ) -> None:
-    error = kind("out of memory", where="index notes", hint="give it more", sqlstate="53200")
+    error = kind("too many temporary files", where="index notes", hint="raise it", sqlstate="53400")
     error.index = "notes"
     target = Target(*[error] * (MOST_ATTEMPTS - fewer))
     await applier(target).apply(a_batch(), caught_up=lambda: True)
     assert [(indexes, paused) for indexes, _, paused, _ in target.commits] == [
         ({"articles", "notes"}, {})
         if fewer
-        else ({"articles"}, {"notes": Pause(f"the {side} says: out of memory", "give it more")})
+        else ({"articles"}, {"notes": Pause(f"the {side} says: too many temporary files", "raise it")})
     ]
 
 
