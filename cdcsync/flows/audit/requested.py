@@ -48,7 +48,8 @@ BLOCKED_REPORT_S = 10.0
 """How often those transactions are logged."""
 
 REACH_S = 60.0
-"""How long it is waited for the stream to come to a position before a later one, or an earlier one, is asked for."""
+"""How long it is waited for the stream to come to a position before that is logged, and an earlier one asked for if the
+source is behind it."""
 
 Reach = Callable[[Lsn, bool], Awaitable[None]]
 """Returns once a position is applied, and if asked to, the stream is opened anew from there or later."""
@@ -107,7 +108,13 @@ async def _serve(
     with speaking_of("target"):
         await queue.start(target, request, None)
     try:
-        rows = await _compare(source, target, schema, spec, deliveries, reach)
+        await _outlast(source, spec.name, deliveries)
+        await _arrive(source, spec.name, reach)
+        with speaking_of("target"):
+            present = await queue.oldest_comparison(target, [spec.name])
+        if present is None or present.id != request.id:
+            return  # meanwhile it was cancelled, or the index is paused or loaded anew
+        rows = await _compare(source, target, schema, spec)
     except DiffersAsAWhole as found:
         log.warning("index_read_again", index=spec.name, differing=found.suspects)
         with speaking_of("target"):
@@ -137,21 +144,8 @@ async def _serve(
         crash_point("reading in place of a comparison committed")
 
 
-async def _compare(
-    source: Connection, target: Connection, schema: str, spec: IndexSpec, deliveries: Deliveries, reach: Reach
-) -> int:
+async def _compare(source: Connection, target: Connection, schema: str, spec: IndexSpec) -> int:
     """Compare an index with its source and replay what differs; returns how many documents the source has."""
-    await _outlast(source, spec.name, deliveries)
-    # If the stream is opened anew there, no transaction of before is decoded. What was not sent until then is found by
-    # comparing.
-    anew = fixed_in(source.info.server_version) is not None
-    while True:
-        with speaking_of("source"):
-            end = await insert_lsn(source)
-        # A source that another took the place of may never come there.
-        with anyio.move_on_after(REACH_S):
-            await reach(end, anew)
-            break
     findings = await verify(source, target, schema, spec, to_the_end=False)
     found = findings.verification
     if found.differs:
@@ -163,6 +157,24 @@ async def _compare(
         await repair(target, schema, spec, msgspec.structs.replace(findings, keys=findings.keys | undecided))
     log.info("compared", index=spec.name, documents=found.documents, seconds=found.seconds)
     return found.documents
+
+
+async def _arrive(source: Connection, index: str, reach: Reach) -> None:
+    """Return once the stream has brought what is committed now.
+
+    If it is opened anew there, no transaction of before is decoded. What was not sent until then is found by comparing.
+    """
+    anew = fixed_in(source.info.server_version) is not None
+    end: Lsn | None = None
+    while True:
+        with speaking_of("source"):
+            here = await insert_lsn(source)
+        # A source that another took the place of may never come to where that one was.
+        end = here if end is None else min(end, here)
+        with anyio.move_on_after(REACH_S):
+            await reach(end, anew)
+            return
+        log.warning("comparison_waits_for_stream", index=index, position=str(end))
 
 
 async def _outlast(source: Connection, index: str, deliveries: Deliveries) -> None:

@@ -32,8 +32,8 @@ DECLARE
     wanted CONSTANT int := least(greatest(skip::bigint + k, 0), {max_hits} + 1);
     facts CONSTANT jsonb := {columns};
     asked CONSTANT text := CASE WHEN length(query) <= {unbroken} THEN query ELSE (
-        SELECT string_agg(CASE WHEN length(run) > {unbroken} THEN regexp_replace(run, '.{{255}}', '\& ', 'g') ELSE run END, ' '
-                          ORDER BY place)
+        SELECT string_agg(CASE WHEN length(run) > {unbroken} OR length(run) > {looked_through} AND run ~ '[_~@]'
+                               THEN regexp_replace(run, '.{{{looked_through}}}', '\& ', 'g') ELSE run END, ' ' ORDER BY place)
         FROM regexp_split_to_table(left(query, {query_characters}), '\s') WITH ORDINALITY AS runs (run, place)) END;
     by_vector boolean := embedding IS NOT NULL AND mode <> 'text';
     by_words boolean := {searchable} AND query IS NOT NULL AND mode <> 'vector';

@@ -73,9 +73,11 @@ QUERY_CHARACTERS = 100_000
 """The keyword leg reads this much of a query: about 15,000 words."""
 
 UNBROKEN = 2_000
-"""A query's run of more characters without a blank, which no index holds as a word, is read in parts. At each `_`, `~`
-or `@` PostgreSQL's parser looks ahead for a path, a host or an address, and may come to the run's end: in 10,000
-characters that takes seconds."""
+"""In a longer query, what has more characters without a blank is read in parts, as no index holds it as a word."""
+
+LOOKED_THROUGH = 255
+"""The same of what has more of them and a `_`, `~` or `@`. At each of these PostgreSQL's parser looks ahead for a path,
+a host or an address, and may come to the end: in 10,000 characters that takes seconds."""
 
 K1, B, K3 = 1.2, 0.75, 8
 """BM25's usual constants. K3 is for words that the query repeats, which says what a long one is about."""
@@ -252,6 +254,7 @@ async def _parts(
         "syntax_words": SYNTAX_WORDS,
         "query_characters": QUERY_CHARACTERS,
         "unbroken": UNBROKEN,
+        "looked_through": LOOKED_THROUGH,
         "k1": K1,
         "b": B,
         "k3": K3,
