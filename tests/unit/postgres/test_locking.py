@@ -60,11 +60,12 @@ def test_the_log_says_what_a_change_waits_for() -> None:
     [
         (psycopg.errors.LockNotAvailable(), False),
         (psycopg.errors.DeadlockDetected(), False),
-        (psycopg.errors.OutOfMemory(), False),
+        (psycopg.errors.ConfigurationLimitExceeded(), False),
         (psycopg.errors.QueryCanceled(), False),
         (psycopg.errors.UndefinedTable(), False),
         (psycopg.errors.AdminShutdown(), True),
         (psycopg.errors.DiskFull(), True),
+        (psycopg.errors.OutOfMemory(), True),
         (psycopg.OperationalError("the connection is closed"), True),
     ],
 )
