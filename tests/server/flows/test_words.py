@@ -54,27 +54,17 @@ async def filled(open_index: OpenIndex, monkeypatch: pytest.MonkeyPatch) -> Live
     return index
 
 
+@pytest.mark.parametrize("anew", [False, True], ids=["statistics go on", "statistics begin anew"])
 async def test_an_index_is_counted_at_first_and_again_when_a_tenth_of_it_was_written(
-    filled: LiveIndex, target: Database
+    filled: LiveIndex, target: Database, anew: bool
 ) -> None:
     async def is_(chunks: int) -> bool:
         return await counted(filled) == chunks
 
     async with counting(target, filled):
         await until(lambda: is_(100))
-        await written(filled, 100, 20)
-        await until(lambda: is_(120))
-
-
-async def test_an_index_is_counted_again_when_the_server_s_statistics_have_begun_anew(
-    filled: LiveIndex, target: Database
-) -> None:
-    async def is_(chunks: int) -> bool:
-        return await counted(filled) == chunks
-
-    async with counting(target, filled):
-        await until(lambda: is_(100))
-        await filled.connection.execute("SELECT pg_stat_reset()")
+        if anew:
+            await filled.connection.execute("SELECT pg_stat_reset()")
         await written(filled, 100, 20)
         await until(lambda: is_(120))
 

@@ -458,6 +458,16 @@ async def test_a_search_that_waited_for_the_exchange_finds_what_later_ones_find(
     assert found == await search(index.connection)
 
 
+class Counted(Rebuild):
+    """A rebuild that counts how often it tries the exchange."""
+
+    switched = 0
+
+    async def switch(self) -> int:
+        self.switched += 1
+        return await super().switch()
+
+
 class Late(Rebuild):
     """A rebuild that learns of a change during the exchange, which is not to be seen by who waits for it."""
 
@@ -556,21 +566,16 @@ async def test_an_exchange_waits_for_a_snapshot_from_before_the_copy_which_would
     reader = await connect_target()
     await keep_snapshot(reader)
     expected = await both.rows(FOUND)
-    asked: list[int] = []
-
-    class Counted(Rebuild):
-        async def switch(self) -> int:
-            asked.append(1)
-            return await super().switch()
+    rebuild = Counted(await connect_target(), SCHEMA, both.spec)
 
     async def waited() -> bool:
         return len([event for event in events if event["event"] == "lock_waits"]) >= 3
 
     with structlog.testing.capture_logs() as events:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(Counted(await connect_target(), SCHEMA, both.spec).run)
+            tasks.start_soon(rebuild.run)
             await until(waited)
-            assert not asked
+            assert rebuild.switched == 0
             assert await (await reader.execute(FOUND.encode())).fetchall() == expected
             await reader.execute("ROLLBACK")
     assert await both.rows(FOUND) == expected
@@ -605,12 +610,7 @@ async def test_writers_do_not_wait_again_and_again_for_an_exchange_beside_a_long
     both: LiveIndex, connect_target: ConnectTarget
 ) -> None:
     reader = await connect_target()
-    asked: list[int] = []
-
-    class Counted(Rebuild):
-        async def switch(self) -> int:
-            asked.append(1)
-            return await super().switch()
+    rebuild = Counted(await connect_target(), SCHEMA, both.spec)
 
     async def waited() -> bool:
         return len([event for event in events if event["event"] == "lock_waits"]) >= 4
@@ -621,12 +621,12 @@ async def test_writers_do_not_wait_again_and_again_for_an_exchange_beside_a_long
     with structlog.testing.capture_logs() as events:
         async with anyio.create_task_group() as tasks, reader.transaction():
             await reader.execute("SELECT count(*) FROM cdcsync.articles_vectors_1")
-            tasks.start_soon(Counted(await connect_target(), SCHEMA, both.spec).run)
+            tasks.start_soon(rebuild.run)
             await until(waited)
-            assert len(asked) == 1
+            assert rebuild.switched == 1
             await both.apply(changes(document("1", "new", existed=True), inline=["new"]))
             await until(followed)
-    assert len(asked) == 2
+    assert rebuild.switched == 2
     assert await both.rows("SELECT tier, count(*)::int FROM {vectors} GROUP BY 1 ORDER BY 1") == [
         ("fresh", 1),
         ("settled", 7),
