@@ -168,6 +168,7 @@ async def _work_through_schema_changes(
 
     while not state.stopping.is_set():
         broken = pauses.standing(report.broken, anyio.current_time())
+        seen = {plan.name: plan.seen for plan in report.plans}
         for plan in report.plans:
             if plan.name in report.broken and not plan.unfit:
                 pauses.note_standing(plan.name, anyio.current_time())
@@ -176,7 +177,7 @@ async def _work_through_schema_changes(
             held = await _hold(state, report, [spec for spec in report.specs if spec.name not in broken], embedders)
         except SchemaChanged as error:
             log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
-            pauses.note(error, anyio.current_time())
+            pauses.note(error, anyio.current_time(), seen.get(error.index))
             held = None
         if held is None:
             report = await _examine_again(config, state, embedders)
@@ -232,7 +233,7 @@ async def _work_through_schema_changes(
             await pipeline.aclose()
         for why in paused:
             log.error("index_paused", index=why.index, error=str(why), fix=why.hint)
-            pauses.note(why, anyio.current_time())
+            pauses.note(why, anyio.current_time(), seen.get(why.index))
         if state.stopping.is_set():
             return
         report = ahead.pop() if ahead and not paused else await _examine_again(config, state, embedders)

@@ -72,6 +72,14 @@ def test_an_index_whose_cause_was_seen_to_go_is_resumed_at_once_however_often_it
     assert pauses.standing({}, 1.0) == {}
 
 
+def test_what_an_attempt_that_failed_was_made_of_is_what_later_looks_are_compared_with() -> None:
+    pauses = Pauses()
+    pauses.note(changed(), 0.0, seen="the mood is an enum")
+    assert pauses.seen["articles"] == "the mood is an enum"
+    pauses.note(changed(), 0.0)
+    assert pauses.seen["articles"] == "the mood is an enum"
+
+
 def test_an_examination_knows_better_than_what_was_found_first() -> None:
     pauses = Pauses()
     found = {"notes": Pause("its key is gone")}
