@@ -5,6 +5,7 @@ Each is the door of the product to bytes that somebody else wrote: the source, a
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from cdcsync.embedders import foreign
 from cdcsync.embedders.hashing import HashEmbedder as Hashing
 from cdcsync.embedders.openai import OpenAIEmbedder as OpenAI
 from cdcsync.embedders.tei import TeiEmbedder as Tei
-from cdcsync.errors import CdcsyncError
+from cdcsync.errors import MALFORMED, CdcsyncError
 from cdcsync.model.visibility import Snapshot
 from cdcsync.pgoutput.decode import decode
 from cdcsync.pgoutput.frames import decode_frame, decode_status_update
@@ -116,9 +117,10 @@ def _filters(data: bytes) -> None:
     """A filter of an agent is passed on as it was sent."""
     try:
         sent = msgspec.json.decode(data)
-        assert plain_filter(sent) == (sent or {})
-    except (msgspec.DecodeError, CdcsyncError):
+    except MALFORMED:
         return
+    with contextlib.suppress(CdcsyncError):
+        assert plain_filter(sent) == (sent or {})
 
 
 def _snapshot(data: bytes) -> None:

@@ -15,6 +15,8 @@ import anyio
 import anyio.to_thread
 import msgspec
 
+from cdcsync.errors import MALFORMED
+
 if TYPE_CHECKING:
     from cdcsync.config import Config
     from cdcsync.model.spec import IndexSpec
@@ -43,7 +45,7 @@ async def embedded_by_worker(config: Config, embedder: str, model: str, text: st
     content = await anyio.to_thread.run_sync(_ask, *address, "POST", "/embed", body, TIMEOUT_S)
     try:
         answer = None if content is None else msgspec.json.decode(content, type=_Embedded)
-    except msgspec.DecodeError:
+    except MALFORMED:
         return None
     return answer.vector if answer is not None and answer.model == model else None
 
@@ -71,7 +73,7 @@ async def remembered_by_worker(config: Config, status: Status) -> Status:
     content = await anyio.to_thread.run_sync(_ask, *address, "GET", "/status", None, STATUS_S)
     try:
         told = None if content is None else msgspec.json.decode(content, type=Status)
-    except msgspec.DecodeError:
+    except MALFORMED:
         return status
     if told is None or told.pipeline != status.pipeline:
         return status

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from cdcsync.errors import EmbedError
+from cdcsync.errors import MALFORMED, EmbedError
 
 REASON_CHARACTERS = 300
 QUOTE_CHARACTERS = 12
@@ -28,10 +28,6 @@ _LOGIN = re.compile(r"(?<=//)[^/\s'\"]*@")
 """The login in an address: `robot:secret@` of `https://robot:secret@hub.internal/api`."""
 
 HIDDEN = "(its message repeats what was sent, and is not shown)"
-
-MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, TypeError)
-"""The errors that reading foreign data may raise; ValueError covers UnicodeDecodeError and binascii.Error."""
-
 
 PACKED = "gzip"
 """The compression that requests ask for. The other ones that HTTP knows save no more on numbers."""

@@ -12,11 +12,11 @@ import msgspec
 import numpy as np
 
 from cdcsync import config
-from cdcsync.embedders.foreign import MALFORMED, decoded
+from cdcsync.embedders.foreign import decoded
 from cdcsync.embedders.protocol import Vectors
 from cdcsync.embedders.provider import Provider
 from cdcsync.embedders.remote import RemoteEmbedder
-from cdcsync.errors import EmbedError
+from cdcsync.errors import MALFORMED, EmbedError
 
 LEARNING = 0.2
 """How fast the estimate of tokens follows what the provider counts."""

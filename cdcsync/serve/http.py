@@ -37,7 +37,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cdcsync.config.values import is_loopback
-from cdcsync.errors import CdcsyncError, Unavailable, leading
+from cdcsync.errors import MALFORMED, CdcsyncError, Unavailable, leading
 from cdcsync.http.headers import Secured, security_headers
 from cdcsync.serve.messages import EmbedRequest, Indexes, SearchRequest
 from cdcsync.serve.openapi import describe
@@ -300,7 +300,7 @@ def _decoded(request: Request, body: bytes, kind: type[T]) -> T:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise Unreadable(422, "Not of this form", str(error), "GET /openapi.json describes it") from None
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise Unreadable(400, "Not JSON", str(error)[:200], "send a JSON object") from None
 
 

@@ -29,7 +29,7 @@ import structlog
 
 from cdcsync.config.redaction import redact_url
 from cdcsync.config.serving import Serve
-from cdcsync.errors import SetupError, UsageError
+from cdcsync.errors import MALFORMED, SetupError, UsageError
 from cdcsync.postgres.texts import is_text
 from cdcsync.process.files import real, replace_file
 from cdcsync.serve.problems import Problem
@@ -97,7 +97,7 @@ def read_tokens(path: Path) -> TokenFile:
         return msgspec.json.decode(path.read_bytes(), type=TokenFile)
     except FileNotFoundError:
         return TokenFile()
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *MALFORMED) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise SetupError(f"the tokens cannot be read: {reason}", where=str(path), hint="restore the file") from error
 
@@ -345,7 +345,7 @@ def decode_keys(content: bytes) -> dict[str | None, jwt.PyJWK]:
     """
     keys = {}
     for one in msgspec.json.decode(content, type=KeySet).keys:
-        with contextlib.suppress(msgspec.MsgspecError, RecursionError, jwt.PyJWTError):
+        with contextlib.suppress(*MALFORMED, jwt.PyJWTError):
             published = msgspec.json.decode(one, type=PublishedKey)
             keys[published.kid] = jwt.PyJWK(msgspec.to_builtins(published))
     if not keys:

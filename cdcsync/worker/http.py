@@ -32,7 +32,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from cdcsync.config.values import is_loopback
-from cdcsync.errors import CdcsyncError
+from cdcsync.errors import MALFORMED, CdcsyncError
 from cdcsync.http.headers import Secured, security_headers
 from cdcsync.http.listening import Bounds
 from cdcsync.metrics import Metrics
@@ -205,7 +205,7 @@ def make_app(view: WorkerView, *, embed: EmbedQuery | None = None, hosts: Sequen
                 return _json({"error": "the query is too long"}, 413)
         try:
             query = msgspec.json.decode(body, type=_Query)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except MALFORMED:
             return _json({"error": "expected JSON with embedder and text"}, 400)
         assert embed is not None
         try:

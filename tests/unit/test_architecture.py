@@ -110,6 +110,22 @@ def test_each_error_that_is_raised_is_a_new_one() -> None:
     assert found == KEPT
 
 
+def test_what_others_wrote_is_read_with_one_list_of_what_that_may_raise() -> None:
+    """Bytes that are no UTF-8, and what is nested too deeply, are no errors of msgspec's own."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Try):
+                caught = [ast.unparse(handler.type) for handler in node.handlers if handler.type is not None]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress"):
+                caught = [ast.unparse(argument) for argument in node.args]
+            else:
+                continue
+            if any("msgspec." in one for one in caught) and not any("MALFORMED" in one for one in caught):
+                found.add(f"{path.relative_to(PACKAGE)}: {caught}")
+    assert not found
+
+
 def test_each_module_has_a_test_file_of_its_name_or_a_word_about_where_it_runs() -> None:
     section = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Find your way")[1].split("\n## ")[0]
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]

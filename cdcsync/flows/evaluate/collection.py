@@ -29,7 +29,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from cdcsync.errors import UsageError
+from cdcsync.errors import MALFORMED, UsageError
 from cdcsync.postgres.texts import is_text, storable
 
 MOST = 1_000_000
@@ -146,7 +146,7 @@ def read_judgments(path: Path) -> list[Judgment]:
     for number, line in _lines(path):
         try:
             judgments.append(msgspec.json.decode(line, type=Judgment))
-        except msgspec.DecodeError as error:
+        except MALFORMED as error:
             raise UsageError(
                 str(error), where=f"{path}, line {number}", hint="grade is null, 0, 1 or 2; leave the rest as it was"
             ) from None
@@ -182,7 +182,7 @@ def _queries(path: Path) -> Iterator[tuple[int, str, str]]:
         if path.suffix == ".jsonl":
             try:
                 query = msgspec.json.decode(line, type=_Query)
-            except msgspec.DecodeError as error:
+            except MALFORMED as error:
                 raise _malformed(path, number, str(error)) from None
             yield number, str(query.id), query.text
         else:

@@ -93,7 +93,13 @@ async def test_a_worker_that_waits_says_why_also_while_it_holds_no_lock() -> Non
         assert await remembered_by_worker(config_of(client.port), by_another) == by_another
 
 
-@pytest.mark.parametrize("content", [b"not JSON", b"{}", b"[1, 2]"])
+ODD_ANSWERS = [
+    *(b"not JSON", b"{}", b"[1, 2]", b'{"model": "\x80", "vector": [1]}', b'{"slot": "\x80"}'),
+    b'{"unknown": ' + b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("content", ODD_ANSWERS, ids=lambda content: repr(content)[:32])
 async def test_an_answer_of_something_else_on_that_port_is_no_answer(content: bytes) -> None:
     async def answer(request: Request) -> Response:
         return Response(content, media_type="application/json")

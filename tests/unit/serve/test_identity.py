@@ -69,7 +69,7 @@ def expire(path: Path) -> None:
 def replace(path: Path, content: str | None) -> None:
     path.unlink()
     if content is not None:
-        path.write_text(content)
+        path.write_text(content, errors="surrogateescape")
 
 
 async def test_a_token_is_its_subject_with_what_it_claims(path: Path) -> None:
@@ -232,7 +232,16 @@ async def test_a_change_of_the_file_is_noticed_at_the_next_call(path: Path) -> N
     assert await made.principal(f"Bearer {second}") == Principal("ben")
 
 
-@pytest.mark.parametrize("broken", ["{", '{"tokens": [{"sha256": 3}]}', '{"tokens": [], "extra": 1}', None])
+NO_UTF_8 = os.fsdecode(b"\x80")
+"""What becomes a byte that is no UTF-8 by itself, once it is written with `surrogateescape`."""
+
+BROKEN = [
+    *("{", '{"tokens": [{"sha256": 3}]}', '{"tokens": [], "extra": 1}', None),
+    *(f'{{"tokens": [{{"sha256": "{NO_UTF_8}"}}]}}', '{"tokens": [{"claims": {"a": ' + "[" * 100_000),
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: ascii(broken)[:32])
 async def test_a_file_that_cannot_be_read_lets_nobody_in(path: Path, broken: str | None) -> None:
     token = new_token(path, "ana", {}, None)
     made = authenticator(path)
@@ -370,7 +379,9 @@ class IdentityProvider:
 
     def publish(self, *others: str) -> httpx2.Response:
         """Answer with the key, and others after it."""
-        return answered(f'{{"keys": [{", ".join([json.dumps(self.published), *others])}]}}'.encode())
+        return answered(
+            f'{{"keys": [{", ".join([json.dumps(self.published), *others])}]}}'.encode(errors="surrogateescape")
+        )
 
 
 def answered(content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> httpx2.Response:
@@ -505,12 +516,13 @@ ODD_KEYS = [
     *('{KEY, "kid": ["one"]}', '{KEY, "kid": {}}', '{KEY, "kid": 3}', '{KEY, "kty": ["EC"]}', '{KEY, "kty": "XY"}'),
     *('{KEY, "alg": ["ES256"]}', '{KEY, "alg": "none"}', '{KEY, "alg": "RSA-OAEP"}', '{KEY, "alg": "RS256"}'),
     *('{KEY, "use": "enc"}', '{KEY, "use": ["sig"]}', '{KEY, "crv": "P-000"}', '{KEY, "y": null}', '{KEY, "x": ""}'),
+    f'{{KEY, "kid": "{NO_UTF_8}"}}',
     *(f'{{KEY, "x": {"9" * 5_000}}}', f'{{KEY, "x": "{"_" * 100_000}"}}'),
 ]
 """Keys that cannot be used. KEY is what the provider's key has."""
 
 
-@pytest.mark.parametrize("odd", ODD_KEYS, ids=lambda odd: odd[:32])
+@pytest.mark.parametrize("odd", ODD_KEYS, ids=lambda odd: ascii(odd)[:32])
 async def test_a_key_that_cannot_be_used_takes_none_away_from_the_others(provider: IdentityProvider, odd: str) -> None:
     provider.respond = partial(provider.publish, odd.replace("KEY", json.dumps(provider.published)[1:-1]))
     provider.answers.set()

@@ -66,6 +66,7 @@ def test_a_directory_whose_name_is_no_text_names_a_collection_that_can_be_stored
         ({"qrels/test.tsv": None, "qrels/a.tsv": "x", "qrels/b.tsv": "x"}, "several files: qrels/a.tsv, qrels/b.tsv"),
         ({"queries.jsonl": '{"_id": "q1"}\n'}, "line 1: .*missing required field `text`"),
         ({"queries.jsonl": "\n{nonsense\n"}, "line 2: "),
+        ({"queries.jsonl": '{"_id": "q1", "text": "t", "metadata": ' + "[" * 100_000}, "line 1: .*recursion"),
         ({"queries.jsonl": '{"_id": "other", "text": "t"}\n'}, "no query has an answer"),
         ({"qrels/test.tsv": "q1\ta\t1\nq2\tb\n"}, "line 2: expected query, document and grade"),
         ({"qrels/test.tsv": None, "qrels.txt": "q1 0 a\n"}, "line 1: expected query, 0, document and grade"),
