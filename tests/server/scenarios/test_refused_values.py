@@ -7,10 +7,13 @@ all share one worker with a sound index, which has to go on.
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
 from functools import partial
 
 import pytest
 
+from cdcsync.flows.watch import WATCH_S
 from tests.support.configs import NO_AUDIT
 from tests.support.scenes import BEAT, Followed, MakeScene, Scene
 from tests.support.workers import until
@@ -120,6 +123,41 @@ def test_an_index_resumes_by_itself_once_the_value_is_another_type(make_scene: M
 
     scene.heals("healing")
     assert len(scene.pipeline.processes) == 1
+
+
+def test_an_index_whose_value_stays_refused_is_not_read_again_and_again(make_scene: MakeScene) -> None:
+    """What an attempt examined is what the looks after it find, however the index is made: none sees a change."""
+    columns = "v public.mood DEFAULT 'sad', title text"
+    scene = make_scene(
+        [
+            TYPES["label"][0],
+            f"CREATE TABLE staying (k int PRIMARY KEY, {columns})",
+            f"CREATE TABLE chosen (k int PRIMARY KEY, {columns})",
+            f"CREATE TABLE many_one (k int PRIMARY KEY, {columns})",
+            f"CREATE TABLE many_two (k int PRIMARY KEY, {columns})",
+        ],
+        {
+            "staying": Followed("staying", columns=("v",)),
+            "chosen": Followed("chosen", columns=("v",), where="lower(title) <> 'none'"),
+            "many": Followed("public.many_*", columns=("v",)),
+        },
+        apart=True,
+        started=False,
+    )
+    scene.pipeline.target.execute(TYPES["label"][1])
+    scene.pipeline.start()
+    scene.pipeline.live()
+    scene.execute("ALTER TYPE public.mood ADD VALUE 'new'")
+    for table in ("staying", "chosen", "many_two"):
+        scene.execute(f"INSERT INTO {table} SELECT i, 'new', 'title' FROM generate_series(1, {1 + MANY_ROWS}) AS i")
+
+    def attempts() -> Counter[str]:
+        return Counter(one["index"] for one in scene.pipeline.events() if one.get("event") == "index_paused")
+
+    until(lambda: min(attempts()[name] for name in ("staying", "chosen", "many")) >= 2, scene.pipeline.tail)
+    noted = attempts()
+    time.sleep(2.5 * WATCH_S)  # two looks, and less than until the next attempt
+    assert attempts() == noted
 
 
 def test_an_index_gives_up_a_domain_of_the_target_that_refuses_a_value(make_scene: MakeScene) -> None:
