@@ -28,6 +28,9 @@ TIMEOUT_S = 5.0
 STATUS_S = 1.0
 """The worker's memory is not worth a longer wait: the status itself is read from the servers."""
 
+MOST_BYTES = 64 * 2**20
+"""More than a worker answers. Another program on its port may announce any length."""
+
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # what a worker listens on # noqa: S104 # nosec B104
 
 
@@ -108,9 +111,9 @@ def _ask(host: str, port: int, method: str, path: str, body: bytes | None, timeo
     try:
         connection.request(method, path, body, {"Content-Type": "application/json"} if body is not None else {})
         response = connection.getresponse()
-        content = response.read()
+        content = response.read(MOST_BYTES)
         return content if response.status == 200 else None
-    except (OSError, http.client.HTTPException):
+    except (OSError, http.client.HTTPException, *MALFORMED):
         return None
     finally:
         connection.close()

@@ -11,7 +11,7 @@ conninfo_uri_parse_options and conninfo_uri_parse_params.
 from __future__ import annotations
 
 import re
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, unquote_to_bytes, urlsplit, urlunsplit
 
 REDACTED = "***"
 """Stands for a secret. It needs no quoting in a URI, in key=value form or in TOML."""
@@ -63,6 +63,11 @@ def redact_url(url: str) -> str:
 def dsn_fault(dsn: str) -> str | None:
     """Say what keeps the text from being a connection string, or None when it is one; never quotes the text."""
     if _redacted(dsn) is not None:
+        try:
+            # Of key=value pairs nothing is unescaped, but there are surrogates for bytes of the environment.
+            (unquote_to_bytes(dsn) if _SCHEME.match(dsn) else dsn.encode()).decode()
+        except UnicodeError:
+            return "expected a connection string in UTF-8, in a URI once its percent escapes are read (ä is %C3%A4)"
         return None
     return (
         "expected a connection string, either postgresql://user@host/database or key=value pairs; "

@@ -14,7 +14,7 @@ from typing import Any, assert_never
 import msgspec
 
 from cdcsync import config
-from cdcsync.embedders.model_files import INSTALL, ModelFiles, Module, fetch_weights, onnx_files
+from cdcsync.embedders.model_files import INSTALL, UNREADABLE, ModelFiles, Module, fetch_weights, onnx_files
 from cdcsync.embedders.pooling import pooling_modes
 from cdcsync.embedders.protocol import Distance
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
@@ -126,7 +126,7 @@ def describe(files: ModelFiles, settings: LocalEmbedder, *, where: str) -> Descr
     """
     try:
         return _describe(files, settings, where)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except UNREADABLE as error:
         raise EmbedderSetupError(
             f"the model's files in {files.directory} cannot be read: {type(error).__name__}: {error}",
             where=f"{where}.model",

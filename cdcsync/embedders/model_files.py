@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from cdcsync.embedders.foreign import first_line
-from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
+from cdcsync.errors import MALFORMED, EmbedderSetupError, EmbedderUnavailable
 
 INSTALL = "pip install 'cdcsync[local]'"
 
@@ -40,6 +40,10 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 ONNX = ("onnx/model.onnx", "model.onnx")
 """Where models of the hub have their ONNX file, and where exporting one by Optimum puts it."""
+
+UNREADABLE = (OSError, LookupError, AttributeError, MemoryError, *MALFORMED)
+"""What reading a model's files may raise that were cut off, damaged, or written by hand: any value may be in any place,
+and a length may be any number."""
 
 _DESCRIPTION = re.compile(r"(?:\d+_\w+/)?[^/]+\.(?:json|txt|model)")
 """The small files of a model: what describes it and its modules, and its vocabulary."""
@@ -260,7 +264,7 @@ def _cached(hub: Any, repository: str, revision: str | None, whole: Callable[[Mo
     files = ModelFiles(path.parent, f"cached {repository} at {commit[:12]}", repository, commit)
     try:
         return files if whole(files) else None
-    except ValueError:  # not even its list of modules can be read
+    except UNREADABLE:  # not even its list of modules
         return None
 
 

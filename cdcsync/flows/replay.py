@@ -28,6 +28,7 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import first_line, speaking_of, translate
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
+from cdcsync.postgres.texts import is_text
 from cdcsync.preflight import build_embedders, examine
 from cdcsync.source.catalog import facts_of, read_catalog
 from cdcsync.source.conditions import Refused, try_condition
@@ -158,11 +159,11 @@ def parse_key(text: str, spec: IndexSpec) -> Key:
     hint = f"the key is ({', '.join(map(quote, names))}): give a JSON array such as '{example}'"
     try:
         values = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UsageError(f"{text!r} is not a JSON array", where="--key", hint=hint) from None
     if not isinstance(values, list) or len(values) != len(names):
         raise UsageError(f"{text} does not have {len(names)} values", where="--key", hint=hint)
-    if not all(isinstance(value, str | bool) for value in values):
+    if not all(isinstance(value, str | bool) and is_text(str(value)) for value in values):
         raise UsageError(f"{text} contains something that cannot be part of a key", where="--key", hint=hint)
     return tuple(value if isinstance(value, str) else str(value).lower() for value in values)
 

@@ -5,6 +5,7 @@ Source: PostgreSQL, "Client Connection Defaults"; "Database Connection Control F
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal, LiteralString
 
 import psycopg
@@ -101,15 +102,36 @@ def describe(dsn: str) -> str:
     return redact_dsn(dsn) if dsn else "libpq's environment (PGHOST, PGSERVICE, …)"
 
 
+def environment_options() -> dict[str, str]:
+    """Return libpq's settings of the environment and of the service file, and what it takes where nothing is said.
+
+    :raises SetupError: one of them is not UTF-8.
+    """
+    found = {}
+    for option in pq.Conninfo.get_defaults():
+        try:
+            if option.val is not None:
+                found[option.keyword.decode()] = option.val.decode()
+        except UnicodeDecodeError:
+            variable = (option.envvar or b"PGSERVICE").decode()
+            raise SetupError(
+                f"the {option.keyword.decode()} of libpq's environment is not UTF-8",
+                where=variable if variable in os.environ else "the service file that PGSERVICE names",
+                hint="write it in UTF-8",
+            ) from None
+    return found
+
+
 def conninfo_for(dsn: str, **settings: str | int) -> str:
     """Return `dsn` with our settings added where it does not say otherwise itself.
 
     The encoding is always ours: the stream and texts are read as UTF-8.
 
-    :raises SetupError: it is not a DSN.
+    :raises SetupError: it is not a DSN, or libpq's environment cannot be read.
     """
     if fault := dsn_fault(dsn):
         raise SetupError(fault, where=describe(dsn), hint="correct the DSN")
+    environment_options()
     try:
         own = conninfo.conninfo_to_dict(dsn)
     except psycopg.ProgrammingError:

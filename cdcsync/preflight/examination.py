@@ -138,8 +138,8 @@ async def _connect_both(
 
 
 async def _connect(stack: AsyncExitStack, dsn: str, side: Side, findings: list[Finding]) -> Connection | None:
-    findings += host_faults(side, connection_options(dsn))
     try:
+        findings += host_faults(side, connection_options(dsn))
         connection = await stack.enter_async_context(await connect(dsn, side, application_name="cdcsync check"))
         with speaking_of(side):
             shared = await shares_sessions(connection, dsn, side)

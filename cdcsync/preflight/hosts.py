@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import psycopg
-from psycopg import conninfo, pq
+from psycopg import conninfo
 
-from cdcsync.postgres.settings import Side
+from cdcsync.postgres.settings import Side, environment_options
 from cdcsync.preflight.findings import Finding
 
 PRIMARY_ONLY = ("read-write", "primary")
@@ -21,13 +21,15 @@ PRIMARY_ONLY = ("read-write", "primary")
 
 
 def connection_options(dsn: str) -> dict[str, str]:
-    """Return what libpq goes by: the DSN's own options before those of the environment; nothing of a faulty DSN."""
+    """Return what libpq goes by: the DSN's own options before those of the environment; nothing of a faulty DSN.
+
+    :raises SetupError: those of the environment cannot be read.
+    """
     try:
         own = conninfo.conninfo_to_dict(dsn)
     except psycopg.ProgrammingError:
         return {}
-    known = {one.keyword.decode(): one.val.decode() for one in pq.Conninfo.get_defaults() if one.val is not None}
-    return known | {key: str(value) for key, value in own.items()}
+    return environment_options() | {key: str(value) for key, value in own.items()}
 
 
 def host_faults(side: Side, options: Mapping[str, str]) -> Iterator[Finding]:

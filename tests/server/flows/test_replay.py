@@ -420,7 +420,8 @@ def test_the_key_of_several_columns_is_a_json_array(
     assert done["rows"] == 3
     left = pipeline.target.execute("SELECT region, id FROM public.articles_index WHERE tenant >= 0 ORDER BY 2")
     assert left.fetchall() == [("eu", 3), ("a,b", 4), ('["', 5)]
-    for key in ("eu", '["eu"]', '["eu", 1, 2]', '["eu", null]', '["eu", [1]]', '{"region": "eu", "id": 1}'):
+    odd = ('["\\ud800", 1]', '["\\u0000", 1]', "[" * 2_000)
+    for key in ("eu", '["eu"]', '["eu", 1, 2]', '["eu", null]', '["eu", [1]]', '{"region": "eu", "id": 1}', *odd):
         assert "(region, id)" in refused(pipeline, "replay", "articles", "--key", key)
     assert "integer" in refused(pipeline, "replay", "articles", "--key", '["eu", "x"]')
     pipeline.answer("replay", "articles")

@@ -156,8 +156,8 @@ def test_an_index_whose_value_stays_refused_is_not_read_again_and_again(make_sce
 
     until(lambda: min(attempts()[name] for name in ("staying", "chosen", "many")) >= 2, scene.pipeline.tail)
     noted = attempts()
-    time.sleep(2.5 * WATCH_S)  # two looks, and less than until the next attempt
-    assert attempts() == noted
+    time.sleep(2.5 * WATCH_S)  # two looks, each of which would try all again
+    assert all(times <= noted[name] + 1 for name, times in attempts().items())
 
 
 def test_an_index_gives_up_a_domain_of_the_target_that_refuses_a_value(make_scene: MakeScene) -> None:

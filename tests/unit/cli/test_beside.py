@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+import anyio
+import anyio.abc
 import msgspec
 import pytest
 from starlette.applications import Starlette
@@ -108,6 +110,30 @@ async def test_an_answer_of_something_else_on_that_port_is_no_answer(content: by
     async with serving(View(), app=app) as client:
         assert await embedded_by_worker(config_of(client.port), "fake", SPEC.model, "four") is None
         assert await remembered_by_worker(config_of(client.port), STATUS) == STATUS
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999999999999\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffffffff\r\n{}",
+        b"HTTP/1.1 200 OK\r\nContent-Length: \xff\r\n\r\n{}",
+        b"\xff\xfe",
+    ],
+)
+async def test_a_program_on_that_port_that_speaks_no_http_as_we_do_is_no_answer(answer: bytes) -> None:
+    async def speak(stream: anyio.abc.SocketStream) -> None:
+        async with stream:
+            await stream.receive()
+            await stream.send(answer)
+
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    port = listener.extra(anyio.abc.SocketAttribute.local_port)
+    async with listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, speak)
+        assert await embedded_by_worker(config_of(port), "fake", SPEC.model, "four") is None
+        assert await remembered_by_worker(config_of(port), STATUS) == STATUS
+        tasks.cancel_scope.cancel()
 
 
 async def test_events_of_the_worker_are_shown_and_indexes_that_it_does_not_know_stay_as_they_are() -> None:

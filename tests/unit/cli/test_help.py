@@ -83,7 +83,7 @@ def test_names_of_indexes_are_completed_from_the_configuration(tmp_path: Path) -
     assert completed(tmp_path, "") == ["articles", "archive", "notes"]
 
 
-@pytest.mark.parametrize("text", [None, "[indexes", "indexes = 3", "a = 1"])
+@pytest.mark.parametrize("text", [None, "[indexes", "indexes = 3", "a = 1", "a = " + "[" * 5_000])
 def test_a_file_that_is_wrong_completes_nothing_and_says_nothing(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "cdcsync.toml").write_text(text)

@@ -120,6 +120,18 @@ def test_a_password_is_replaced_where_it_stands(dsn: str, shown: str) -> None:
 
 @pytest.mark.parametrize(
     "dsn",
+    ["postgresql://ann:Q%ffZ@h/app", "postgresql://h/app?application_name=%e4&password=QZ", "host=h password=QZ\udcff"],
+)
+def test_what_is_no_utf_8_is_refused_and_never_quoted(dsn: str) -> None:
+    fault = dsn_fault(dsn)
+    assert fault is not None
+    assert "UTF-8" in fault
+    assert not leaks("QZ", fault)
+    assert dsn_fault("postgresql://ann:%C3%A4@h/app") is None
+
+
+@pytest.mark.parametrize(
+    "dsn",
     [
         "Q",
         "mysql://ann:Q@h/app",

@@ -161,6 +161,26 @@ def test_a_static_embedding_tells_its_width_in_its_weights(model: Model) -> None
     assert model.description.max_input_tokens is None
 
 
+HEADER = '{"embedding.weight": {"dtype": "F32", "shape": SHAPE, "data_offsets": [0, 0]}}'
+DAMAGED = {
+    "longer than any file": (2**63, b"{}"),
+    "longer than any memory": (2**62, b"{}"),
+    **{
+        header[:60]: (len(header), header.encode())
+        for header in ("[]", HEADER.replace("SHAPE", "[]"), HEADER.replace("SHAPE", "[1]"), "[" * 100_000)
+    },
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_weights_that_are_damaged_are_named(model: Model, damage: str) -> None:
+    length, header = DAMAGED[damage]
+    model.set("modules.json", [module(0, "StaticEmbedding"), module(1, "Normalize")])
+    (model.directory / "model.safetensors").write_bytes(length.to_bytes(8, "little") + header)
+    with pytest.raises(EmbedderSetupError, match=f"files in {model.directory} cannot be read"):
+        _ = model.description
+
+
 @pytest.mark.parametrize(
     ("name", "distance"),
     [(None, "cosine"), ("cosine", "cosine"), ("dot", "inner_product"), ("euclidean", "l2"), ("manhattan", "l2")],
@@ -252,7 +272,11 @@ def test_a_model_without_a_tokenizer_file_is_refused(model: Model) -> None:
         ("config.json", "{}"),
         ("tokenizer.json", '{"normalizer": null}'),
         ("config_sentence_transformers.json", '{"similarity_fn_name": "nearness"}'),
+        *((name, "[" * 100_000) for name in ("modules.json", "config.json", "tokenizer.json", "1_Pooling/config.json")),
+        ("config.json", '{"hidden_size": 1e999}'),
+        ("modules.json", '[{"idx": 0, "name": "0", "path": "", "type": 3}]'),
     ],
+    ids=lambda value: value[:40],
 )
 def test_files_that_cannot_be_read_are_named(model: Model, name: str, content: str) -> None:
     (model.directory / name).write_text(content)

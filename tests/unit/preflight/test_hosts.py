@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
+from cdcsync.errors import SetupError
+from cdcsync.postgres.settings import conninfo_for
 from cdcsync.preflight.hosts import connection_options, host_faults
 
 SEVERAL = "postgresql://a,b/app"
@@ -33,6 +38,25 @@ def test_several_hosts_need_an_attribute_that_only_a_primary_has(dsn: str, refus
     for one in found:
         assert one.where == "target.dsn"
         assert "target_session_attrs=read-write in target.dsn" in str(one.hint)
+
+
+@pytest.mark.parametrize("variable", ["PGPASSWORD", "PGUSER", "PGHOST", "PGAPPNAME", "PGPASSFILE"])
+def test_a_variable_that_is_not_utf_8_is_named(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, os.fsdecode(b"s3cr\xe4t"))
+    for used in (connection_options, conninfo_for):
+        with pytest.raises(SetupError, match="is not UTF-8") as caught:
+            used("dbname=app")
+        assert caught.value.where == variable
+        assert "s3cr" not in str(caught.value)
+
+
+def test_a_service_file_that_is_not_utf_8_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "services").write_bytes(b"[far]\nhost=h\npassword=s3cr\xe4t\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
+    monkeypatch.setenv("PGSERVICE", "far")
+    with pytest.raises(SetupError, match="the password of libpq's environment is not UTF-8") as caught:
+        conninfo_for("dbname=app")
+    assert "service file" in str(caught.value.where)
 
 
 def test_the_environment_names_hosts_and_attributes_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
