@@ -36,12 +36,6 @@ from __future__ import annotations
 import enum
 from typing import ClassVar
 
-import msgspec
-
-MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, TypeError)
-"""What reading data that others wrote may raise: callers, providers, operators. Bytes that are no UTF-8, and what is
-nested too deeply, are no errors of msgspec's own; ValueError covers UnicodeDecodeError and binascii.Error."""
-
 EXIT_FAILED = 1
 """The command ran and did not succeed."""
 EXIT_WRONG = 2

@@ -20,7 +20,8 @@ from cdcsync.embedders import foreign
 from cdcsync.embedders.hashing import HashEmbedder as Hashing
 from cdcsync.embedders.openai import OpenAIEmbedder as OpenAI
 from cdcsync.embedders.tei import TeiEmbedder as Tei
-from cdcsync.errors import MALFORMED, CdcsyncError
+from cdcsync.errors import CdcsyncError
+from cdcsync.malformed import MALFORMED
 from cdcsync.model.visibility import Snapshot
 from cdcsync.pgoutput.decode import decode
 from cdcsync.pgoutput.frames import decode_frame, decode_status_update

@@ -15,7 +15,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from cdcsync.errors import MALFORMED
+from cdcsync.malformed import MALFORMED
 
 if TYPE_CHECKING:
     from cdcsync.config import Config

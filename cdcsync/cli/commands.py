@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar
 import typer
 
 from cdcsync import __version__
-from cdcsync.errors import EXIT_FAILED, EXIT_WRONG, MALFORMED, UsageError
+from cdcsync.errors import EXIT_FAILED, EXIT_WRONG, UsageError
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
@@ -81,7 +81,7 @@ def index_names(context: typer.Context, incomplete: str) -> list[str]:
     named = next((found for one in (context, context.parent) if one and (found := one.params.get("config"))), None)
     try:
         data = tomllib.loads(Path(named or os.environ.get(CONFIG_VARIABLE) or DEFAULT_CONFIG).read_text("utf-8"))
-    except (OSError, *MALFORMED):
+    except (OSError, ValueError, RecursionError):
         return []
     indexes = data.get("indexes")
     return [name for name in indexes if name.startswith(incomplete)] if isinstance(indexes, dict) else []

@@ -16,7 +16,8 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from cdcsync.errors import MALFORMED, EmbedError
+from cdcsync.errors import EmbedError
+from cdcsync.malformed import MALFORMED
 
 REASON_CHARACTERS = 300
 QUOTE_CHARACTERS = 12

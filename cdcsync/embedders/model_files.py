@@ -23,7 +23,8 @@ from typing import Any
 import msgspec
 
 from cdcsync.embedders.foreign import first_line
-from cdcsync.errors import MALFORMED, EmbedderSetupError, EmbedderUnavailable
+from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
+from cdcsync.malformed import MALFORMED
 
 INSTALL = "pip install 'cdcsync[local]'"
 

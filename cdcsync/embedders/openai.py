@@ -16,7 +16,8 @@ from cdcsync.embedders.foreign import decoded
 from cdcsync.embedders.protocol import Vectors
 from cdcsync.embedders.provider import Provider
 from cdcsync.embedders.remote import RemoteEmbedder
-from cdcsync.errors import MALFORMED, EmbedError
+from cdcsync.errors import EmbedError
+from cdcsync.malformed import MALFORMED
 
 LEARNING = 0.2
 """How fast the estimate of tokens follows what the provider counts."""

@@ -27,6 +27,7 @@ from cdcsync.source.columns import Column
 from cdcsync.source.conditions import Refused, examine_condition, examine_order
 from cdcsync.source.relations import Table
 from cdcsync.source.tables import SourceTable
+from cdcsync.source.unreadable import of_a_row
 
 LARGE_ROWS = 1_000
 """Tables with fewer rows by the planner's estimate are looked through quickly enough without an index."""
@@ -259,7 +260,8 @@ async def examine_statement(connection: Connection, plan: Plan, table: Table, *,
         except psycopg.Error as error:
             if in_use and locked_out(error):
                 continue
-            if passing(error) and not of_a_statement(error, "source"):
+            held = locked_out(error) and not of_a_row(error)
+            if held or (passing(error) and not of_a_statement(error, "source")):
                 raise translate(error, "source", where=str(one.table)) from error
             findings.append(_unreadable(plan, one, table, error))
     return findings

@@ -37,8 +37,9 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cdcsync.config.values import is_loopback
-from cdcsync.errors import MALFORMED, CdcsyncError, Unavailable, leading
+from cdcsync.errors import CdcsyncError, Unavailable, leading
 from cdcsync.http.headers import Secured, security_headers
+from cdcsync.malformed import MALFORMED
 from cdcsync.serve.messages import EmbedRequest, Indexes, SearchRequest
 from cdcsync.serve.openapi import describe
 from cdcsync.serve.problems import SEE_LOG, Problem

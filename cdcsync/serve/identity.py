@@ -29,7 +29,8 @@ import structlog
 
 from cdcsync.config.redaction import redact_url
 from cdcsync.config.serving import Serve
-from cdcsync.errors import MALFORMED, SetupError, UsageError
+from cdcsync.errors import SetupError, UsageError
+from cdcsync.malformed import MALFORMED
 from cdcsync.postgres.texts import is_text
 from cdcsync.process.files import real, replace_file
 from cdcsync.serve.problems import Problem

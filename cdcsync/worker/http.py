@@ -32,9 +32,10 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from cdcsync.config.values import is_loopback
-from cdcsync.errors import MALFORMED, CdcsyncError
+from cdcsync.errors import CdcsyncError
 from cdcsync.http.headers import Secured, security_headers
 from cdcsync.http.listening import Bounds
+from cdcsync.malformed import MALFORMED
 from cdcsync.metrics import Metrics
 from cdcsync.status import Status
 from cdcsync.worker.history import History

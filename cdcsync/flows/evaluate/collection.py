@@ -29,7 +29,8 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from cdcsync.errors import MALFORMED, UsageError
+from cdcsync.errors import UsageError
+from cdcsync.malformed import MALFORMED
 from cdcsync.postgres.texts import is_text, storable
 
 MOST = 1_000_000

@@ -197,9 +197,11 @@ def test_a_start_beside_a_locked_table_follows_every_index_at_once(locked: Scene
 
 
 NEW = {
-    "a condition cannot be tried": ("ACCESS EXCLUSIVE", "abs(stars) % 2 = 0"),
-    "a table cannot be published": ("SHARE UPDATE EXCLUSIVE", ""),
+    "a condition cannot be tried": ("chosen", "ACCESS EXCLUSIVE", Followed("chosen", where="abs(stars) % 2 = 0")),
+    "a related table cannot be read": ("customers", "ACCESS EXCLUSIVE", INDEXES["orders"]),
+    "a table cannot be published": ("chosen", "SHARE UPDATE EXCLUSIVE", Followed("chosen")),
 }
+"""Which table is held how, and the index that is new."""
 
 
 @pytest.mark.proof_from(1)
@@ -207,27 +209,30 @@ NEW = {
 def test_a_new_index_whose_table_is_locked_waits_alone_and_the_reason_is_the_lock(
     make_scene: MakeScene, why: str
 ) -> None:
-    mode, where = NEW[why]
+    table, mode, index = NEW[why]
+    name = index.table
     made = make_scene(
         TABLES, {"sound": Followed("sound")}, worker_lines=NO_AUDIT, hurry={"cdcsync.model.pauses.FIRST_DELAY_S": 2.0}
     )
     pipeline = made.pipeline
     pipeline.stop(pipeline.processes[0])
-    made.reconfigured(lambda text: f"{text}\n{Followed('chosen', where=where).section('chosen')}\n")
-    with held(made, "chosen", mode=mode) as holder:
+    made.reconfigured(lambda text: f"{text}\n{index.section(name)}\n")
+    with held(made, table, mode=mode) as holder:
         pipeline.start()
         made.execute("UPDATE sound SET title = 'meanwhile' WHERE id = 1")
         until(partial(made.equal, "sound"), pipeline.tail)
         assert pipeline.processes[-1].poll() is None
-        if where:
+        if mode == "ACCESS EXCLUSIVE":
             said = made.command("check").stdout
-            assert f"public.chosen is locked by pid {holder.info.backend_pid} (migration" in said
+            assert f"public.{table} is locked by pid {holder.info.backend_pid} (migration" in said
+            said += made.command("plan").stderr
             assert "cannot be used" not in said
-            said = made.command("plan").stderr
-            assert "cannot be used" not in said
+            assert "cannot be read" not in said
         else:
             assert "cannot be added to the publication" in made.pipeline.event("index_paused")["error"]
-    until(partial(live, made, "chosen"), pipeline.tail)
+    until(partial(live, made, name), pipeline.tail)
+    if name == "orders":
+        made.oracle_reads("orders", "orders_expected")
     made.follows()
     assert len(pipeline.processes) == 2
 
