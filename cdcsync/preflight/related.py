@@ -16,7 +16,7 @@ from cdcsync.config import QualifiedName
 from cdcsync.config.names import quote
 from cdcsync.documents.related import LISTED, ONE, Facts, RelatedRows, columns_read
 from cdcsync.model.rows import Shape
-from cdcsync.postgres.errors import first_line, locked_out, of_a_statement, passing, translate
+from cdcsync.postgres.errors import first_line, locked_out, translate
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, nearest
 from cdcsync.preflight.indexes import Plan
@@ -27,7 +27,7 @@ from cdcsync.source.columns import Column
 from cdcsync.source.conditions import Refused, examine_condition, examine_order
 from cdcsync.source.relations import Table
 from cdcsync.source.tables import SourceTable
-from cdcsync.source.unreadable import of_a_row
+from cdcsync.source.unreadable import of_no_trial
 
 LARGE_ROWS = 1_000
 """Tables with fewer rows by the planner's estimate are looked through quickly enough without an index."""
@@ -260,8 +260,7 @@ async def examine_statement(connection: Connection, plan: Plan, table: Table, *,
         except psycopg.Error as error:
             if in_use and locked_out(error):
                 continue
-            held = locked_out(error) and not of_a_row(error)
-            if held or (passing(error) and not of_a_statement(error, "source")):
+            if of_no_trial(error):
                 raise translate(error, "source", where=str(one.table)) from error
             findings.append(_unreadable(plan, one, table, error))
     return findings

@@ -31,11 +31,11 @@ from cdcsync.config import QualifiedName
 from cdcsync.documents.lexer import ROW, Token, Unreadable, named_columns, names, parts_of_row, tokens
 from cdcsync.model.conditions import WORDS_WITH_A_VALUE, ColumnKind, Where, columns_read, understood
 from cdcsync.model.rows import SOURCE_TABLE
-from cdcsync.postgres.errors import locked_out, of_a_statement, passing, speaking_of, translate, without_values
+from cdcsync.postgres.errors import locked_out, speaking_of, translate, without_values
 from cdcsync.postgres.locking import until_locked
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
-from cdcsync.source.unreadable import of_a_row
+from cdcsync.source.unreadable import of_a_row, of_no_trial
 
 TRIED_ROWS = 100
 """Rows that a condition is tried on: enough to see that it neither writes nor fails at once."""
@@ -225,9 +225,7 @@ async def _trial(connection: Connection, table: QualifiedName, text: str) -> Asy
             "simplify it, or store its outcome in a column",
         ) from None
     except psycopg.Error as error:
-        if locked_out(error) and not of_a_row(error):
-            raise  # which says nothing about the condition
-        if passing(error) and not of_a_statement(error, "source"):
+        if of_no_trial(error):
             raise translate(error, "source", where=str(table)) from error
         # The bracket is ours.
         ends = isinstance(error, psycopg.errors.SyntaxError) and ")" not in text and 'near ")"' in str(error)

@@ -16,7 +16,7 @@ from typing import TypeVar
 import psycopg
 
 from cdcsync.model.rows import Key, Unread
-from cdcsync.postgres.errors import chosen, without_values
+from cdcsync.postgres.errors import chosen, locked_out, of_a_statement, passing, without_values
 
 T = TypeVar("T")
 
@@ -43,6 +43,12 @@ def of_a_row(error: psycopg.Error) -> bool:
     if code is None:
         return False
     return _OTHERS.match(code) is None or code in (_DAMAGED, _SYNTAX, _TOO_LARGE) or chosen(error)
+
+
+def of_no_trial(error: psycopg.Error) -> bool:
+    """Say whether an error says nothing of what was tried: somebody holds a table locked, or the source fails."""
+    held = locked_out(error) and not of_a_row(error)
+    return held or (passing(error) and not of_a_statement(error, "source"))
 
 
 async def read_apart(

@@ -105,17 +105,23 @@ def test_an_index_is_paused_by_a_value_that_the_target_refuses_and_a_second_one_
     assert refusing.pipeline.processes[-1].poll() is None
 
 
-def test_an_index_resumes_by_itself_once_the_value_is_another_type(make_scene: MakeScene) -> None:
-    scene = make_scene(
-        [TYPES["label"][0], *layout("healing", "public.mood", "carried", "'sad'")],
-        {"healing": Followed("healing", columns=("v",))},
-        apart=True,
-        started=False,
-    )
-    scene.pipeline.target.execute(TYPES["label"][1])
+def with_a_new_label(make_scene: MakeScene, statements: list[str], indexes: dict[str, Followed]) -> Scene:
+    """Return indexes that are live, and whose tables may hold a label of `mood` that the target's type lacks."""
+    here, there, *_ = TYPES["label"]
+    scene = make_scene([here, *statements], indexes, apart=True, started=False)
+    scene.pipeline.target.execute(there)
     scene.pipeline.start()
     scene.pipeline.live()
     scene.execute("ALTER TYPE public.mood ADD VALUE 'new'")
+    return scene
+
+
+def test_an_index_resumes_by_itself_once_the_value_is_another_type(make_scene: MakeScene) -> None:
+    scene = with_a_new_label(
+        make_scene,
+        layout("healing", "public.mood", "carried", "'sad'"),
+        {"healing": Followed("healing", columns=("v",))},
+    )
     scene.execute(f"INSERT INTO healing SELECT i, 'new', 'title' FROM generate_series(2, {1 + MANY_ROWS}) AS i")
     until(lambda: scene.pipeline.times("index_paused") >= 2, scene.pipeline.tail)
 
@@ -127,27 +133,16 @@ def test_an_index_resumes_by_itself_once_the_value_is_another_type(make_scene: M
 
 def test_an_index_whose_value_stays_refused_is_not_read_again_and_again(make_scene: MakeScene) -> None:
     """What an attempt examined is what the looks after it find, however the index is made: none sees a change."""
-    columns = "v public.mood DEFAULT 'sad', title text"
-    scene = make_scene(
-        [
-            TYPES["label"][0],
-            f"CREATE TABLE staying (k int PRIMARY KEY, {columns})",
-            f"CREATE TABLE chosen (k int PRIMARY KEY, {columns})",
-            f"CREATE TABLE many_one (k int PRIMARY KEY, {columns})",
-            f"CREATE TABLE many_two (k int PRIMARY KEY, {columns})",
-        ],
+    tables = ("staying", "chosen", "many_one", "many_two")
+    scene = with_a_new_label(
+        make_scene,
+        [f"CREATE TABLE {table} (k int PRIMARY KEY, v public.mood DEFAULT 'sad', title text)" for table in tables],
         {
             "staying": Followed("staying", columns=("v",)),
             "chosen": Followed("chosen", columns=("v",), where="lower(title) <> 'none'"),
             "many": Followed("public.many_*", columns=("v",)),
         },
-        apart=True,
-        started=False,
     )
-    scene.pipeline.target.execute(TYPES["label"][1])
-    scene.pipeline.start()
-    scene.pipeline.live()
-    scene.execute("ALTER TYPE public.mood ADD VALUE 'new'")
     for table in ("staying", "chosen", "many_two"):
         scene.execute(f"INSERT INTO {table} SELECT i, 'new', 'title' FROM generate_series(1, {1 + MANY_ROWS}) AS i")
 
