@@ -171,12 +171,15 @@ class Dispatcher:
             self._tokens.popitem(last=False)
         return tokens
 
-    def batch(self, texts: Mapping[bytes, str]) -> int:
-        """Return how many of these texts, from the first on, the next call should have; at least one."""
+    def batch(self, texts: Mapping[bytes, str], of: int = 0) -> int:
+        """Return how many of these texts, from the first on, the next call should have; at least one.
+
+        :param of: how many there are altogether, those that the caller has under way included, if there are more.
+        """
         wanted: list[str] = []
         tokens = 0
         # Where several calls run at a time, each gets its share of what there is.
-        share = max(SMALL_CALL_TEXTS, -(-len(texts) // self.places))
+        share = max(SMALL_CALL_TEXTS, -(-max(of, len(texts)) // self.places))
         for one, text in islice(texts.items(), min(share, WINDOW_TEXTS)):
             tokens += self._size(one, text)
             if wanted and tokens > self.pace.call_tokens:

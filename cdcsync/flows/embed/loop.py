@@ -21,6 +21,7 @@ from cdcsync.errors import EmbedderUnavailable, EmbedError, TextRejected, leadin
 from cdcsync.flows.embed.calls import Made
 from cdcsync.flows.embed.commits import Commits
 from cdcsync.flows.embed.dispatcher import Dispatcher
+from cdcsync.flows.embed.pace import WINDOW_TEXTS
 from cdcsync.flows.embed.pool import Pool
 from cdcsync.metrics import Metrics
 from cdcsync.model.changeset import LIVE
@@ -198,7 +199,8 @@ class EmbedLoop:
                     pass
                 if not self._goes_on(load=True):
                     break
-            size = self._dispatcher.batch(_texts(window))
+            altogether = len(window) + len(self._under_way)
+            size = self._dispatcher.batch(_texts(window[:WINDOW_TEXTS]), of=altogether)
             batch, window = window[:size], window[size:]
             await self._slots.acquire()
             self._under_way.update(one.hash for one in batch)

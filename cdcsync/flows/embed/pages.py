@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import islice
 
+import anyio
 import structlog
 
 from cdcsync.errors import CdcsyncError
@@ -18,17 +19,34 @@ log = structlog.get_logger()
 async def page_vectors(
     dispatcher: Dispatcher, spec: IndexSpec, texts: Mapping[bytes, str]
 ) -> Mapping[bytes, FloatVector]:
-    """Return the vectors of a load's texts by their hash, call after call.
+    """Return the vectors of a load's texts by their hash, made by as many calls at a time as the embedder takes.
 
     Those that a failure leaves out are missing, and those that wait for `tokens_per_day`.
     """
     vectors: dict[bytes, FloatVector] = {}
-    try:
-        while texts and dispatcher.waits_until(load=True) is None:
-            call = dict(islice(texts.items(), dispatcher.batch(texts)))
-            vectors |= spec.usable((await dispatcher.embed(call)).vectors)
-            texts = dict(islice(texts.items(), len(call), None))
-    except CdcsyncError as error:
-        # The rest goes to the backlog, where the embed loop meets the same error and deals with it.
-        log.debug("page_not_embedded", index=spec.name, texts=len(texts), error=str(error))
+    places = anyio.Semaphore(dispatcher.places)
+    under_way = 0
+    fails = False
+
+    async def call(texts: Mapping[bytes, str]) -> None:
+        nonlocal under_way, fails
+        try:
+            vectors.update(spec.usable((await dispatcher.embed(texts)).vectors))
+        except CdcsyncError as error:
+            # The rest goes to the backlog, where the embed loop meets the same error and deals with it.
+            fails = True
+            log.debug("page_not_embedded", index=spec.name, texts=len(texts), error=str(error))
+        finally:
+            under_way -= len(texts)
+            places.release()
+
+    async with anyio.create_task_group() as tasks:
+        while texts:
+            await places.acquire()
+            if fails or dispatcher.waits_until(load=True) is not None:
+                break
+            part = dict(islice(texts.items(), dispatcher.batch(texts, of=under_way + len(texts))))
+            texts = dict(islice(texts.items(), len(part), None))
+            under_way += len(part)
+            tasks.start_soon(call, part)
     return vectors

@@ -73,6 +73,31 @@ async def test_vectors_are_stored_while_other_calls_are_under_way(index: LiveInd
     assert max(embedder.texts.values()) == 1
 
 
+async def test_no_window_ends_in_small_calls_where_others_follow(
+    index: LiveIndex, target: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "window_texts", 128)
+    await index.apply(changes(*(document(str(number), f"text {number}") for number in range(512))))
+    embedder = Gated(concurrency=4, dimensions=DIMENSIONS)
+    dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
+    pool = Pool(target.dsn, SCHEMA, 1)
+    loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
+    async with running(loop, dispatcher, pool):
+        await embedder.next_call(4)
+        assert len(embedder.calls[0]) == 128 / 4  # its share of the first window
+        ended = 0
+        while sum(embedder.texts.values()) < 512:
+            embedder.gates[ended].set()
+            ended += 1
+            await embedder.next_call(ended + 4)
+        assert len(embedder.calls) <= 512 / 32
+        for gate in embedder.gates:
+            gate.set()
+        while await index.rows("SELECT FROM {backlog} LIMIT 1"):
+            await anyio.lowlevel.checkpoint()
+    assert max(embedder.texts.values()) == 1
+
+
 class Counted(Pool):
     """A pool that counts how often it is asked."""
 
