@@ -87,8 +87,9 @@ class EmbedLoop:
         """Suspects that windows found; no other window has them."""
         self._suspected = anyio.Event()
         """Set when there are more of them."""
-        self._under_way: set[bytes] = set()
-        """Texts whose batch has begun and not ended. A batch may hang: the next window does without them."""
+        self._under_way: dict[bytes, int] = {}
+        """Texts whose batch has begun and not ended, with their lanes. A batch may hang: the next window does without
+        them."""
         # One batch more than can be embedded at a time is under way, which is stored meanwhile.
         self._slots = anyio.Semaphore(dispatcher.places + 1)
         self._target_outage = Backoff(self._target_away)
@@ -137,7 +138,7 @@ class EmbedLoop:
         self._metrics.reconnects.labels("target").inc()
 
     async def _drain_for_ever(self) -> None:
-        self._apart, self._under_way = {}, set()
+        self._apart, self._under_way = {}, {}
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._windows_for_ever, tasks)
@@ -199,11 +200,12 @@ class EmbedLoop:
                     pass
                 if not self._goes_on(load=True):
                     break
-            altogether = len(window) + len(self._under_way)
+            # A live change shares the calls with no load.
+            altogether = len(window) + sum(lane <= window[0].lane for lane in self._under_way.values())
             size = self._dispatcher.batch(_texts(window[:WINDOW_TEXTS]), of=altogether)
             batch, window = window[:size], window[size:]
             await self._slots.acquire()
-            self._under_way.update(one.hash for one in batch)
+            self._under_way |= {one.hash: one.lane for one in batch}
             tasks.start_soon(self._one_batch, batch)
         return len(found)
 
@@ -264,7 +266,8 @@ class EmbedLoop:
             if self._has_room:  # else a window finds them again once there is
                 self._set_apart(suspects)
         finally:
-            self._under_way.difference_update(one.hash for one in batch)
+            for one in batch:
+                self._under_way.pop(one.hash, None)
             self._slots.release()
             if self._broken or not self._under_way:
                 self._wake.set()

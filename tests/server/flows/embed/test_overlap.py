@@ -98,6 +98,26 @@ async def test_no_window_ends_in_small_calls_where_others_follow(
     assert max(embedder.texts.values()) == 1
 
 
+async def test_live_changes_beside_a_load_share_the_calls_as_if_they_were_alone(
+    index: LiveIndex, target: Database
+) -> None:
+    await index.apply(changes(*(document(str(number), f"load {number}", lane=BACKFILL) for number in range(640))))
+    embedder = Gated(concurrency=4, dimensions=DIMENSIONS)
+    dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
+    pool = Pool(target.dsn, SCHEMA, 1)
+    loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
+    async with running(loop, dispatcher, pool):
+        await embedder.next_call(4)
+        await index.apply(changes(*(document(str(number), f"live {number}") for number in range(1000, 1064))))
+        loop.notify(live=True)
+        ended = 0
+        while len(live := [len(call) for call in embedder.calls if call[0].startswith("live")]) < 4:
+            embedder.gates[ended].set()
+            ended += 1
+            await embedder.next_call(ended + 1)
+        assert live == [64 / 4] * 4
+
+
 class Counted(Pool):
     """A pool that counts how often it is asked."""
 
