@@ -11,6 +11,9 @@ import time
 _RESET = struct.pack("ii", 1, 0)
 """SO_LINGER on, of no seconds: closing sends a reset, as a router does that forgot a connection."""
 
+SERVER_NOTICES_S = 60.0
+"""So long a server keeps a session whose client says nothing at all: its keepalives, as the worker sets them."""
+
 
 _REQUESTS = (80877103, 80877104)
 """Codes of what a client may ask before its startup message: encryption by TLS, or by GSSAPI."""
@@ -105,6 +108,18 @@ class Link:
                 return self._own
         return b""
 
+    def freeze(self) -> None:
+        """Forward nothing from now on. The client hears nothing for ever; the server gives the session up in time."""
+        self.gate.clear()
+        giving_up = threading.Timer(SERVER_NOTICES_S, self._give_up)
+        giving_up.daemon = True
+        giving_up.start()
+
+    def _give_up(self) -> None:
+        if not self.gate.is_set():
+            with contextlib.suppress(OSError):
+                self._far.shutdown(socket.SHUT_RDWR)
+
     def end(self, *, reset: bool = False) -> None:
         self.ended_at = self.ended_at or time.monotonic()
         self._proxy.links.discard(self)
@@ -166,7 +181,7 @@ class Proxy:
         self.withheld = 0
         links = list(self.links)
         for link in links:
-            link.gate.clear()
+            link.freeze()
         return links
 
     def heal(self) -> None:
