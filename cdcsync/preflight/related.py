@@ -21,7 +21,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, nearest
 from cdcsync.preflight.indexes import Plan
 from cdcsync.preflight.sending import sending_findings
-from cdcsync.preflight.tables import kind_faults, named_back, read_faults, unsent_faults, unsent_leaves
+from cdcsync.preflight.tables import incomparable, kind_faults, named_back, read_faults, unsent_faults, unsent_leaves
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.columns import Column
 from cdcsync.source.conditions import Refused, examine_condition, examine_order
@@ -84,6 +84,8 @@ def _one_relation(
         yield from missing
         if not missing:
             yield from _collation_faults(f"{place}.on", table, before, step.on)
+            yield from incomparable(f"{place}.on", table, mine)
+            yield from incomparable(f"{place}.on", before, theirs)
             yield from identity_faults(table, mine)
             yield from _index_findings(place, table, mine, "the related rows of a document")
             yield from _index_findings(place, before, theirs, "the documents of a related row")

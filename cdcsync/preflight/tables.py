@@ -7,7 +7,7 @@ Source: PostgreSQL, "Logical Replication" (Publication, Restrictions), "Row Secu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import psycopg
 from psycopg import sql
@@ -20,7 +20,7 @@ from cdcsync.model.conditions import Where
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, named, nearest
 from cdcsync.source.catalog import Catalog
-from cdcsync.source.columns import Column
+from cdcsync.source.columns import Column, Type
 from cdcsync.source.conditions import Refused, examine_condition
 from cdcsync.source.publications import GENERATED_COLUMNS_VERSION, Published
 from cdcsync.source.relations import Partition, Table, TableIndex, similar_tables
@@ -270,6 +270,7 @@ def key_faults(table: Table) -> Iterator[Finding]:
         )
     else:
         yield from _null_faults(str(table.name), table)
+        yield from incomparable(str(table.name), table, table.key)
         if table.identity_mode == "i" and not _told_apart(table):
             yield Finding.error(
                 str(table.name),
@@ -303,6 +304,27 @@ def _null_faults(where: str, table: Table) -> Iterator[Finding]:
         )
 
 
+def incomparable(where: str, table: Table, columns: Collection[str]) -> Iterator[Finding]:
+    """Say which columns are of a domain over an enum: PostgreSQL itself has no operator = for its values."""
+    for column in (table.columns[one] for one in columns):
+        if column.base_type is not None and _over_enum(table.types, column.wire_type[0]):
+            yield Finding.error(
+                where,
+                f"{quote(column.name)} of {table.name} is of {column.type}, a domain over an enum: PostgreSQL has no"
+                " operator = for its values, so no row can be looked up by it",
+                f"ALTER TABLE {table.name} ALTER COLUMN {quote(column.name)} TYPE {column.base_type}; the domain's"
+                " checks can be constraints of the table",
+            )
+
+
+def _over_enum(types: Mapping[int, Type], oid: int) -> bool:
+    of = types.get(oid)
+    while of is not None and of.kind == "d":
+        ((_, base, _),) = of.parts
+        of = types.get(base)
+    return of is not None and of.kind == "e"
+
+
 def named_key_faults(name: str, table: Table) -> Iterator[Finding]:
     """Say why the key that an index names does not tell its rows apart, or does not come with their changes."""
     where = f"indexes.{name}.key"
@@ -313,6 +335,7 @@ def named_key_faults(name: str, table: Table) -> Iterator[Finding]:
         return
     key = ", ".join(map(quote, table.key))
     yield from _null_faults(where, table)
+    yield from incomparable(where, table, table.key)
     if not table.proofs:
         yield Finding.error(
             where,

@@ -71,6 +71,20 @@ async def test_what_a_related_table_lacks_is_told(database: Database, lines: str
     assert hint is None or hint in str(told[0].hint)
 
 
+@pytest.mark.parametrize("side", ["comments", "tickets"])
+async def test_columns_that_postgresql_cannot_compare_are_told(database: Database, side: str) -> None:
+    kinds = {"comments": "mood", "tickets": "mood"} | {side: "felt"}
+    database.execute(
+        "CREATE TYPE mood AS ENUM ('a', 'b'); CREATE DOMAIN felt AS mood;"
+        f" CREATE TABLE tickets (id {kinds['tickets']} UNIQUE, n int PRIMARY KEY, subject text);"
+        f" CREATE TABLE comments (id int PRIMARY KEY, ticket_id {kinds['comments']}, body text);"
+        " ALTER TABLE comments REPLICA IDENTITY FULL; CREATE INDEX ON comments (ticket_id)"
+    )
+    (error,) = (await examined(configured(database.dsn, tickets=COMMENTS))).errors
+    assert error.where == "indexes.tickets.related.comments.on"
+    assert f"of public.{side} is of public.felt, a domain over an enum" in error.message
+
+
 @pytest.mark.parametrize("mine", ["", "COLLATE loose"])
 @pytest.mark.parametrize("theirs", ["", "COLLATE loose", 'COLLATE "C"'])
 async def test_columns_that_are_equal_by_two_collations_are_told(database: Database, mine: str, theirs: str) -> None:

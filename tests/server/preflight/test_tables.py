@@ -336,6 +336,42 @@ async def test_a_named_key_that_the_table_does_not_prove_is_refused(
     assert fix in str(errors[0].hint)
 
 
+KINDS = (
+    "CREATE TYPE mood AS ENUM ('a', 'b'); CREATE DOMAIN felt AS mood;"
+    " CREATE DOMAIN deep AS felt CHECK (VALUE::text <> 'b');"
+    " CREATE DOMAIN many AS mood[]; CREATE TYPE pair AS (m mood, n int); CREATE DOMAIN two AS pair;"
+)
+
+
+@pytest.mark.parametrize("kind", ["felt", "deep"])
+@pytest.mark.parametrize(
+    ("key", "lines"),
+    [
+        ("id {} PRIMARY KEY", 'table = "t"\ntext = "{{body}}"'),
+        ("n int, id {}, PRIMARY KEY (n, id)", 'table = "t"\ntext = "{{body}}"'),
+        ("n int PRIMARY KEY, id {} NOT NULL UNIQUE", 'table = "t"\ntext = "{{body}}"\nkey = ["id"]'),
+    ],
+)
+async def test_a_key_of_a_domain_over_an_enum_is_refused_until_it_is_the_enum(
+    database: Database, kind: str, key: str, lines: str
+) -> None:
+    """PostgreSQL finds no = for such values; of a domain over anything else it does."""
+    database.execute(f"{KINDS} CREATE TABLE t ({key.format(kind)}, body text); ALTER TABLE t REPLICA IDENTITY FULL")
+    settings = configured(database.dsn, t=lines.format())
+    (error,) = (await examined(settings)).errors
+    assert f"id of public.t is of public.{kind}, a domain over an enum" in error.message
+
+    database.execute(str(error.hint).partition(";")[0])
+
+    assert (await examined(settings)).errors == []
+
+
+@pytest.mark.parametrize("kind", ["mood", "many", "two", "mood[]", "pair"])
+async def test_other_keys_made_of_an_enum_are_fine(database: Database, kind: str) -> None:
+    database.execute(f"{KINDS} CREATE TABLE t (id {kind} PRIMARY KEY, body text)")
+    assert (await examined(configured(database.dsn, t='table = "t"\ntext = "{body}"'))).errors == []
+
+
 NOT_VALID = (
     "CREATE TABLE t (a int NOT NULL, b text, body text); INSERT INTO t VALUES (1, NULL, 'a');"
     " CREATE UNIQUE INDEX u ON t (a, b); ALTER TABLE t ADD CONSTRAINT b_known NOT NULL b NOT VALID"
