@@ -97,7 +97,7 @@ class Metrics:
         Info("cdcsync_build", version, registry=self.registry).info({"version": __version__})
         self._note("build_info", "gauge", "1", ("version",), version)
         self.ready = self._gauge("ready", "0 or 1", "1 while the worker does its work; /readyz says why not.")
-        self.standby = self._gauge("standby", "0 or 1", "1 while another worker holds the pipeline's lock.")
+        self.standby = self._gauge("standby", "0 or 1", "1 while the target says that another worker holds the lock.")
         self.connected = self._gauge(
             "connected",
             "0 or 1",

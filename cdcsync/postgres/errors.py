@@ -49,6 +49,9 @@ _HINTS: dict[str, tuple[str, str]] = {
 _SHARED_MEMORY = "give the server more shared memory: /dev/shm of a container has 64 MB (docker run --shm-size)"
 """The fix if 53100 is not about a disk: parallel workers keep shared data in a file in /dev/shm."""
 
+_IT_RUNS = "the server runs, and lets nobody in for this reason: correct that there or in the DSN; its log may say more"
+"""The fix if a server refuses a connection in words that are not known."""
+
 _OF_A_FUNCTION = "correct the function, or the row, that it fails for: the server's log names the function"
 """The fix if an error that passes comes from inside a function or a trigger."""
 
@@ -261,4 +264,4 @@ def connect_error(error: psycopg.Error, side: Side, where: str) -> CdcsyncError:
         if error.sqlstate == code or re.search(pattern, text):
             problem, hint = _HINTS[code]
             return SetupError(f"{problem}: {text}", where=where, hint=hint)
-    return unavailable(side, text, where=where)
+    return unavailable(side, text, where=where, hint=_IT_RUNS if "FATAL: " in text else None)

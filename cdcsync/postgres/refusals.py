@@ -23,7 +23,7 @@ class Refusal(msgspec.Struct, frozen=True):
     """
 
     message: str
-    hint: str | None = None
+    hint: str
     lasting: bool = False
     sqlstate: str | None = None
 
@@ -127,6 +127,10 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
         ),
     ),
     (
+        r'invalid (?P<option>\w+) value: "(?P<value>[^"]*)"',
+        Refusal("there is no {option} {value}", "correct it in the DSN or the environment", lasting=True),
+    ),
+    (
         r'definition of service "(?P<service>[^"]*)" not found',
         Refusal(
             "no service file defines the service {service}",
@@ -174,11 +178,74 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
             sqlstate=TOO_MANY_CONNECTIONS,
         ),
     ),
-    (r"the database system is starting up", Refusal("the server is starting up")),
-    (r"the database system is shutting down", Refusal("the server is shutting down")),
     (
-        r"the database system is not (?:yet )?accepting connections",
-        Refusal("the server recovers and takes no connections yet"),
+        r'too many connections for role "(?P<role>[^"]*)"',
+        Refusal(
+            "role {role} has as many connections as it may",
+            "raise its limit, ALTER ROLE {role} CONNECTION LIMIT …, or close some",
+            sqlstate=TOO_MANY_CONNECTIONS,
+        ),
+    ),
+    (
+        r'too many connections for database "(?P<database>[^"]*)"',
+        Refusal(
+            "database {database} has as many connections as it may",
+            "raise its limit, ALTER DATABASE {database} CONNECTION LIMIT …, or close some",
+            sqlstate=TOO_MANY_CONNECTIONS,
+        ),
+    ),
+    (
+        r'requested standby connections exceeds "?max_wal_senders',
+        Refusal(
+            "all WAL senders of the server are in use",
+            "end a standby or backup that is not needed, or raise max_wal_senders and restart the server",
+            sqlstate=TOO_MANY_CONNECTIONS,
+        ),
+    ),
+    (
+        r'database "(?P<database>[^"]*)" is not currently accepting connections',
+        Refusal("database {database} takes no connections", "ALTER DATABASE {database} ALLOW_CONNECTIONS true"),
+    ),
+    (
+        r'cannot connect to invalid database "(?P<database>[^"]*)"',
+        Refusal(
+            "database {database} is invalid, as a DROP DATABASE was interrupted",
+            "drop it and create it again, or correct the database name in the DSN",
+        ),
+    ),
+    (
+        r'permission denied for database "(?P<database>[^"]*)"',
+        Refusal(
+            "the role may not connect to database {database}",
+            "GRANT CONNECT ON DATABASE {database} to the role in the DSN",
+        ),
+    ),
+    (
+        r"server is not in hot standby mode|session is not read-only",
+        Refusal(
+            "the server takes writes, and target_session_attrs asks for one that takes none",
+            "remove target_session_attrs from the DSN or the environment, or make it read-write",
+        ),
+    ),
+    (
+        r"server is in hot standby mode|session is read-only",
+        Refusal(
+            "the server takes only reads, and target_session_attrs asks for one that takes writes",
+            "promote it, name the primary in the DSN, or remove default_transaction_read_only of server, role or"
+            " database",
+        ),
+    ),
+    (
+        r"the database system is starting up",
+        Refusal("the server is starting up", "wait: its log says how far it has come"),
+    ),
+    (
+        r"the database system is shutting down",
+        Refusal("the server is shutting down", "start it again, if nobody else does"),
+    ),
+    (
+        r"the database system is (?:not (?:yet )?accepting connections|in recovery mode)",
+        Refusal("the server recovers and takes no connections yet", "wait: its log says how far it has come"),
     ),
 )
 
@@ -195,8 +262,8 @@ def explain(text: str) -> Refusal | None:
                 found["host"] = found["name"]
             found |= {name: quote(found[name]) for name in ("role", "database") if name in found}
             found["passwords"] = to_edit(os.environ)
-            hint = None if refusal.hint is None else _filled(refusal.hint, found)
-            return msgspec.structs.replace(refusal, message=_filled(refusal.message, found), hint=hint)
+            message, hint = _filled(refusal.message, found), _filled(refusal.hint, found)
+            return msgspec.structs.replace(refusal, message=message, hint=hint)
     return None
 
 

@@ -125,7 +125,8 @@ def environment_options() -> dict[str, str]:
 def conninfo_for(dsn: str, **settings: str | int) -> str:
     """Return `dsn` with our settings added where it does not say otherwise itself.
 
-    The encoding is always ours: the stream and texts are read as UTF-8.
+    The encoding is always ours: the stream and texts are read as UTF-8. So is the protocol: statements with parameters
+    cannot be sent over a connection for replication.
 
     :raises SetupError: it is not a DSN, or libpq's environment cannot be read.
     """
@@ -146,5 +147,5 @@ def conninfo_for(dsn: str, **settings: str | int) -> str:
             else "write postgresql://user@host/database, or key=value pairs",
         ) from None
     defaults = {"connect_timeout": CONNECT_TIMEOUT_S, **_DEAD_PEER}
-    merged: dict[str, Any] = {**defaults, **own, "client_encoding": "UTF8", **settings}
+    merged: dict[str, Any] = {**defaults, **own, "client_encoding": "UTF8", "replication": "", **settings}
     return conninfo.make_conninfo("", **merged)

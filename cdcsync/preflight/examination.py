@@ -90,7 +90,7 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
         findings += [finding for finding in plan.findings if not _said(finding, plan, findings)]
     specs = _paired([spec for spec in specs if spec.name not in broken])
     catalog = source_facts.catalog if source_facts is not None else None
-    return Report(findings, specs, broken, plans, catalog, config.indexes)
+    return Report(findings, specs, broken, plans, catalog, config.indexes, target is not None)
 
 
 def _make_plan(name: str, index: Index, embedders: Mapping[str, Embedder], findings: list[Finding]) -> Plan:

@@ -21,6 +21,7 @@ class Report(msgspec.Struct):
         keep no other index from going on. Also new ones that wait, because somebody holds their tables locked.
     :ivar plans: what is known of each configured index, the broken ones included.
     :ivar catalog: the reading of the source that everything rests on; None if there is none.
+    :ivar target_reached: whether a session with the target could be opened.
     :ivar indexes: the sections that the indexes are made by, those beside others included; see `target/beside`.
     """
 
@@ -30,6 +31,7 @@ class Report(msgspec.Struct):
     plans: list[Plan] = []
     catalog: Catalog | None = None
     indexes: dict[str, Index] = {}
+    target_reached: bool = True
 
     @property
     def errors(self) -> list[Finding]:

@@ -130,7 +130,7 @@ async def _wait_for_servers(
     with anyio.move_on_after(config.worker.start_timeout_s):
         while report.passes and not state.stopping.is_set():
             away = _said(report)
-            state.waiting_for = away
+            state.wait_for(away)
             log.warning("start_waits", error=away, most_s=config.worker.start_timeout_s)
             await backoff.wait()
             report = await examine(config, embedders)
@@ -255,7 +255,7 @@ async def _hold(
 
 async def _wait(state: WorkerState, error: CdcsyncError) -> None:
     """Wait a second before another set-up, or until told to stop, and show why."""
-    state.waiting_for = error.with_fix
+    state.wait_for(error.with_fix)
     with anyio.move_on_after(STANDBY_POLL_S):
         await state.stopping.wait()
 
@@ -264,9 +264,10 @@ async def _examine_again(config: Config, state: WorkerState, embedders: dict[str
     backoff = Backoff(first=0.5, most=30, until=state.stopping)
     while True:
         report = await examine(config, embedders)
+        state.examined(target_reached=report.target_reached)
         if not report.errors or state.stopping.is_set():
             return report
-        state.waiting_for = _said(report)
+        state.wait_for(_said(report))
         log.warning("examination_waits", problems=_problems(report))
         await backoff.wait()
 

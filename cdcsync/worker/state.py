@@ -19,7 +19,7 @@ import structlog
 
 from cdcsync import tracing
 from cdcsync.config import Config
-from cdcsync.errors import CdcsyncError, EmbedderUnavailable, Unavailable
+from cdcsync.errors import CdcsyncError, EmbedderUnavailable, TargetUnavailable, Unavailable
 from cdcsync.flows.embed import Dispatcher
 from cdcsync.logs import Told
 from cdcsync.lsn import Lsn
@@ -70,7 +70,7 @@ class WorkerState:
         self.tracing = tracing.from_environment(os.environ)
         self.port: int | None = None
         self.standby = False
-        """Whether another worker holds the pipeline's lock."""
+        """Whether the target, when it was last asked, said that another worker holds the pipeline's lock."""
         self.waiting_for: str | None = None
         """The servers that a start or a set-up waits for, and why."""
         self.stopping = anyio.Event()
@@ -164,6 +164,15 @@ class WorkerState:
         self.standby, self.last = True, None
         self._unreadable.clear()
         self.metrics.forget()
+
+    def wait_for(self, why: str) -> None:
+        """Note why a start or a set-up waits: until that is over, nobody knows whether another worker works."""
+        self.waiting_for, self.standby = why, False
+
+    def examined(self, *, target_reached: bool) -> None:
+        """Note whether the target could be reached, between pipelines, when nothing else asks it."""
+        self._asked = None
+        self._unread = None if target_reached else TargetUnavailable("it cannot be reached", where="target")
 
     def stop(self) -> None:
         """Ask for an orderly end: the current batch is finished, or abandoned whole."""

@@ -284,6 +284,45 @@ def test_a_second_worker_takes_over_from_one_that_was_killed(
     assert second.poll() is None
 
 
+@pytest.mark.proof_from(1)
+@pytest.mark.parametrize("alone", [True, False], ids=["left alone", "beside the worker"])
+def test_a_standby_that_cannot_ask_the_target_is_none_until_the_target_says_so_again(
+    make_cluster: Callable[..., Cluster], make_database: Callable[[], Database], make_simple: MakeSimple, alone: bool
+) -> None:
+    """Nobody else may be there to follow the slot, so what watches it must not take it for one that merely waits."""
+    source, target = make_database(), make_cluster()
+    pipeline = make_simple(source.dsn, make_target(target), slot=source.name)
+    workers = [pipeline.start()]
+    pipeline.live()
+    workers.append(pipeline.start())
+    pipeline.event("standby")
+    ports = [event["port"] for event in pipeline.events() if event.get("event") == "listening"]
+    ports = ports[1:] if alone else ports
+
+    def shown() -> list[tuple[int, tuple[float, ...]]]:
+        """Return of each worker the answer to those who count a standby as ready, and its gauges."""
+        names = ("cdcsync_ready", "cdcsync_standby", 'cdcsync_connected{side="target"}')
+        return sorted(
+            (pipeline.get("/readyz?standby=ok", port)[0], tuple(metric(pipeline, name, port) for name in names))
+            for port in ports
+        )
+
+    follows, stands_by, waits = (200, (1.0, 0.0, 1.0)), (200, (0.0, 1.0, 1.0)), (503, (0.0, 0.0, 0.0))
+    both = [stands_by] if alone else [stands_by, follows]
+    until(lambda: shown() == both, pipeline.tail)
+    target.stop()
+    if alone:
+        pipeline.stop(workers[0], signal.SIGKILL)
+    until(lambda: shown() == [waits] * len(ports), lambda: f"{shown()}\n{pipeline.tail()}")
+    assert "target" in json.loads(pipeline.get("/readyz?standby=ok", ports[-1])[1])["reasons"][0]
+
+    target.start()
+    until(lambda: shown() == ([follows] if alone else both), lambda: f"{shown()}\n{pipeline.tail()}")
+    pipeline.connect_target()
+    change(pipeline, "after")
+    pipeline.in_step()
+
+
 def server_version(database: Database) -> int:
     with database.connect() as connection:
         return connection.info.server_version

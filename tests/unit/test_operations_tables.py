@@ -97,6 +97,10 @@ HELD = {
     "the source's primary": ("tests/faults/test_failover.py", "test_the_index_follows_a_standby_promoted"),
     "the source, which is shut down": ("tests/faults/test_outages.py", "test_a_source_can_be_shut_down_while"),
     "the target": ("tests/faults/test_outages.py", "test_the_source_hears_of_the_worker"),
+    "a free connection to a server that runs": (
+        "tests/server/postgres/test_refusals.py",
+        "test_a_server_without_a_free_connection_or_sender",
+    ),
     "the embedder": ("tests/faults/test_provider.py", "test_an_outage_costs_vectors_their_freshness"),
     # connections
     "replication": (SILENCE, "test_a_connection_that_falls_silent"),

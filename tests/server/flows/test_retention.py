@@ -10,7 +10,7 @@ import pytest
 
 from cdcsync.demo.cluster import Cluster
 from cdcsync.flows import retention
-from cdcsync.flows.retention import watch_slot
+from cdcsync.flows.retention import Retention, watch_slot
 from cdcsync.metrics import Metrics
 from tests.support.indexes import until as eventually
 
@@ -46,4 +46,27 @@ async def test_a_source_that_refuses_connections_is_told_of_for_as_long_as_it_do
         seen.clear()
         await eventually(looked)
         assert len(told) == before
+        tasks.cancel_scope.cancel()
+
+
+async def test_a_running_source_that_has_no_connection_left_for_our_role_is_none_that_ends(
+    make_cluster: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The stream goes on, and could not be opened again.
+    monkeypatch.setattr(retention, "AWAY_LOOK_S", 0.1)
+    monkeypatch.setattr(retention, "LOOK_S", 0.1)
+    source = make_cluster()
+    with psycopg.connect(source.dsn(), autocommit=True) as admin:
+        admin.execute("CREATE ROLE ann LOGIN CONNECTION LIMIT 0")
+    looks: list[object] = []
+    monkeypatch.setattr(Retention, "look_at", lambda _, slot: looks.append(slot))
+
+    async def often() -> bool:
+        return len(looks) > 5
+
+    async with anyio.create_task_group() as tasks:
+        given_up: list[None] = []
+        tasks.start_soon(watch_slot, source.dsn(user="ann"), "cdcsync", Metrics(), lambda: given_up.append(None))
+        await eventually(often)
+        assert (set(looks), given_up) == ({None}, [])
         tasks.cancel_scope.cancel()

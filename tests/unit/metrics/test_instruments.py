@@ -228,6 +228,14 @@ STARTED = f"process_start_time_seconds{{{WORKER}}}"
         ({STARTED: "1x9 2x9 3x9"}, set()),
         ({f"cdcsync_ready{{{WORKER}}}": "0x30", f"cdcsync_standby{{{WORKER}}}": "0x30"}, {"CdcsyncNotReady"}),
         ({f"cdcsync_ready{{{WORKER}}}": "0x30", f"cdcsync_standby{{{WORKER}}}": "1x30"}, set()),
+        (
+            {
+                f"cdcsync_ready{{{WORKER}}}": "0x30",
+                f"cdcsync_standby{{{WORKER}}}": "1x9 0x20",
+                f'cdcsync_connected{{{WORKER}, side="target"}}': "1x9 0x20",
+            },
+            {"CdcsyncNotReady", "CdcsyncTargetAway"},
+        ),
         ({f"cdcsync_lag_seconds{{{WORKER}}}": "100x30"}, {"CdcsyncLag"}),
         (
             {f"cdcsync_slot_retained_bytes{{{WORKER}}}": "60x30", f"cdcsync_slot_safe_bytes{{{WORKER}}}": "40x30"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 
+from cdcsync.postgres.errors import connect_error
 from cdcsync.postgres.refusals import explain
 
 SERVER = 'connection failed: connection to server at "10.0.0.1", port 5433 failed: '
@@ -53,6 +55,24 @@ SERVER = 'connection failed: connection to server at "10.0.0.1", port 5433 faile
         ('invalid sslmode value: "fulll"', "there is no sslmode fulll", True),
         ('definition of service "shop" not found', "no service file defines the service shop", True),
         ("FATAL: the database system is starting up", "the server is starting up", False),
+        ("FATAL: the database system is in recovery mode", "the server recovers and takes no connections yet", False),
+        (
+            f"{SERVER}server is in hot standby mode",
+            "the server takes only reads, and target_session_attrs asks for one that takes writes",
+            False,
+        ),
+        (
+            f"{SERVER}server is not in hot standby mode",
+            "the server takes writes, and target_session_attrs asks for one that takes none",
+            False,
+        ),
+        ('FATAL: too many connections for role "ann"', "role ann has as many connections as it may", False),
+        (
+            "FATAL: number of requested standby connections exceeds max_wal_senders (currently 1)",
+            "all WAL senders of the server are in use",
+            False,
+        ),
+        ('invalid channel_binding value: "yes"', "there is no channel_binding yes", True),
         ("FATAL: sorry, too many clients already", "all connections of the server are in use", False),
     ],
 )
@@ -79,3 +99,15 @@ def test_a_role_is_written_as_sql_reads_it(role: str, written: str) -> None:
 
 def test_words_that_are_not_known_are_left_alone() -> None:
     assert explain("something else") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        (f"{SERVER}FATAL:  no more connections allowed (max_client_conn)", "the server runs, and lets nobody in"),
+        (f"{SERVER}server closed the connection unexpectedly", "check that the source server runs and is reachable"),
+    ],
+)
+def test_only_a_server_that_has_not_answered_is_told_as_one_that_may_not_run(text: str, hint: str) -> None:
+    error = connect_error(psycopg.OperationalError(text), "source", "source")
+    assert str(error.hint).startswith(hint)

@@ -62,8 +62,9 @@ async def test_before_it_follows_anything_a_worker_tells_what_it_waits_for() -> 
     assert math.isnan(state.lag_seconds)
     state.standby = True
     assert state.not_ready() == ["standby: another worker holds the pipeline"]
-    state.waiting_for = "the source starts up"
+    state.wait_for("the source starts up")
     assert state.not_ready() == ["the start waits: the source starts up"]
+    assert not state.standby
     state.connected(True)
     assert state.not_ready() == ["the set-up waits: the source starts up"]
 
@@ -85,7 +86,7 @@ async def test_the_status_says_why_a_worker_waits_unless_another_one_works(
     monkeypatch.setattr("cdcsync.worker.state.read_status", read_status)
     monkeypatch.setattr(streaming, "_target", connected)
     monkeypatch.setattr(streaming, "_source", connected)
-    streaming.waiting_for = "the source does not answer"
+    streaming.wait_for("the source does not answer")
 
     status = await streaming.status()
 
@@ -344,6 +345,31 @@ def test_a_standby_hears_from_the_target_though_it_reads_nothing() -> None:
             state.stand_by()
             assert gauge(state, "cdcsync_connected", side="target") == 1
             assert state.not_ready() == ["standby: another worker holds the pipeline"]
+
+    in_virtual_time(main)
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_between_pipelines_the_examination_says_whether_the_target_answers(reached: bool) -> None:
+    """Nothing is read meanwhile: what the last reading said would be told for as long as a set-up waits."""
+
+    async def main() -> None:
+        state, away = WorkerState(CONFIG), TargetUnavailable("connection refused", where="target")
+        await follow(state)
+
+        def reading() -> Status:
+            if reached:
+                raise away
+            return STATUS
+
+        read_as(state, reading)
+        with anyio.move_on_after(AWAY_S + 1):
+            await state.gauges_for_ever()
+        assert gauge(state, "cdcsync_connected", side="target") == (not reached)
+        state.examined(target_reached=reached)
+        assert gauge(state, "cdcsync_connected", side="target") == reached
+        state.wait_for("the other server starts up")
+        assert state.not_ready() == ["the set-up waits: the other server starts up"]
 
     in_virtual_time(main)
 
