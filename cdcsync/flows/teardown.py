@@ -23,7 +23,7 @@ from cdcsync.config.names import beside_name, quote
 from cdcsync.errors import SetupError, SlotInUse
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection, Session
-from cdcsync.source.catalog import Slot, other_readers, read_server, read_slot
+from cdcsync.source.catalog import Slot, other_readers, read_slot
 from cdcsync.source.families import single_names
 from cdcsync.source.publications import Publication, published_names, read_publication
 from cdcsync.target.approvals import Approvals
@@ -97,10 +97,9 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
             sharing = await pipelines_sharing(target, schema, slot_name, config.source.publication)
         with speaking_of("source"):
             slot = await read_slot(source, config.source.slot)
-            server = await read_server(source)
             publication = await read_publication(source, config.source.publication)
         if slot is not None:
-            _refuse_slot(slot, server.database)
+            _refuse_slot(slot)
         if belongings.set_up:
             await _take_over(target, config)
         steps = [await _purge(target, config, belongings)] if purge else []
@@ -218,13 +217,14 @@ async def _lock(target: Connection, config: Config) -> None:
     )
 
 
-def _refuse_slot(slot: Slot, database: str) -> None:
+def _refuse_slot(slot: Slot) -> None:
     where = f"slot {slot.name}"
-    if slot.plugin != "pgoutput" or slot.database != database:
+    if slot.foreign is not None:
         raise SetupError(
-            f"the slot is not this pipeline's: it is {slot.of}, with the plugin {slot.plugin or 'none'}",
+            f"the slot may not be this pipeline's: it {slot.foreign}",
             where=where,
-            hint="correct source.slot or source.dsn",
+            hint="correct source.slot or source.dsn; or, if nothing else reads the slot,"
+            f" {slot.drop}, and tear down again",
         )
     if slot.active_pid is not None:
         raise SlotInUse(

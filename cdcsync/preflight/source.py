@@ -17,7 +17,17 @@ from cdcsync.errors import CdcsyncError
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.administration import allow_writes
 from cdcsync.preflight.findings import Finding, named, noting, or_ok
-from cdcsync.source.catalog import SENDS_PREPARED, Catalog, Server, Slot, read_catalog, read_server, read_slot, why_lost
+from cdcsync.source.catalog import (
+    SENDS_PREPARED,
+    Catalog,
+    Server,
+    Slot,
+    misfit,
+    read_catalog,
+    read_server,
+    read_slot,
+    why_lost,
+)
 from cdcsync.source.publications import Publication, create_publication_statement, fixed_in, publish_statement
 from cdcsync.source.slot import MIN_VERSION, SlotConnection
 
@@ -71,7 +81,7 @@ async def examine_source(
         if slot is not None:
             confirmed = f"exists, and is confirmed up to {slot.confirmed_flush}"
             resync = config.source.on_gap == "resync" or not begun
-            faults = list(slot_faults(slot, server, resync=resync, begun=begun))
+            faults = list(slot_faults(slot, resync=resync, begun=begun))
             readers = [schema for schema, of in elsewhere.items() if identity is not None and of == identity]
             if readers or not (begun or faults):
                 faults.append(adoption_fault(slot, readers))
@@ -81,7 +91,7 @@ async def examine_source(
             if not list(publication_faults(publication)):
                 findings.append(Finding.ok(where, "exists, and sends every kind of change"))
         findings += read_only_faults(server, catalog, catalog.single(wanted))
-        if publication is None and slot is not None:
+        if publication is None and slot is not None and slot.foreign is None:
             findings += orphan_faults(slot, config.source.publication, followed=bool(known))
         return SourceFacts(server, catalog, frozenset(catalog.single(wanted)))
     return None
@@ -182,31 +192,19 @@ def sender_faults(error: CdcsyncError, server: Server, slot: Slot | None) -> Ite
         )
 
 
-def slot_faults(slot: Slot, server: Server, *, resync: bool, begun: bool = True) -> Iterator[Finding]:
+def slot_faults(slot: Slot, *, resync: bool, begun: bool = True) -> Iterator[Finding]:
     """Say whether the slot that exists can be read by us, and from where it was left.
 
     :param resync: a gap heals itself: `run` loads the indexes anew, or nothing is loaded yet.
     :param begun: whether the pipeline has a checkpoint, and so the slot is its own.
     """
     where = f"slot {slot.name}"
-    another = "name another slot with source.slot; run creates it"
-    if slot.plugin is None:
-        yield Finding.error(where, "is a physical slot, made for a standby", another)
+    if (refused := misfit(slot, begun=begun)) is not None:
+        yield Finding.error(where, *refused)
         return
-    if slot.plugin != "pgoutput":
-        yield Finding.error(where, f"decodes with {slot.plugin}, and cdcsync reads pgoutput", another)
-    if slot.database != server.database:
-        yield Finding.error(
-            where,
-            f"belongs to the database {slot.database}, and source.dsn leads to the database {server.database}",
-            another,
-        )
     again = 'set source.on_gap = "resync" to read the tables again: docs/operations.md, "After a gap"'
     if slot.two_phase:
-        if not begun:
-            drop = f"SELECT pg_drop_replication_slot('{slot.name}')"
-            yield Finding.error(where, SENDS_PREPARED, f"{another}; or, if nothing else reads this one, {drop}")
-        elif resync:
+        if resync:
             yield Finding.warning(where, f"{SENDS_PREPARED}; run creates a new slot and reads the tables again")
         else:
             yield Finding.error(where, SENDS_PREPARED, again)
@@ -268,7 +266,7 @@ def orphan_faults(slot: Slot, publication: str, *, followed: bool) -> Iterator[F
     yield Finding.error(
         f"publication {publication}",
         f"does not exist, and the slot {slot.name} does: changes from before its creation could not be sent",
-        f"SELECT pg_drop_replication_slot('{slot.name}') if no index depends on it, and run creates both in order;"
+        f"{slot.drop} if no index depends on it, and run creates both in order;"
         ' if one does, see docs/operations.md, "After a gap"',
     )
 

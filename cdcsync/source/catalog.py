@@ -98,11 +98,24 @@ class Slot(msgspec.Struct, frozen=True):
     read yet, no transaction that ran during its creation or began later is older."""
     reader: str | None = None
     """The application_name of the session that reads it."""
+    here: str | None = None
+    """The database of the session that looked at it."""
 
     @property
-    def of(self) -> str:
-        """What it is made for, in words."""
-        return f"of the database {self.database}" if self.database else "for physical replication"
+    def foreign(self) -> str | None:
+        """Why it is not such as a worker makes in this database; None if it is. Another one may be somebody else's."""
+        if self.plugin is None:
+            return "is a physical slot, made for a standby"
+        if self.plugin != "pgoutput":
+            return f"decodes with {self.plugin}, and cdcsync reads pgoutput"
+        if self.database != self.here:
+            return f"belongs to the database {self.database}, and source.dsn leads to the database {self.here}"
+        return None
+
+    @property
+    def drop(self) -> str:
+        """The statement that drops it, from whichever database of its server."""
+        return f"SELECT pg_drop_replication_slot('{self.name}')"  # names are of lower-case letters, digits and _
 
 
 class Catalog(msgspec.Struct, frozen=True):
@@ -282,6 +295,29 @@ def why_lost(slot: Slot) -> str:
     return _REASONS.get(slot.lost_because, slot.lost_because)
 
 
+def misfit(slot: Slot, *, begun: bool) -> tuple[str, str] | None:
+    """Return why a worker can neither read a slot nor put another in its place, with the fix; None if it can.
+
+    It drops no slot that may be somebody else's: none that is foreign, and none that was there before it had a
+    checkpoint. Whether anybody needs such a slot, an operator knows.
+
+    :param begun: whether the pipeline has a checkpoint: its indexes then belong to a slot of this name.
+    """
+    why = slot.foreign or (SENDS_PREPARED if slot.two_phase and not begun else None)
+    if why is None:
+        return None
+    if not begun:
+        another = "name another slot with source.slot, which run creates"
+        return why, f"{another}; or, if nothing else reads this one, {slot.drop}"
+    again = f'{slot.drop}, and start the worker with source.on_gap = "resync", which reads the tables again'
+    renamed = slot.plugin == "pgoutput"
+    dsn = f"point source.dsn at {slot.database} if that is the database that is indexed; or, " if renamed else ""
+    return (
+        f"{why}: the changes since the checkpoint cannot be received from it",
+        f'{dsn}if nothing else reads the slot, {again}: docs/operations.md, "After a gap"',
+    )
+
+
 async def read_slot(connection: Connection, name: str) -> Slot | None:
     """Return the slot, or None when there is none of that name."""
     row = await fetch_row(
@@ -292,7 +328,7 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
                    pg_wal_lsn_diff(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
                                         ELSE pg_current_wal_lsn() END, restart_lsn)::int8,
                    safe_wal_size, {}, {}, catalog_xmin::text::bigint, two_phase,
-                   (SELECT application_name FROM pg_stat_activity WHERE pid = active_pid)
+                   (SELECT application_name FROM pg_stat_activity WHERE pid = active_pid), current_database()
             FROM pg_replication_slots WHERE slot_name = %s
             """
         ).format(
@@ -319,6 +355,7 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
         catalog_xmin=row[11],
         two_phase=row[12],
         reader=row[13],
+        here=row[14],
     )
 
 

@@ -54,8 +54,8 @@ MIN_VERSION = 140000
 """PostgreSQL 14: pgoutput with logical messages and protocol 2; older ones are out of support."""
 
 
-_MISTAKEN = ("was not created in this database", "physical replication slot")
-"""Of a slot that is not ours: the server's code is that of a slot that has lost WAL, but a resync would not help."""
+_EXCHANGED = ("was not created in this database", "physical replication slot")
+"""Of a slot that is foreign: the server's code is that of a slot that has lost WAL, but a resync would not help."""
 
 
 _UNNOTED = (
@@ -349,10 +349,9 @@ class SlotConnection:
             return GapError(
                 message, where=where, hint='the slot was dropped: run with on_gap = "resync", or see docs/operations.md'
             )
-        if code == "55000" and any(sign in message for sign in _MISTAKEN):
-            return SetupError(
-                message, where=where, hint="give this pipeline a slot of its own, in the source's database: source.slot"
-            )
+        if code == "55000" and any(sign in message for sign in _EXCHANGED):
+            # Only since somebody looked at it: whoever looks again says how to continue.
+            return SourceUnavailable(message, where=where)
         # A file of its own that a server lacks, such as a spilled transaction's, says nothing of the WAL that it has.
         if code == "55000" or (code == "58P01" and "WAL" in message):
             return GapError(message, where=where, hint="the slot has lost WAL it needs: resync, see docs/operations.md")

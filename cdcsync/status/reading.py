@@ -57,12 +57,13 @@ async def read_status(config: Config, source: Connection | CdcsyncError | None, 
         state = await pipelines.read(target) if set_up else None
         holder = await pipelines.holder(target)
         now, since = await _clock(target, holder)
-        worker = read_worker(state, slot, locked=holder is not None, since=since)
+        ours = slot if slot is not None and slot.foreign is None else None
+        worker = read_worker(state, ours, locked=holder is not None, since=since)
         stored = Indexes()
         if state is None:
             problems.append(f"schema {schema} of the target holds no pipeline {name}: run `cdcsync run` first")
         else:
-            problems += worker_problems(config, slot if end is not None else None, worker)
+            problems += worker_problems(config, ours if end is not None else None, worker)
             if end is not None:
                 problems += slot_problems(name, slot, state)
             stored = await read_indexes(target, config, present, now, problems)
@@ -79,7 +80,7 @@ async def read_status(config: Config, source: Connection | CdcsyncError | None, 
         lag_bytes=lag.bytes,
         lag_seconds=lag.seconds,
         caught_up=lag.caught_up,
-        slot=None if slot is None else slot_status(slot),
+        slot=None if ours is None else slot_status(ours),
         worker=worker,
         embedders=known,
         indexes={index: found.get(index) or absent(config, index) for index in config.indexes},

@@ -16,7 +16,7 @@ from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import READERS_WAIT, WRITERS_WAIT, Lock, exclusive_locks
 from cdcsync.postgres.sessions import Connection
 from cdcsync.postgres.settings import Side
-from cdcsync.source.catalog import Slot, current_lsn, read_slot, why_lost
+from cdcsync.source.catalog import Slot, current_lsn, misfit, read_slot, why_lost
 from cdcsync.source.slot import FOLLOWER
 from cdcsync.status.indexes import Indexes
 from cdcsync.status.model import IndexStatus, SlotStatus, WorkerStatus
@@ -41,19 +41,12 @@ _GAP_REMEDY = 'docs/operations.md, "After a gap", says how to continue'
 async def read_source(
     config: Config, source: Connection | CdcsyncError | None, problems: list[str]
 ) -> tuple[Lsn | None, Slot | None]:
-    """Return the end of the source's WAL, None if it cannot be read, and the slot, if it is of this database."""
+    """Return the end of the source's WAL, None if it cannot be read, and the slot."""
     error = source
     if isinstance(source, psycopg.AsyncConnection):
         try:
             with speaking_of("source"):
-                end, slot = await current_lsn(source), await read_slot(source, config.source.slot)
-                if slot is not None and slot.database != source.info.dbname:
-                    problems.append(
-                        f"slot {slot.name} of the source is {slot.of}: name another with source.slot, or correct"
-                        " source.dsn"
-                    )
-                    slot = None
-                return end, slot
+                return await current_lsn(source), await read_slot(source, config.source.slot)
         except CdcsyncError as why:
             error = why
     if isinstance(error, CdcsyncError) and not isinstance(error, SourceUnavailable):
@@ -162,10 +155,14 @@ def worker_problems(config: Config, slot: Slot | None, worker: WorkerStatus) -> 
 
 
 def slot_problems(name: str, slot: Slot | None, state: PipelineState) -> Iterator[str]:
-    """Yield the problems of a slot that is gone, has lost WAL or is about to, or does not fit the checkpoint."""
+    """Yield the problems of a slot that is gone, foreign, ahead of the checkpoint, or has lost WAL or is about to."""
     if slot is None:
         if state.checkpoint is not None:
             yield f"slot {name} is gone, and with it the changes since {state.checkpoint}: {_GAP_REMEDY}"
+        return
+    if (refused := misfit(slot, begun=state.checkpoint is not None)) is not None:
+        why, fix = refused
+        yield f"slot {name} {why}; {fix}"
         return
     if slot.wal_status == "lost":
         yield f"slot {name} has lost WAL that the index needs ({why_lost(slot)}): {_GAP_REMEDY}"

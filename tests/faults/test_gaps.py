@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -11,7 +14,7 @@ from psycopg import conninfo
 
 from cdcsync.demo.cluster import Cluster
 from tests.support.clusters import copy_of, put_back
-from tests.support.outages import MakeSimple, configure, frozen, indexed, stops_at_the_gap_and_heals
+from tests.support.outages import MakeSimple, all_read, configure, frozen, indexed, stops_at_the_gap_and_heals
 from tests.support.servers import Database
 from tests.support.workers import PATIENCE_S, Pipeline, until
 
@@ -52,6 +55,122 @@ def advance(pipeline: Pipeline) -> None:
     pipeline.source.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_flush_lsn())", [pipeline.released()])
 
 
+@contextlib.contextmanager
+def kept_out(source: Database) -> Iterator[psycopg.Connection[Any]]:
+    """End a worker's sessions on the source, and let nobody connect anew meanwhile, so that the slot is free."""
+    with source.server.connect() as admin:
+        admin.execute(f'ALTER DATABASE "{source.name}" ALLOW_CONNECTIONS false')
+        admin.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+            " WHERE datname = %s AND application_name LIKE 'cdcsync%%'",
+            [source.name],
+        )
+        yield admin
+        admin.execute(f'ALTER DATABASE "{source.name}" ALLOW_CONNECTIONS true')
+
+
+def restore_beside(pipeline: Pipeline, admin: psycopg.Connection[Any], source: Database, other: Database) -> None:
+    """Put a copy of the database in its place; the database that had its name, and has the slot, is `other` then."""
+    pipeline.source.close()
+    admin.execute(f'DROP DATABASE "{other.name}"')
+    admin.execute(f'CREATE DATABASE "{other.name}" TEMPLATE "{source.name}"')
+    between = f"{source.name}_between"
+    for old, new in [(source.name, between), (other.name, source.name), (between, other.name)]:
+        admin.execute(f'ALTER DATABASE "{old}" RENAME TO "{new}"')
+    admin.execute(f'ALTER DATABASE "{other.name}" ALLOW_CONNECTIONS true')
+
+
+def recreate_for_another_plugin(pipeline: Pipeline, *_: object) -> None:
+    drop(pipeline)
+    create = "SELECT pg_create_logical_replication_slot(%s, 'test_decoding')"
+    pipeline.source.execute(create, [pipeline.config.source.slot])
+
+
+def recreate_physical(pipeline: Pipeline, *_: object) -> None:
+    drop(pipeline)
+    pipeline.source.execute("SELECT pg_create_physical_replication_slot(%s, true)", [pipeline.config.source.slot])
+
+
+@pytest.mark.proof_from(1)
+@pytest.mark.parametrize("on_gap", ["resync", "stop"])
+@pytest.mark.parametrize("running", [True, False], ids=["under a worker", "before a start"])
+@pytest.mark.parametrize(
+    ("mishap", "reason"),
+    [
+        pytest.param(restore_beside, "belongs to the database", id="a copy took the database's name"),
+        pytest.param(recreate_for_another_plugin, "decodes with test_decoding", id="made anew for another plugin"),
+        pytest.param(recreate_physical, "is a physical slot", id="made anew for a standby"),
+    ],
+)
+def test_a_slot_that_may_be_somebody_elses_is_kept_and_the_fix_that_is_told_heals(
+    make_database: Callable[[], Database],
+    make_simple: MakeSimple,
+    mishap: Callable[..., None],
+    reason: str,
+    running: bool,
+    on_gap: str,
+) -> None:
+    source, other = make_database(), make_database()
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, source_lines=f'on_gap = "{on_gap}"')
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    if not running:
+        pipeline.stop(worker)
+    with kept_out(source) as admin:
+        change(pipeline)
+        before = indexed(pipeline)
+        mishap(pipeline, admin, source, other)
+    pipeline.connect_source()
+    slots = "SELECT slot_name, plugin, database FROM pg_replication_slots WHERE slot_name = %s"
+    made = pipeline.source.execute(slots, [source.name]).fetchall()
+
+    if not running:
+        worker = pipeline.start()
+    assert worker.wait(timeout=PATIENCE_S) == (1 if running else 2), pipeline.tail()
+    said = " ".join(pipeline.tail().split())
+    (error,) = [one for one in pipeline.answer("check", status=2)["findings"] if one["level"] == "error"]
+    (problem,) = [one for one in pipeline.answer("status")["problems"] if f"slot {source.name} " in one]
+    for told in (said, f"{error['message']}; {error['hint']}", problem):
+        assert reason in told
+        assert 'source.on_gap = "resync"' in told
+        assert "source.slot" not in told
+    assert indexed(pipeline) == before
+    assert pipeline.source.execute(slots, [source.name]).fetchall() == made
+
+    (statement,) = set(re.findall(r"SELECT pg_drop_replication_slot\('\w+'\)", said + problem + error["hint"]))
+    pipeline.source.execute(statement)
+    configure(pipeline, on_gap="resync")
+    worker = pipeline.start()
+    pipeline.event("resync_requested")
+    until(lambda: all_read(pipeline) and pipeline.in_step_now(), pipeline.tail)
+    pipeline.source.execute("UPDATE articles SET title = title || ' and on' WHERE id % 2 = 0")
+    pipeline.in_step()
+    assert pipeline.stop(worker) == 0
+
+
+@pytest.mark.proof
+def test_a_database_is_followed_on_under_the_name_that_is_told_once_a_copy_took_its_name(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source, other = make_database(), make_database()
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name)
+    load(pipeline)
+    with kept_out(source) as admin:
+        restore_beside(pipeline, admin, source, other)
+    (error,) = [one for one in pipeline.answer("check", status=2)["findings"] if one["level"] == "error"]
+    (name,) = re.findall(r"point source\.dsn at (\w+)", error["hint"])
+    renamed = conninfo.make_conninfo(source.dsn, dbname=name)
+    configure(pipeline, dsn=renamed)
+    pipeline.connect_source(renamed)
+    readings = indexed(pipeline)[-1]
+    change(pipeline)
+    worker = pipeline.start()
+    pipeline.in_step()
+    assert pipeline.stop(worker) == 0
+    assert indexed(pipeline)[-1] == readings
+
+
 @pytest.mark.proof_from(1)
 @pytest.mark.parametrize(
     ("mishap", "reason", "status"),
@@ -86,18 +205,10 @@ def test_a_slot_that_was_moved_while_the_worker_was_cut_off_is_a_gap(
     worker = pipeline.start()
     pipeline.live()
     pipeline.in_step()
-    # Nobody connects anew for a moment, so that the slot is free.
-    with source.server.connect() as admin:
-        admin.execute(f'ALTER DATABASE "{source.name}" ALLOW_CONNECTIONS false')
-        admin.execute(
-            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
-            " WHERE datname = %s AND application_name LIKE 'cdcsync%%'",
-            [source.name],
-        )
+    with kept_out(source):
         change(pipeline)
         before = indexed(pipeline)
         advance(pipeline)
-        admin.execute(f'ALTER DATABASE "{source.name}" ALLOW_CONNECTIONS true')
 
     assert worker.wait(timeout=PATIENCE_S) == 1
     assert "the slot is ahead of the index" in pipeline.tail()

@@ -121,6 +121,7 @@ HELD = {
     "the replication slot is gone": (GAPS, 'id="dropped"'),
     "the replication slot has lost WAL": (GAPS, "test_a_slot_that_lost_its_wal_is_a_gap"),
     "the replication slot sends prepared transactions": (GAPS, 'id="made to send prepared transactions"'),
+    "the replication slot belongs to the database": (GAPS, "test_a_slot_that_may_be_somebody_elses_is_kept"),
     "the slot is ahead of the index": (GAPS, 'id="recreated"'),
     "the source's WAL ends": (GAPS, "files put back"),
     "the source's timeline … branched off … before the checkpoint": (

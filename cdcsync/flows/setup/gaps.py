@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from psycopg import sql
 
 from cdcsync.config import Config
-from cdcsync.errors import DecodingFailed, GapError, SourceUnavailable
+from cdcsync.errors import DecodingFailed, GapError, SetupError, SourceUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.queries import fetch_row, fetch_value
 from cdcsync.postgres.sessions import Connection, connect
-from cdcsync.source.catalog import SENDS_PREPARED, Slot, read_slot, why_lost
+from cdcsync.source.catalog import SENDS_PREPARED, Slot, misfit, read_slot, why_lost
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target.pipelines import Pipelines, PipelineState
 from cdcsync.target.requests.history import History
@@ -60,8 +60,10 @@ async def refuse_gaps(
     """Refuse every gap, over a replication connection of its own where there is a checkpoint.
 
     :raises GapError: there is one.
+    :raises SetupError: the slot is of another kind or database.
     """
     name = config.source.slot
+    refuse_misfit(slot, None if state is None else state.checkpoint)
     if state is None or state.checkpoint is None:
         await refuse_forgotten(target, config.target.schema, name, list(config.indexes))
         return
@@ -84,6 +86,16 @@ async def refuse_standby(slot_connection: SlotConnection, source: Connection) ->
             where="source.dsn",
             hint="name all hosts, and add target_session_attrs=primary, to go straight to the primary",
         )
+
+
+def refuse_misfit(slot: Slot | None, checkpoint: Lsn | None) -> None:
+    """Refuse a slot that we cannot read and may not drop, so that no resync is begun that could not end.
+
+    :raises SetupError: it is one.
+    """
+    if slot is not None and (refused := misfit(slot, begun=checkpoint is not None)) is not None:
+        why, fix = refused
+        raise SetupError(f"the replication slot {why}", where=f"slot {slot.name}, checkpoint {checkpoint}", hint=fix)
 
 
 def refuse_undecodable(stuck: DecodingFailed, checkpoint: Lsn | None, name: str) -> None:

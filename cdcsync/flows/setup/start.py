@@ -15,7 +15,14 @@ from psycopg import sql
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse
-from cdcsync.flows.setup.gaps import refuse_forgotten, refuse_gap, refuse_gaps, refuse_standby, refuse_undecodable
+from cdcsync.flows.setup.gaps import (
+    refuse_forgotten,
+    refuse_gap,
+    refuse_gaps,
+    refuse_misfit,
+    refuse_standby,
+    refuse_undecodable,
+)
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import LOCKED_OUT, speaking_of
@@ -25,7 +32,6 @@ from cdcsync.preflight.target import SHARED
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import (
     FAILOVER_VERSION,
-    SENDS_PREPARED,
     Slot,
     blockers,
     next_transaction,
@@ -172,6 +178,7 @@ async def refuse_early(source: Connection, session: ApplySession, config: Config
     """Look for a gap before anything is created: on a server that is not ours nothing may be.
 
     :raises GapError: there is one, and the configuration does not say to heal it.
+    :raises SetupError: the slot is of another kind or database.
     """
     state = await session.state()
     if config.source.on_gap == "resync":
@@ -197,6 +204,7 @@ async def starting_point(
     :param stuck: why the source cannot decode what follows the checkpoint, if it has failed there again and again.
 
     :raises GapError: changes between the checkpoint and what the slot can send may be missing.
+    :raises SetupError: the slot is of another kind or database, and so not ours to drop.
     """
     name = config.source.slot
     state = await session.state()
@@ -204,6 +212,7 @@ async def starting_point(
     server = await slot_connection.identify()
     with speaking_of("source", where=f"slot {name}"):
         slot = await read_slot(source, name)
+    refuse_misfit(slot, state.checkpoint)
     try:
         if state.checkpoint is None:
             await refuse_forgotten(session.connection, config.target.schema, name, indexes)
@@ -249,7 +258,6 @@ async def _first_position(
     A new slot in its place loses nothing, because the first load is still to come.
 
     :raises SlotInUse: another process is creating or reading the slot.
-    :raises SetupError: it sends prepared transactions.
     """
     name = config.source.slot
     if slot is None:
@@ -259,13 +267,6 @@ async def _first_position(
             await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
             crash_point("lost slot dropped")
             return await _create_slot(slot_connection, source, config)
-        if slot.two_phase:
-            raise SetupError(
-                SENDS_PREPARED,
-                where=f"slot {name}",
-                hint="name another slot with source.slot, which run creates; or, if nothing else reads this one,"
-                f" SELECT pg_drop_replication_slot('{name}')",
-            )
         if slot.confirmed_flush is None or slot.catalog_xmin is None:
             raise SlotInUse(
                 "the slot is still being created by a session that was left behind",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from typing import Any
@@ -243,7 +244,7 @@ def test_a_publication_that_serves_others_too_is_kept(
     assert publications(database) == ["cdcsync"]
 
 
-def test_a_slot_that_is_not_the_pipelines_is_refused(
+def test_a_slot_that_may_not_be_the_pipelines_is_refused_with_the_statement_that_drops_it(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     database = make_database()
@@ -257,6 +258,9 @@ def test_a_slot_that_is_not_the_pipelines_is_refused(
     assert done.returncode == 2
     assert "test_decoding" in done.stderr
     assert slots(database) == [slot]
+    (statement,) = re.findall(r"SELECT pg_drop_replication_slot\('\w+'\)", done.stderr)
+    database.execute(statement)
+    assert teardown(pipeline).returncode == 0
 
 
 # -- one index -------------------------------------------------------------------------------------------------------

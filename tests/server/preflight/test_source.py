@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -20,6 +21,15 @@ from tests.support.servers import Database, Server
 pytestmark = pytest.mark.server
 
 SLOT = "SELECT pg_create_logical_replication_slot(%s, 'pgoutput')"
+DROP = r"SELECT pg_drop_replication_slot\('\w+'\)"
+
+
+async def has_checkpoint(database: Database, slot: str, checkpoint: str | None) -> None:
+    """Set up what all indexes of a pipeline share, with its checkpoint."""
+    async with await connect(database.dsn, "target") as target, target.transaction():
+        await create_shared(target, "cdcsync")
+        statement = "INSERT INTO cdcsync.pipelines (slot, publication, checkpoint) VALUES (%s, 'cdcsync', %s)"
+        await target.execute(statement, [slot, checkpoint])
 
 
 @contextlib.contextmanager
@@ -128,25 +138,6 @@ async def test_a_slot_that_a_worker_reads_makes_a_standby_whatever_senders_are_f
 
 
 @pytest.mark.parametrize(
-    ("create", "sign"),
-    [
-        ("SELECT pg_create_physical_replication_slot(%s)", "physical"),
-        ("SELECT pg_create_logical_replication_slot(%s, 'test_decoding')", "test_decoding"),
-    ],
-)
-async def test_a_slot_of_another_kind_is_refused(lone_database: Database, create: str, sign: str) -> None:
-    slot = f"{lone_database.name}_other"
-    lone_database.execute(f"{ARTICLES}; CREATE PUBLICATION cdcsync FOR TABLE articles")
-    lone_database.execute(create, [slot])
-    try:
-        error = the_error(await examined(configured(lone_database.dsn, slot=slot)))
-    finally:
-        lone_database.execute("SELECT pg_drop_replication_slot(%s)", [slot])
-    assert error.where == f"slot {slot}"
-    assert sign in error.message
-
-
-@pytest.mark.parametrize(
     ("system", "level", "sign"),
     [
         (None, "warning", "this pipeline has not begun"),
@@ -176,13 +167,39 @@ async def test_a_slot_that_a_pipeline_finds_at_its_beginning_may_be_another_ones
     assert "source.slot" in str(told.hint)
 
 
-async def test_a_slot_of_another_database_is_refused(make_database: Callable[[], Database]) -> None:
+@pytest.mark.parametrize("on_gap", [None, "stop", "resync"], ids=["not begun", "begun", "begun and to resync"])
+@pytest.mark.parametrize(
+    ("create", "here", "sign"),
+    [
+        ("SELECT pg_create_physical_replication_slot(%s)", True, "is a physical slot"),
+        ("SELECT pg_create_logical_replication_slot(%s, 'test_decoding')", True, "decodes with test_decoding"),
+        (SLOT, False, "belongs to the database"),
+    ],
+    ids=["physical", "of another plugin", "of another database"],
+)
+async def test_a_slot_of_another_kind_or_database_is_refused_and_each_fix_that_is_told_ends_that(
+    make_database: Callable[[], Database], create: str, here: bool, sign: str, on_gap: str | None
+) -> None:
     database, other = make_database(), make_database()
+    slot = f"{database.name}_other"
+    await has_checkpoint(database, slot, "0/1" if on_gap else None)
     database.execute(f"{ARTICLES}; CREATE PUBLICATION cdcsync FOR TABLE articles")
-    other.execute(SLOT, [other.name])
-    error = the_error(await examined(configured(database.dsn, slot=other.name)))
-    assert other.name in error.message
-    assert database.name in error.message
+    (database if here else other).execute(create, [slot])
+    config = configured(database.dsn, slot=slot)
+    config = msgspec.structs.replace(config, source=msgspec.structs.replace(config.source, on_gap=on_gap or "stop"))
+    try:
+        error = the_error(await examined(config))
+        assert error.where == f"slot {slot}"
+        assert sign in error.message
+        # Indexes that exist belong to a slot of this name.
+        assert ("name another slot" in str(error.hint)) == (on_gap is None)
+        assert ("source.on_gap" in str(error.hint)) == (on_gap is not None)
+        if on_gap is None:
+            assert (await examined(configured(database.dsn))).errors == []
+        (statement,) = re.findall(DROP, str(error.hint))
+    finally:
+        database.execute(statement)
+    assert (await examined(config)).errors == []
 
 
 @pytest.mark.parametrize(
@@ -193,10 +210,7 @@ async def test_a_slot_that_lost_wal_stops_the_pipeline_unless_it_may_resync_or_h
     lone_database: Database, on_gap: str, checkpoint: str | None, levels: list[str]
 ) -> None:
     slot = lone_database.name
-    async with await connect(lone_database.dsn, "target") as target, target.transaction():
-        await create_shared(target, "cdcsync")
-        statement = "INSERT INTO cdcsync.pipelines (slot, publication, checkpoint) VALUES (%s, 'cdcsync', %s)"
-        await target.execute(statement, [slot, checkpoint])
+    await has_checkpoint(lone_database, slot, checkpoint)
     lone_database.execute(f"{ARTICLES}; CREATE PUBLICATION cdcsync FOR TABLE articles")
     lone_database.execute(SLOT, [slot])
     with lone_database.connect() as connection:

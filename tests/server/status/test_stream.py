@@ -37,7 +37,7 @@ async def test_a_slot_that_is_gone_is_a_gap(stopped: Pipeline) -> None:
     assert problem(status, f"is gone, and with it the changes since {status.checkpoint}")
 
 
-async def test_a_slot_of_another_database_is_told_and_is_not_shown_as_ours(
+async def test_a_slot_of_another_database_is_told_with_the_fix_and_is_not_shown_as_ours(
     stopped: Pipeline, make_database: Callable[[], Database]
 ) -> None:
     await stopped.source.execute("SELECT pg_drop_replication_slot(%s)", [stopped.config.source.slot])
@@ -45,7 +45,10 @@ async def test_a_slot_of_another_database_is_told_and_is_not_shown_as_ours(
     other.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [stopped.config.source.slot])
     status = await stopped.status()
     assert status.slot is None
-    assert problem(status, f"is of the database {other.name}: name another with source.slot")
+    told = problem(status, f"belongs to the database {other.name}")
+    assert f"SELECT pg_drop_replication_slot('{stopped.config.source.slot}')" in told
+    assert 'source.on_gap = "resync"' in told
+    assert not [one for one in status.problems if "is gone" in one]
 
 
 async def test_a_slot_that_others_moved_is_a_gap(stopped: Pipeline) -> None:

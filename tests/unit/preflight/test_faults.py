@@ -35,7 +35,7 @@ def server(**facts: Any) -> Server:
 
 
 def slot(**facts: Any) -> Slot:
-    sound: dict[str, Any] = {"name": "s", "plugin": "pgoutput", "database": "shop", "active_pid": None}
+    sound: dict[str, Any] = {"name": "s", "plugin": "pgoutput", "database": "shop", "here": "shop", "active_pid": None}
     positions: dict[str, Any] = {"confirmed_flush": None, "restart": None, "retained_bytes": 0, "safe_bytes": None}
     return Slot(**sound | positions | {"wal_status": "reserved"} | facts)
 
@@ -71,7 +71,7 @@ def test_a_standby_is_refused_for_the_reason_of_its_version(version: int, sign: 
 
 
 def test_a_slot_about_to_lose_wal_is_warned_of() -> None:
-    (warning,) = on_source.slot_faults(slot(wal_status="unreserved"), server(), resync=False)
+    (warning,) = on_source.slot_faults(slot(wal_status="unreserved"), resync=False)
     assert warning.level == "warning"
     assert "start the worker now" in str(warning.hint)
 
