@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from tests.support.configs import NO_AUDIT, configuration
+from tests.support.migrations import migrate, ready
 from tests.support.servers import Database
 from tests.support.workers import Pipeline
 
@@ -169,4 +170,27 @@ def test_a_language_that_is_no_longer_carried_stays_in_force_for_the_words_made_
     pipeline.start()
     pipeline.source.execute("UPDATE articles SET title = title")  # which only the new worker applies
     pipeline.in_step()
+    finds(pipeline, {"articles": "english"})
+
+
+@pytest.mark.proof
+def test_other_chunks_have_the_keyword_search_of_the_file_and_those_that_are_live_keep_theirs(
+    pipeline: Pipeline, database: Database
+) -> None:
+    pipeline.configure(configuration(database.dsn, indexes={"articles": {"search": "english"}}))
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.stop(worker)
+    pipeline.configure(configuration(database.dsn, indexes={"articles": {"search": "simple", "text": "a {title}"}}))
+    assert migrate(pipeline, "start")["begun"] is True
+    pipeline.start()
+    ready(pipeline, 2)
+    insert(pipeline, WRITTEN_LATER)
+    pipeline.reach("articles")
+    finds(pipeline, {"articles": "english"})
+    migrate(pipeline, "activate")
+    pipeline.reach("articles")
+    finds(pipeline, {"articles": "simple"})
+    assert {one["action"] for one in plans(pipeline, 0).values()} == {"unchanged"}
+    migrate(pipeline, "rollback")
     finds(pipeline, {"articles": "english"})
