@@ -29,6 +29,7 @@ from cdcsync.preflight.beside import beside_findings
 from cdcsync.preflight.dependents import dependents_findings
 from cdcsync.preflight.generations import vector_findings
 from cdcsync.preflight.indexes import Plan
+from cdcsync.preflight.layout import search_findings
 from cdcsync.source.catalog import Catalog, read_slot
 from cdcsync.target.approvals import Approvals, change_of
 from cdcsync.target.beside import is_met_by
@@ -242,12 +243,13 @@ class _Planning:
         )
 
     async def _remaining(self, spec: IndexSpec, entry: Entry) -> list[str]:
-        """Say what stays as it is: what only a migration exchanges, and columns of views that others use."""
+        """Say what stays as it is: what only a migration exchanges, the column of words, and what others use."""
         schema = self._config.target.schema
         with speaking_of("target", where=f"index {spec.name}"):
             kept = await dependents_findings(self._target, schema, spec)
             other = await Registry(schema).find(self._target, beside_name(spec.name))
         kept += beside_findings(spec.name, self._config.indexes[spec.name], entry, other)
+        kept += search_findings(self._plans[spec.name], schema, entry.relations)
         said = [one.with_fix for one in kept]
         return said + (await self._vectors_remaining(spec) if other is None else [])
 

@@ -312,7 +312,7 @@ async def _examine_indexes(
                 plan.findings += vector_findings(plan, live_generation(stored, facts.generations.get(plan.name, [])))
             plan.findings += plan.unlike
         with noting(plan.findings, "target", f"indexes.{plan.name}"):
-            await examine_layout(target, config, plan.name, facts, plan.findings)
+            await examine_layout(target, config, plan, facts, plan.findings)
         published = publication.tables.get(plan.index.table_name) if publication is not None else None
         row_filter = published.row_filter if published is not None else None
         with noting(plan.findings, "target", f"indexes.{plan.name}"):

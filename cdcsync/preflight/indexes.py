@@ -92,6 +92,8 @@ class Plan(msgspec.Struct):
     wanted: WantedVectors | None = None
     """The vectors that the configuration asks for, where the index has others; `index` and `embedder` are then what it
     has, if the configuration has an embedder for that."""
+    search: str | None = None
+    """The `search` of the column of words that the index has, which the configuration's waits for to be made again."""
     cutter: str | None = None
     """The embedder whose tokens the stored chunks are measured in, if they are as they would be cut now."""
     in_use: frozenset[str] = frozenset()
@@ -291,7 +293,7 @@ async def make_spec(
     wire_types = tuple(table.columns[one].wire_type for one in shape.own if one in table.columns)
     spec = IndexSpec(
         name=plan.name,
-        config=index,
+        config=msgspec.structs.replace(index, search=plan.search or index.search),
         shape=msgspec.structs.replace(shape, types=wire_types),
         documents=documents,
         source_key_types=tuple(table.columns[column].value_type for column in table.key),

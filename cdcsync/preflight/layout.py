@@ -5,11 +5,13 @@ Source: PostgreSQL, "Text Search" (Configurations), "Generated Columns".
 
 from __future__ import annotations
 
-from cdcsync.config import Config
+from collections.abc import Iterator
+
+from cdcsync.config import Config, Index
 from cdcsync.config.names import own_name, quote
-from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, nearest, noting
+from cdcsync.preflight.indexes import Plan
 from cdcsync.preflight.target import (
     OURS,
     SHARED,
@@ -19,15 +21,15 @@ from cdcsync.preflight.target import (
     read_relations,
     relation_faults,
 )
-from cdcsync.target.ddl.languages import CJK
+from cdcsync.target.ddl.languages import CJK, kept_search
 from cdcsync.target.ddl.views import schemas_read
 
 
 async def examine_layout(
-    connection: Connection, config: Config, name: str, target: TargetFacts, findings: list[Finding]
+    connection: Connection, config: Config, plan: Plan, target: TargetFacts, findings: list[Finding]
 ) -> None:
-    """Check that the index's relations can be made, or are there and ours."""
-    index = config.indexes[name]
+    """Check that the index's relations can be made, or are there and ours, and note which keyword search it has."""
+    name, index = plan.name, plan.index
     where = f"indexes.{name}"
     schema, view = config.target.schema, index.view_name
     stored = target.stored.get(name)
@@ -42,8 +44,10 @@ async def examine_layout(
             findings += access_faults(f"{where}.view", access, target.server, created=view.schema == schema)
             findings += await _view_faults(connection, config, name, target)
         if index.search is not None:
-            built = any(relation.name.name == own[0] and relation.of(OURS) for relation in relations)
-            findings += await _search_faults(connection, config, name, own[0], built=built)
+            findings += await _search_faults(connection, name, index)
+            if any(relation.name.name == own[0] and relation.of(OURS) for relation in relations):
+                plan.search = await kept_search(connection, schema, stem, index)
+            findings += search_findings(plan, schema, stem)
 
 
 async def _view_faults(connection: Connection, config: Config, name: str, target: TargetFacts) -> list[Finding]:
@@ -66,20 +70,29 @@ async def _view_faults(connection: Connection, config: Config, name: str, target
     return list(relation_faults(where, existing, target.server, config))
 
 
-def _form(expression: str) -> list[bool]:
-    """Return which of the ways to make words of a text an expression is of."""
-    return [sign in expression for sign in ("CASE lower(", "regexp_replace(")]
+def search_findings(plan: Plan, schema: str, relations: str) -> Iterator[Finding]:
+    """Say that an index has another keyword search than the configuration asks for, and how it gets that.
 
-
-async def _search_faults(
-    connection: Connection, config: Config, name: str, chunks: str, *, built: bool
-) -> list[Finding]:
-    """Say whether the text search configuration exists, and whether it is the one that an existing index has.
-
-    :param chunks: the name of its chunks table.
+    :param schema: that of our own tables.
+    :param relations: how the names of the index's relations begin.
     """
-    index = config.indexes[name]
+    asked, has = plan.index.search, plan.search
+    if has is None or has == asked:
+        return
+    table = f"{quote(schema)}.{quote(f'{relations}_chunks')}"
+    yield Finding.warning(
+        f"indexes.{plan.name}.search",
+        f'the configuration asks for keyword search by "{asked}"; the index keeps that by "{has}"',
+        f"ALTER TABLE {table} DROP COLUMN search CASCADE, then start the worker: it makes the column and the view"
+        " again",
+    )
+
+
+async def _search_faults(connection: Connection, name: str, index: Index) -> list[Finding]:
+    """Say whether the text search configuration exists."""
     wanted = str(index.search)
+    if index.search_column is not None or wanted == CJK:
+        return []
     where = f"indexes.{name}.search"
     cursor = await connection.execute(
         """
@@ -87,46 +100,17 @@ async def _search_faults(
                n.nspname = CASE cardinality(parts) WHEN 1 THEN 'pg_catalog' ELSE parts[1] END
         FROM pg_ts_config c JOIN pg_namespace n ON n.oid = c.cfgnamespace, parse_ident(%s) AS parts
         """,
-        ["simple" if index.search_column is not None or wanted == CJK else wanted],
+        [wanted],
     )
     known = await cursor.fetchall()
     namesakes = {one: in_place for one, same_name, in_place in known if same_name}
-    chosen = next((one for one, in_place in namesakes.items() if in_place), None)
-    sign = f"'{chosen}'::regconfig"
-    if index.search_column is not None:
-        chosen, sign = f"the language in {index.search_column}", "CASE lower("
-    elif wanted == CJK:
-        chosen, sign = wanted, "regexp_replace("
-    if chosen is None:
-        best = next(iter(namesakes), None) or nearest(wanted, (one for one, *_ in known))
-        return [
-            Finding.error(
-                where,
-                f"there is no text search configuration {wanted} in the target",
-                f'did you mean "{best}"?' if best else f'set {where} = "simple", or one that \\dF lists in psql',
-            )
-        ]
-    if not built:
+    if any(namesakes.values()):
         return []
-    table = f"{quote(config.target.schema)}.{quote(chunks)}"
-    expression = await fetch_row(
-        connection,
-        "SELECT pg_get_expr(d.adbin, d.adrelid) FROM pg_attrdef d JOIN pg_attribute a"
-        " ON a.attrelid = d.adrelid AND a.attnum = d.adnum WHERE d.adrelid = to_regclass(%s) AND a.attname = 'search'",
-        [table],
-    )
-    # The server waits for whoever drops a table, and then has no expression of it.
-    if (
-        expression is None
-        or expression[0] is None
-        or (("CASE" in expression[0]) == ("CASE" in sign) and sign in expression[0])
-    ):
-        return []
+    best = next(iter(namesakes), None) or nearest(wanted, (one for one, *_ in known))
     return [
-        Finding.warning(
+        Finding.error(
             where,
-            f"the index exists, and its keyword search is not by {chosen} but by {expression[0]}",
-            f"ALTER TABLE {table} DROP COLUMN search CASCADE, then start the worker: it makes the column and the view"
-            " again",
+            f"there is no text search configuration {wanted} in the target",
+            f'did you mean "{best}"?' if best else f'set {where} = "simple", or one that \\dF lists in psql',
         )
     ]

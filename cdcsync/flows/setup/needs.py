@@ -74,8 +74,11 @@ def need_of(
         because += [str(change) for change in changed] or [BY_OTHER_RULES]
     if found.reread and not asked_for:
         because.append(found.reread)
-    if before.pause is not None and not before.pause.reason.startswith(AWAITS_APPROVAL):
-        because.append("it was paused")  # the reason may name a row, and this is for logs
+    if before.pause is not None:
+        if not before.pause.reason.startswith(AWAITS_APPROVAL):
+            because.append("it was paused")  # the reason may name a row, and this is for logs
+        elif not (rewrite or asked_for):
+            because.append("it was paused for a change that is taken back")
     if before.unfollowed_at is not None:
         because.append(f"it was not followed since {before.unfollowed_at:%Y-%m-%d %H:%M} UTC")
     if lost or found.reread or before.state == "paused" or before.unfollowed_at is not None:

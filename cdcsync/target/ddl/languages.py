@@ -11,17 +11,23 @@ else, and NULL, is `simple`: words as they are written.
 PostgreSQL's parser takes a run of Chinese or Japanese characters for one word. By `cjk` each character is a word, which
 keeps its place, so a quoted phrase is found inside of any run; what is not of these scripts is as by `simple`.
 
+The column that an index has decides how its queries are read, whatever the configuration asks for meanwhile: words that
+are made in another way are found in no column.
+
 Source: PostgreSQL, "Text Search" (Configurations), "Generated Columns"; ISO 639-1.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import msgspec
 from psycopg import sql
 
-from cdcsync.config import Index
+from cdcsync.config import Index, QualifiedName
+from cdcsync.postgres.queries import fetch_row
+from cdcsync.postgres.sessions import Connection
 
 SIMPLE = "simple"
 
@@ -62,6 +68,12 @@ LETTERS = {
 }
 """Configurations that every PostgreSQL from 14 on has, and the two letters of their languages."""
 
+_BY_LANGUAGE = re.compile(r'CASE lower\(\(?("(?:[^"]|"")+"|\w+)')
+"""How the server prints a column of words that is made by languages."""
+
+_BY_CHARACTER = "regexp_replace("
+"""What it prints only of one that is made by characters."""
+
 
 class Searched(msgspec.Struct, frozen=True):
     """How words are made of a text, as expressions of the search function's body.
@@ -90,6 +102,46 @@ def search_expression(index: Index, text: sql.Composable) -> sql.Composable:
     if index.search_column is None:
         return _vector(index.search or SIMPLE, text)
     return _by_language(sql.Identifier(index.search_column), lambda one: _vector(f"pg_catalog.{one}", text))
+
+
+async def kept_search(connection: Connection, schema: str, relations: str, index: Index) -> str | None:
+    """Return the `search` that an index has: that of its column of words, by which its queries have to be read.
+
+    It is what the configuration asks for if that makes the same words, if there is no column yet, and if the column is
+    not one of ours; and if the configuration asks for no search by words.
+
+    :param relations: how the names of the index's relations begin.
+    :param index: its section as the configuration has it.
+    """
+    wanted = index.search
+    if wanted is None:
+        return None
+    named = None if wanted == CJK or index.search_column is not None else wanted
+    row = await fetch_row(
+        connection,
+        r"""
+        SELECT made, CASE WHEN n.nspname <> 'pg_catalog' THEN quote_ident(n.nspname) || '.' ELSE '' END
+                   || quote_ident(t.cfgname),
+               t.cfgname = w[cardinality(w)] AND n.nspname = CASE cardinality(w) WHEN 1 THEN 'pg_catalog' ELSE w[1] END
+        FROM (SELECT pg_get_expr(d.adbin, d.adrelid) AS made, parse_ident(%(named)s) AS w FROM pg_attrdef d
+              JOIN pg_attribute a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
+              JOIN pg_class c ON c.oid = d.adrelid JOIN pg_namespace s ON s.oid = c.relnamespace
+              WHERE s.nspname = %(schema)s AND c.relname = %(chunks)s AND a.attname = 'search') AS d
+        LEFT JOIN pg_ts_config t ON t.oid = replace(
+            substring(made FROM $$to_tsvector\('((?:[^']|'')+)'::regconfig$$), $$''$$, $$'$$)::regconfig
+        LEFT JOIN pg_namespace n ON n.oid = t.cfgnamespace
+        """,
+        {"named": named, "schema": schema, "chunks": f"{relations}_chunks"},
+    )
+    # The server waits for whoever drops a table, and then has no expression of it.
+    made, name, same = row or (None, None, None)
+    if made is None:
+        return wanted
+    if by_language := _BY_LANGUAGE.search(made):
+        return f"{{{QualifiedName.parse(by_language[1]).name}}}"
+    if _BY_CHARACTER in made:
+        return CJK
+    return wanted if same else name or wanted
 
 
 def searched(index: Index, chunks: sql.Composable, words: sql.Composable, sample: int) -> Searched:

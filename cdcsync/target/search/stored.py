@@ -18,6 +18,7 @@ from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.beside import as_kept, made_by
+from cdcsync.target.ddl.languages import kept_search
 from cdcsync.target.entries import TABLE, Entry
 from cdcsync.target.generations import Generations
 from cdcsync.target.registry import Registry
@@ -75,7 +76,7 @@ async def _spec_of(
     name = entry.name
     generations = await Generations(schema).of(connection, name)
     documents = make_documents(config, where=f"indexes.{name}")
-    searchable = config.search if "search" in types else None
+    kept = await kept_search(connection, schema, entry.relations, config) if "search" in types else None
     live = next((one for one in generations if one.generation == entry.generation), None)
     if live is not None:
         config = live.settings(config)
@@ -85,7 +86,7 @@ async def _spec_of(
             config,
             vector_type=entry.vector_type,
             columns=entry.columns,
-            search=searchable,
+            search=kept,
             view=entry.view_name,
         ),
         shape=Shape(

@@ -226,3 +226,22 @@ def test_a_change_that_embeds_little_waits_for_nobody(pipeline: Pipeline, databa
     pipeline.start()
     pipeline.live()
     pipeline.in_step()
+
+
+def test_a_change_that_awaited_an_approval_and_is_taken_back_is_named_as_the_reason_to_read_the_rows_again(
+    pipeline: Pipeline, database: Database
+) -> None:
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.stop(worker)
+    write(pipeline, database, articles={"text": "{body}", "confirm_above_texts": 5}, notes={})
+    worker = pipeline.start()
+    until(lambda: state(pipeline, "articles")[0] == "paused", pipeline.tail)
+    pipeline.stop(worker)
+    write(pipeline, database, articles={"confirm_above_texts": 5}, notes={})
+    reason = "it was paused for a change that is taken back"
+    assert plan(pipeline)["indexes"]["articles"]["because"] == [reason]
+    assert f"~ articles: {ROWS} rows read again: {reason}\n" in pipeline.command("plan").stdout
+    pipeline.start()
+    pipeline.live()
+    pipeline.in_step()

@@ -67,7 +67,7 @@ async def test_a_changed_text_search_configuration_is_warned_of_with_the_way_to_
     await lay_out(database, spec)
     (warning,) = warnings(await examined(configured(database.dsn, articles='search = "german"\ncolumns = ["tenant"]')))
     assert warning.where == "indexes.articles.search"
-    assert "not by german" in warning.message
+    assert 'by "german"; the index keeps that by "english"' in warning.message
     assert warning.hint is not None
     database.execute(warning.hint.partition(",")[0])
     await lay_out(database, make_spec(search="german"))

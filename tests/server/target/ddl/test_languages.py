@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
+import msgspec
 import pytest
 from psycopg import sql
 
+from cdcsync.target.ddl.languages import kept_search
 from cdcsync.target.search import count_words, search
 from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, live_index, make_spec
 from tests.support.servers import Database
@@ -151,3 +153,34 @@ async def test_a_word_of_a_language_that_looks_like_an_operator_is_a_word(databa
         assert await found(index, "argent OR platine") == [2]
         assert await found(index, "argent OR -platine") == [2]
         assert await found(index, "-platine OR argent") == [2]
+
+
+@pytest.mark.parametrize(
+    ("made_by", "type_", "written"),
+    [
+        ("english", "text", ["pg_catalog.english", "PG_CATALOG.English"]),
+        ("cjk", "text", []),
+        ("{language}", "text", []),
+        ('{Its "Language"}', "character varying(20)", []),
+        ('public."It\'s ""mine"""', "text", []),
+    ],
+)
+async def test_the_search_that_a_column_has_is_read_from_it_whatever_is_asked_for(
+    database: Database, made_by: str, type_: str, written: list[str]
+) -> None:
+    database.execute("""CREATE TEXT SEARCH CONFIGURATION public."It's ""mine\""" (COPY = simple)""")
+    column = made_by[1:-1] if made_by.startswith("{") else "language"
+    spec = make_spec(carried={column: type_}, search=made_by)
+
+    async def kept(search: str | None) -> str | None:
+        asked = msgspec.structs.replace(spec.config, search=search)
+        return await kept_search(index.connection, SCHEMA, spec.relations, asked)
+
+    async with live_index(database, spec) as index:
+        for one in ("simple", "arabic", "english", "public.simple", "cjk", "{language}", "{other}", made_by):
+            assert await kept(one) == made_by
+        # Other spellings of the same name are as the configuration has them.
+        assert [await kept(one) for one in written] == written
+        assert await kept(None) is None
+        await index.connection.execute("ALTER TABLE cdcsync.articles_chunks DROP COLUMN search CASCADE")
+        assert await kept("simple") == "simple"

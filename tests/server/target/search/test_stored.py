@@ -22,7 +22,7 @@ async def test_the_stored_index_is_what_the_target_says_and_not_the_configuratio
         await stored_spec(connection, SCHEMA, "articles", spec.config)
     await Pipelines(SCHEMA, "s").ensure(connection, "p")
     await register(connection, spec, slot="s")
-    changed = msgspec.structs.replace(spec.config, vector_type="halfvec", columns=())
+    changed = msgspec.structs.replace(spec.config, vector_type="halfvec", columns=(), search="simple")
     assert await stored_spec(connection, SCHEMA, "articles", changed) == spec
     now = await served_now(connection, SCHEMA, "articles")
     assert now is not None

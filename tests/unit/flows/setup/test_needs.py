@@ -72,6 +72,13 @@ def test_an_index_as_it_was_needs_nothing() -> None:
             ['text: "{title}" → "{body}"'],
             True,
         ),
+        (
+            {"state": "paused", "reason": f"{AWAITS_APPROVAL} 5 texts"},
+            "resync",
+            False,
+            ["it was paused for a change that is taken back"],
+            False,
+        ),
         ({"unfollowed_at": THEN}, "resync", False, ["it was not followed since 2026-01-01 00:00 UTC"], False),
     ],
 )
@@ -81,6 +88,22 @@ def test_a_load_says_why_and_whether_the_configuration_asks_for_it(
     need = need_of(SPEC, None if before is None else entry(**before), Difference())
     assert need is not None
     assert (need.kind, need.rewrite, list(need.because), need.embeds) == (kind, rewrite, because, embeds)
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"state": "paused", "reason": "a lock"}, {"state": "paused", "reason": AWAITS_APPROVAL}]
+)
+@pytest.mark.parametrize("unfollowed", [{}, {"unfollowed_at": THEN}])
+@pytest.mark.parametrize(
+    "made", [{}, {"fingerprint": "g"}, {"configuration": configured(text="{title}")}, {"columns": ()}]
+)
+@pytest.mark.parametrize("found", [Difference(), Difference(reread="a type")])
+@pytest.mark.parametrize("missing", [None, Missing(("articles_chunks",))])
+def test_no_load_is_without_a_reason(
+    state: dict[str, Any], unfollowed: dict[str, Any], made: dict[str, Any], found: Difference, missing: Missing | None
+) -> None:
+    need = need_of(SPEC, entry(**state, **unfollowed, **made), found, missing=missing)
+    assert need is None or need.because
 
 
 def test_a_table_of_the_index_that_is_lost_is_filled_again() -> None:
