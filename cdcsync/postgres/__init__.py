@@ -5,6 +5,7 @@
     refusals      why a connection could not be opened, in plain words
     interrupts    statements that end when the worker is told to stop
     liveness      connections whose far end is gone although the socket is open
+    poolers       whether the pooler before a server shares sessions between its clients
     settings      what a session is opened with, and set to: it renders every value the same way
     errors        what the driver's errors mean for the pipeline
     sessions      connections that come back after an outage

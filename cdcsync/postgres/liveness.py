@@ -60,12 +60,12 @@ LOOKS = 2
 """So many looks in a row must find nothing: an answer may be under way during one."""
 
 SERVER: LiteralString = (
-    "SELECT pg_catalog.pg_backend_pid(), (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::int8,"
-    " pg_catalog.pg_is_in_recovery()"
+    "SELECT pg_catalog.pg_backend_pid(), (extract(epoch FROM pg_catalog.pg_postmaster_start_time())"
+    " OPERATOR(pg_catalog.*) 1000000)::bigint, pg_catalog.pg_is_in_recovery()"
 )
-"""The first three fields of `Backend`."""
+"""The first three fields of `Backend`, asked for under any search_path."""
 
-SYSTEM: LiteralString = "SELECT system_identifier::text FROM pg_catalog.pg_control_system()"
+SYSTEM: LiteralString = "SELECT system_identifier::pg_catalog.text FROM pg_catalog.pg_control_system()"
 """The last field of `Backend`. Everybody may ask for it, unless an administrator has revoked that."""
 
 _SEEN: LiteralString = f"""
@@ -321,6 +321,18 @@ async def _look(asking: psycopg.AsyncConnection[tuple[Any, ...]], backend: Backe
     if seen.started == backend.started:
         return seen
     return msgspec.structs.replace(seen, system=await system_of(asking))
+
+
+async def backend_of(connection: psycopg.AsyncConnection[tuple[Any, ...]]) -> Backend:
+    """Return the server process that a connection has now. Nothing is set for that."""
+    try:
+        # Together, because each statement of its own would take the time of the way there and back.
+        cursor = await connection.execute(f"SELECT * FROM ({SERVER}) AS here, ({SYSTEM}) AS cluster")
+    except (psycopg.ProgrammingError, psycopg.NotSupportedError):
+        cursor = await connection.execute(SERVER)
+    row = await cursor.fetchone()
+    assert row is not None
+    return Backend(*row)
 
 
 async def system_of(connection: psycopg.AsyncConnection[tuple[Any, ...]]) -> str | None:

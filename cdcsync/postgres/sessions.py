@@ -17,9 +17,10 @@ import anyio
 import psycopg
 from psycopg.pq import TransactionStatus
 
-from cdcsync.errors import CdcsyncError, Unavailable
+from cdcsync.errors import CdcsyncError, SetupError, Unavailable
 from cdcsync.postgres.errors import connect_error, speaking_of, unavailable
-from cdcsync.postgres.liveness import SERVER, Backend, WatchedConnection, at_its_host, system_of
+from cdcsync.postgres.liveness import WatchedConnection, at_its_host, backend_of
+from cdcsync.postgres.poolers import shares_sessions
 from cdcsync.postgres.settings import (
     DURABILITY,
     LEAVING,
@@ -59,6 +60,10 @@ IDLE_S = 20.0
 SETTINGS_S = 30.0
 """How long a server that has accepted a login may take for the first statements, which wait for nothing."""
 
+_LENT: set[tuple[str, ...]] = set()
+"""Pools that lend a client the same session for as long as it is connected, as far as this process has found out: once,
+because it takes another login and another session of the pool."""
+
 
 def answers(connection: Connection, error: CdcsyncError) -> bool:
     """Say whether a server answers although a statement failed, so that others may succeed on this connection."""
@@ -81,21 +86,23 @@ async def connect(
 
     :param lock_wait_ms: how long a statement waits for a lock, if that is not for the side to say.
     :param works: whether it keeps an index in step, as every session on the source does; see `WORKING`.
-    :raises SetupError: wrong password, database, host name or DSN: waiting does not help.
+    :raises SetupError: wrong password, database, host name or DSN, or a pooler that shares sessions: waiting does not
+        help.
     :raises SourceUnavailable, TargetUnavailable: the server does not answer now.
     """
     where = f"{side} ({describe(dsn)})"
     settings = conninfo_for(dsn, application_name=application_name)
-    try:
-        connection = await WatchedConnection.connect(settings, autocommit=True)
-    except psycopg.Error as error:
-        raise connect_error(error, side, where) from error
-    connection.watch(at_its_host(connection, settings))
+    connection = await _log_in(settings, side, where)
+    here = at_its_host(connection, settings)
+    connection.watch(here)
     # Planned anew each time: a plan made while a table was empty would scan it for ever, and one that is kept over an
     # ALTER TABLE is an error.
     connection.prepare_threshold = None
     try:
         with speaking_of(side, where=where), anyio.fail_after(SETTINGS_S):
+            connection.backend = await backend_of(connection)
+            if connection.backend.pid != connection.info.backend_pid:
+                await _refuse_shared(connection, here, side, where)
             await _set_up(connection, side, lock_wait_ms, works=works)
             if side == "target" and (admit := _ADMIT.get()) is not None:
                 await admit(connection)
@@ -109,22 +116,47 @@ async def connect(
     return connection
 
 
+async def _log_in(settings: str, side: Side, where: str) -> WatchedConnection:
+    try:
+        return await WatchedConnection.connect(settings, autocommit=True)
+    except psycopg.Error as error:
+        raise connect_error(error, side, where) from error
+
+
+async def _refuse_shared(connection: WatchedConnection, here: str, side: Side, where: str) -> None:
+    """Raise an error if the pooler that this connection is with shares sessions; nothing has been set until now.
+
+    :param here: a DSN that leads to the same pooler.
+    :raises SetupError: it does.
+    """
+    info = connection.info
+    pool = (info.host, info.hostaddr, str(info.port), info.dbname, info.user)
+    if pool in _LENT:
+        return
+    other = await _log_in(here, side, where)
+    try:
+        shared = await shares_sessions(connection, other)
+    finally:
+        other.pgconn.finish()
+    if shared:
+        raise SetupError(
+            "leads to a pooler that gives each transaction another session: locks, settings and temporary tables of"
+            " cdcsync's sessions would be lost, and its settings left to other clients",
+            where=where,
+            hint="connect to the server itself, or to a pool in session mode (PgBouncer: pool_mode = session)",
+        )
+    _LENT.add(pool)
+
+
 async def _set_up(connection: WatchedConnection, side: Side, lock_wait_ms: int | None, *, works: bool) -> None:
-    """Pin the settings of a session, and note which one it is: until then nobody could tell that it is lost."""
+    """Pin the settings of a session."""
     # Together, because each statement of its own would take the time of the way there and back.
     ours = [RENDERING, SAFETY, DURABILITY[side], *([TABLES_ONLY] if side == "source" else [])]
     if works or side == "source":
         ours.append(WORKING)
     if lock_wait_ms is not None:
         ours.append(f"SET lock_timeout = {lock_wait_ms:d}")
-    ours.append(SERVER)
-    cursor = await connection.execute("; ".join(ours))
-    while cursor.nextset():
-        pass
-    row = await cursor.fetchone()
-    assert row is not None
-    pid, started, standby = row
-    connection.backend = Backend(pid, started, standby, await system_of(connection))
+    await connection.execute("; ".join(ours))
     with contextlib.suppress(psycopg.errors.InvalidParameterValue):
         await connection.execute(LEAVING)
 

@@ -20,7 +20,6 @@
     embedders        the models
     machine          this machine's disk and network
     connections      how many connections the servers have left
-    poolers          whether there is a pooler before a server, and whether that matters
     hosts            whether a DSN of several hosts leads to the primary only
     report           `Report`, `refuse`
     examination      `examine`, all of it in order

@@ -30,7 +30,6 @@ from cdcsync.preflight.hosts import connection_options, host_faults
 from cdcsync.preflight.indexes import Plan, make_plan, make_spec, stored_faults, vector_faults
 from cdcsync.preflight.layout import examine_layout
 from cdcsync.preflight.machine import machine_findings
-from cdcsync.preflight.poolers import refuses_transactions, shares_sessions, sharing_faults
 from cdcsync.preflight.related import computed_types, examine_statement
 from cdcsync.preflight.report import Report
 from cdcsync.preflight.sending import creation_faults
@@ -142,16 +141,9 @@ async def _connect(stack: AsyncExitStack, dsn: str, side: Side, findings: list[F
         findings += host_faults(side, connection_options(dsn))
         connection = await stack.enter_async_context(await connect(dsn, side, application_name="cdcsync check"))
         with speaking_of(side):
-            shared = await shares_sessions(connection, dsn, side)
             await connection.execute(ALWAYS_BRIEFLY)
     except CdcsyncError as error:
-        if refuses_transactions(error.__cause__):
-            findings += sharing_faults(side)
-        else:
-            findings.append(Finding.of(error, side))
-        return None
-    if shared:
-        findings += sharing_faults(side)
+        findings.append(Finding.of(error, side))
         return None
     return connection
 

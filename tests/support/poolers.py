@@ -29,12 +29,13 @@ auth_type = any
 pool_mode = {mode}
 logfile = {log}
 ignore_startup_parameters = extra_float_digits,options
+default_pool_size = {size}
 """
 
 
 @contextlib.contextmanager
-def pooled(dsn: str, mode: str, directory: Path) -> Iterator[str]:
-    """Run PgBouncer before a server, and yield the DSN that leads through it."""
+def pooled(dsn: str, mode: str, directory: Path, *, size: int = 20) -> Iterator[str]:
+    """Run PgBouncer before a server, with so many sessions, and yield the DSN that leads through it."""
     if PGBOUNCER is None:
         pytest.skip("pgbouncer is not installed")
     parts = conninfo.conninfo_to_dict(dsn)
@@ -51,6 +52,7 @@ def pooled(dsn: str, mode: str, directory: Path) -> Iterator[str]:
             listen=listen,
             mode=mode,
             log=directory / "pgbouncer.log",
+            size=size,
         )
     )
     through = conninfo.make_conninfo(dsn, host="127.0.0.1", port=listen)
