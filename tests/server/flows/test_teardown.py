@@ -7,17 +7,25 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import psycopg
 import pytest
+from anyio.to_thread import run_sync
 
-from cdcsync.errors import SetupError
+from cdcsync import Index
+from cdcsync.config.serving import Serve
+from cdcsync.errors import ModelChanged, SetupError
 from cdcsync.flows.teardown import _unpublish, drop_index
 from cdcsync.postgres.sessions import connect
 from cdcsync.source.publications import MADE
 from cdcsync.target.belongings import relations_of
+from cdcsync.target.ddl.search_function import NO_GENERATION
 from cdcsync.target.pipelines import Pipelines
-from tests.support.configs import configuration
+from tests import ROOT
+from tests.support.configs import Section, configuration
+from tests.support.migrations import NEW, OLD, hashed, turned
 from tests.support.servers import Database
+from tests.support.serving import served
 from tests.support.workers import Pipeline, until
 
 pytestmark = pytest.mark.server
@@ -397,3 +405,49 @@ async def test_an_index_that_a_worker_begins_to_follow_meanwhile_is_not_dropped(
             await drop_index(pipeline.config, "articles")
     assert relations(database) == tables
     assert database.execute("SELECT count(*) FROM cdcsync.indexes") == [(1,)]
+
+
+@pytest.mark.anyio
+@pytest.mark.proof_from(1)
+@pytest.mark.parametrize("model", [turned(NEW), hashed(12)], ids=["the same dimensions", "other dimensions"])
+async def test_vectors_of_a_dropped_index_are_never_taken_for_those_of_the_index_that_gets_its_name(
+    database: Database, make_pipeline: Callable[[str], Pipeline], model: Section
+) -> None:
+    def asking(embedder: str) -> str:
+        return configuration(
+            database.dsn,
+            embedders={"old": turned(OLD), "new": model},
+            indexes={"articles": {"embedder": embedder}},
+        )
+
+    def load() -> None:
+        worker = pipeline.start(PYTHONPATH=str(ROOT))
+        pipeline.live()
+        assert pipeline.stop(worker) == 0
+
+    fill(database)
+    pipeline = make_pipeline(asking("old"))
+    await run_sync(load)
+    async with Index.open(pipeline.config, "articles") as running:
+        before = await running.search("title 7", mode="vector", k=1)
+        [kept] = await running.embed(["title 7"])
+        assert outcomes(await run_sync(drop, pipeline, "articles", "--yes", "--json"))
+        pipeline.configure(asking("new"))
+        await run_sync(load)
+
+        after = await running.search("title 7", mode="vector", k=1)
+        assert [(hit.key, abs(hit.distance or 0) < 1e-3) for hit in (*before, *after)] == [({"id": 7}, True)] * 2
+        assert (before.generation, after.generation) == (1, 2)
+        with pytest.raises(ModelChanged):
+            await running.search("title 7", mode="vector", vector=kept, generation=before.generation)
+
+    listening = Serve(listen="127.0.0.1:0", anonymous=True)
+    async with served(msgspec.structs.replace(pipeline.config, serve=listening)) as client:
+        asked = {"query": "title 7", "mode": "vector", "vector": [*map(float, kept)], "generation": before.generation}
+        assert (await client.post("/v1/indexes/articles/search", json=asked)).status_code == 409
+    with pytest.raises(psycopg.Error) as refused:
+        database.execute(
+            "SELECT FROM cdcsync.articles_search('title 7', %s::text::vector, generation => %s)",
+            [str([*map(float, kept)]), before.generation],
+        )
+    assert refused.value.sqlstate == NO_GENERATION
