@@ -3,6 +3,7 @@
     lock ─► look ─► fence ─► (purge: rows, view and tables in one transaction) ─► slot ─► publication
 
 1. The pipeline's lock is held throughout: a worker that runs is never pulled the rug from under, and none can start.
+   What a worker that is just ending still holds, the lock or the slot, is waited for.
 2. Everything that could refuse is asked before anything is dropped.
 3. Each step finds its work done or does it, so an interrupted teardown is finished by the next one.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Literal
 
+import anyio
 import msgspec
 import psycopg
 from psycopg import sql
@@ -40,6 +42,12 @@ from cdcsync.target.embedders import forget_embedders
 from cdcsync.target.entries import Entry
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
+
+ENDING_S = 5.0
+"""How long to wait for what a worker that has just ended holds: a server notices that within a moment, or a busy one
+within some seconds."""
+
+ENDING_POLL_S = 0.02
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -96,7 +104,7 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
             belongings = await belongings_of(target, schema, slot_name)
             sharing = await pipelines_sharing(target, schema, slot_name, config.source.publication)
         with speaking_of("source"):
-            slot = await read_slot(source, config.source.slot)
+            slot = await _released(source, config.source.slot)
             publication = await read_publication(source, config.source.publication)
         if slot is not None:
             _refuse_slot(slot)
@@ -141,7 +149,7 @@ async def drop_index(config: Config, index: str) -> list[Step]:
                 raise SetupError(
                     f"there is no index {index}{owner}", where=f"schema {schema}", hint=f"those there are: {known}"
                 )
-            if await _let_go(target, config, entry):
+            if await _let_go(target, config, entry, wait_s=ENDING_S):
                 await _take_over(target, config)
             both = [index, beside_name(index)]
             relations = await relations_of(target, schema, both)
@@ -185,15 +193,16 @@ async def _take_over(target: Connection, config: Config) -> None:
         await pipelines.end_overtaken(target, lease)
 
 
-async def _let_go(target: Connection, config: Config, entry: Entry) -> bool:
+async def _let_go(target: Connection, config: Config, entry: Entry, *, wait_s: float = 0) -> bool:
     """See that no worker follows an index, and that none begins to; returns whether that took the pipeline's lock.
 
+    :param wait_s: how long to wait for a worker that is just ending.
     :raises SetupError: one does.
     """
     pipelines = Pipelines(config.target.schema, config.source.slot)
     if entry.unfollowed_at is not None:
         return False
-    if await pipelines.try_lock(target):
+    if await pipelines.try_lock(target, wait_s=wait_s):
         return True
     holder = await pipelines.holder(target)
     raise SetupError(
@@ -207,7 +216,7 @@ async def _lock(target: Connection, config: Config) -> None:
     """Take the pipeline's lock for as long as the session lasts."""
     pipelines = Pipelines(config.target.schema, config.source.slot)
     with speaking_of("target"):
-        if await pipelines.try_lock(target):
+        if await pipelines.try_lock(target, wait_s=ENDING_S):
             return
         holder = await pipelines.holder(target)
     raise SetupError(
@@ -215,6 +224,16 @@ async def _lock(target: Connection, config: Config) -> None:
         where=f"slot {config.source.slot}",
         hint="stop it, and every standby, then tear down again",
     )
+
+
+async def _released(source: Connection, name: str) -> Slot | None:
+    """Return the slot once nobody reads it any more, or as it is if somebody still does after a while."""
+    deadline = anyio.current_time() + ENDING_S
+    while (slot := await read_slot(source, name)) is not None and slot.active_pid is not None:
+        if anyio.current_time() > deadline:
+            break
+        await anyio.sleep(ENDING_POLL_S)
+    return slot
 
 
 def _refuse_slot(slot: Slot) -> None:

@@ -305,7 +305,7 @@ async def make_spec(
         fingerprint=plan.fingerprint,
         row_filter=row_filter,
         where=plan.where,
-        generation=stored.generation if stored else 1,
+        generation=stored.generation if stored else target.dropped.get(plan.name, 0) + 1,
         table_oid=table.oid,
         collations=collations_of(table, (*shape.own, *(plan.where.columns if plan.where is not None else ()))),
         facts=plan.facts,

@@ -35,6 +35,7 @@ PGVECTOR_ADVISED = (0, 8, 4)
 SHARED = (
     "pipelines",
     "indexes",
+    "dropped_indexes",
     "approvals",
     "schema_version",
     "backfills",
@@ -99,6 +100,8 @@ class TargetFacts(msgspec.Struct, frozen=True):
     stored: dict[str, Entry]
     generations: dict[str, list[Generation]] = {}
     """The sets of vectors of each index, by its name."""
+    dropped: dict[str, int] = {}
+    """The highest number that a generation had of each index that was dropped, by the index's name."""
     begun: bool = False
     """Whether the pipeline has a checkpoint."""
     elsewhere: dict[str, str | None] = {}
@@ -134,7 +137,8 @@ async def examine_target(connection: Connection, config: Config, findings: list[
             generations = await Generations(schema).all(connection)
             begun = present and await Pipelines(schema, config.source.slot).begun(connection)
             elsewhere = {} if begun else await others_begun(connection, schema, config.source.slot)
-            facts = TargetFacts(server, entries, generations, begun=begun, elsewhere=elsewhere)
+            dropped = await Registry(schema).dropped(connection)
+            facts = TargetFacts(server, entries, generations, dropped, begun=begun, elsewhere=elsewhere)
     return facts
 
 

@@ -20,10 +20,23 @@ from cdcsync.model.pauses import Pause
 
 TABLE = "indexes"
 
+DROPPED = "dropped_indexes"
+
 State = Literal["building", "live", "paused"]
 
 Facts = tuple[int, str, int, str, str]
 """A generation's number, model, dimensions, vector type and distance."""
+
+DROPPED_DDL: tuple[LiteralString, ...] = (
+    """
+    CREATE TABLE IF NOT EXISTS {schema}.dropped_indexes (
+        name text PRIMARY KEY,
+        last_generation int NOT NULL
+    )
+    """,
+    "COMMENT ON TABLE {schema}.dropped_indexes IS"
+    " 'cdcsync: the highest number that a generation of each dropped index had: no index of that name uses it again.'",
+)
 
 DDL: tuple[LiteralString, ...] = (
     """
@@ -87,6 +100,7 @@ DDL: tuple[LiteralString, ...] = (
     " 'The table''s OID on the source: another one under the same name is another table.'",
     "COMMENT ON COLUMN {schema}.indexes.generation IS"
     " 'The vectors table in use: NAME_vectors_GENERATION, with the stem in place of NAME where there is one.'",
+    *DROPPED_DDL,
 )
 """Needs the table `pipelines`."""
 

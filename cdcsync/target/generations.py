@@ -10,8 +10,9 @@ searches use. Every statement on the table is here. The rules:
    of small batches.
 3. A generation is *filling* until each chunk has a vector of it or a reason why not, and its HNSW index is built; then
    it is *ready*. Only a ready one becomes live.
-4. A number is given once: `indexes.last_generation` remembers it after its generation was dropped, so that a search
-   which names that one is refused rather than answered by another model's vectors.
+4. A number is given once: `indexes.last_generation` remembers it after its generation was dropped, and
+   `dropped_indexes` after its index was, so that a search which names that one is refused rather than answered by
+   another model's vectors.
 5. `cursor` only moves forward: all chunks up to it were queued or embedded once, and apply looks after the changes.
 """
 

@@ -152,15 +152,19 @@ class Pipelines:
         statement = sql.SQL("SELECT FROM {} WHERE slot = %s AND checkpoint IS NOT NULL").format(self._table)
         return await fetch_row(connection, statement, [self._slot]) is not None
 
-    async def try_lock(self, connection: Connection) -> bool:
+    async def try_lock(self, connection: Connection, *, wait_s: float = 0) -> bool:
         """Take the pipeline's lock for this session, if no other session holds it that anybody has heard of lately.
 
         A session that has it beats.
+
+        :param wait_s: how long to wait for a session that is just ending.
         """
         statement = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"
         locked = await fetch_value(connection, statement, [self._lock])
         if not locked and await self.end_silent(connection):
             locked = await fetch_value(connection, statement, [self._lock])
+        if not locked and wait_s:
+            return await self.lock_within(connection, wait_s)
         if locked:
             _beats(connection)
         return bool(locked)

@@ -1,10 +1,10 @@
-"""The registry: the table `indexes`, one row per index. Every statement on the table is here."""
+"""The registry: the table `indexes`, one row per index, and `dropped_indexes`. Every statement on them is here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, LiteralString, cast
 
 import msgspec
 import psycopg
@@ -13,12 +13,12 @@ from psycopg.types.json import Jsonb
 
 from cdcsync.config import Index
 from cdcsync.config.differences import as_stored
-from cdcsync.config.names import beside_name
+from cdcsync.config.names import BESIDE, beside_name
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.entries import TABLE, Entry, Facts
+from cdcsync.target.entries import DROPPED, DROPPED_DDL, TABLE, Entry, Facts
 
 
 class Registry:
@@ -27,6 +27,7 @@ class Registry:
     def __init__(self, schema: str) -> None:
         self._schema = schema
         self._table = sql.Identifier(schema, TABLE)
+        self._dropped = sql.Identifier(schema, DROPPED)
 
     async def find(self, connection: Connection, index: str, *, lock: bool = False) -> Entry | None:
         """Return an index's entry; None if there is none, or not even the table.
@@ -67,13 +68,20 @@ class Registry:
         entries = [msgspec.convert(row[0], Entry) for row in await cursor.fetchall()]
         return {entry.name: entry for entry in entries}
 
-    async def _present(self, connection: Connection) -> bool:
+    async def dropped(self, connection: Connection) -> dict[str, int]:
+        """Return the highest number that a generation had of each index that was dropped, by the index's name."""
+        if not await self._present(connection, DROPPED):
+            return {}
+        cursor = await connection.execute(sql.SQL("SELECT name, last_generation FROM {}").format(self._dropped))
+        return cast(dict[str, int], dict(await cursor.fetchall()))
+
+    async def _present(self, connection: Connection, table: str = TABLE) -> bool:
         return (
             await fetch_row(
                 connection,
                 "SELECT FROM pg_catalog.pg_class AS c JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace"
                 " WHERE n.nspname = %s AND c.relname = %s",
-                [self._schema, TABLE],
+                [self._schema, table],
             )
             is not None
         )
@@ -282,11 +290,28 @@ class Registry:
 
     async def remove(self, connection: Connection, index: str) -> None:
         """Remove an index's entry, and with it all that refers to it."""
-        await connection.execute(sql.SQL("DELETE FROM {} WHERE name = %s").format(self._table), [index])
+        await self._remove(connection, "name = %s", index)
 
     async def forget(self, connection: Connection, slot: str) -> None:
         """Remove the entries of a pipeline, and with them all that refers to them."""
-        await connection.execute(sql.SQL("DELETE FROM {} WHERE slot = %s").format(self._table), [slot])
+        await self._remove(connection, "slot = %s", slot)
+
+    async def _remove(self, connection: Connection, condition: LiteralString, value: str) -> None:
+        """Remove entries, and keep the last numbers of their generations: applications may still name these."""
+        if not await self._present(connection, DROPPED):  # in the tables of an earlier version
+            for statement in DROPPED_DDL:
+                await connection.execute(sql.SQL(statement).format(schema=sql.Identifier(self._schema)))
+        await connection.execute(
+            sql.SQL(
+                "WITH gone AS (DELETE FROM {} AS i WHERE " + condition + " RETURNING name,"
+                " greatest(generation, (to_jsonb(i) ->> 'last_generation')::int) AS last)"
+                # The entry of an index knows the numbers of what stands beside it, too.
+                " INSERT INTO {} AS d (name, last_generation) SELECT name, last FROM gone WHERE strpos(name, %s) = 0"
+                " ON CONFLICT (name) DO UPDATE SET"
+                " last_generation = greatest(d.last_generation, excluded.last_generation)"
+            ).format(self._table, self._dropped),
+            [value, BESIDE],
+        )
 
     @property
     def paused(self) -> sql.Composed:

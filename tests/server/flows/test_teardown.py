@@ -5,21 +5,36 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
+import anyio
+import msgspec
 import psycopg
 import pytest
+from anyio.to_thread import run_sync
 
-from cdcsync.errors import SetupError
-from cdcsync.flows.teardown import _unpublish, drop_index
+from cdcsync import Index
+from cdcsync.config import Config
+from cdcsync.config.serving import Serve
+from cdcsync.errors import ModelChanged, SetupError, SlotInUse
+from cdcsync.flows.teardown import _unpublish, drop_index, tear_down
+from cdcsync.lsn import INVALID_LSN
 from cdcsync.postgres.sessions import connect
+from cdcsync.source.catalog import read_slot
 from cdcsync.source.publications import MADE
+from cdcsync.source.slot import SlotConnection
 from cdcsync.target.belongings import relations_of
+from cdcsync.target.ddl.search_function import NO_GENERATION
 from cdcsync.target.pipelines import Pipelines
-from tests.support.configs import configuration
+from tests import ROOT
+from tests.support.configs import Section, configuration
+from tests.support.indexes import until as eventually
+from tests.support.migrations import NEW, OLD, hashed, turned
 from tests.support.servers import Database
-from tests.support.workers import Pipeline, until
+from tests.support.serving import served
+from tests.support.workers import PATIENCE_S, Pipeline, until
 
 pytestmark = pytest.mark.server
 
@@ -170,6 +185,60 @@ def test_it_refuses_while_a_worker_runs(
     database.execute("INSERT INTO articles VALUES (100, 'still followed')")
     pipeline.in_step()
     assert pipeline.stop(worker) == 0
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "command", [partial(tear_down, purge=True), partial(drop_index, index="articles")], ids=["teardown", "drop"]
+)
+async def test_it_waits_for_the_lock_of_a_worker_that_is_just_ending(
+    make_database: Callable[[], Database],
+    make_pipeline: Callable[[str], Pipeline],
+    monkeypatch: pytest.MonkeyPatch,
+    command: Callable[[Config], Coroutine[Any, Any, Any]],
+) -> None:
+    database, pipeline = await run_sync(set_up, make_database, make_pipeline)
+    monkeypatch.setattr("cdcsync.flows.teardown.ENDING_S", PATIENCE_S)
+
+    async def waits() -> bool:
+        return bool(
+            database.execute(
+                "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+                " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            )
+        )
+
+    async with await connect(database.dsn, "target") as ending:
+        assert await Pipelines("cdcsync", pipeline.config.source.slot).try_lock(ending)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(command, pipeline.config)
+            await eventually(waits)
+            await ending.close()
+    assert not [name for name in relations(database) if "articles_" in name]
+
+
+@pytest.mark.anyio
+async def test_it_waits_until_the_server_has_noticed_that_nobody_reads_the_slot_any_more(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, pipeline = await run_sync(set_up, make_database, make_pipeline)
+    slot = await run_sync(pipeline.released)
+    async with await SlotConnection.connect(database.dsn) as reader:
+        await reader.start(slot, ["cdcsync"], INVALID_LSN, streaming=False)
+        monkeypatch.setattr("cdcsync.flows.teardown.ENDING_S", 0)
+        with pytest.raises(SlotInUse):
+            await tear_down(pipeline.config, purge=True)
+        assert slots(database) == [slot]
+
+        async def read_while_it_ends(*arguments: Any) -> Any:
+            found = await read_slot(*arguments)
+            await reader.aclose()
+            return found
+
+        monkeypatch.setattr("cdcsync.flows.teardown.ENDING_S", PATIENCE_S)
+        monkeypatch.setattr("cdcsync.flows.teardown.read_slot", read_while_it_ends)
+        await tear_down(pipeline.config, purge=True)
+    assert slots(database) == []
 
 
 def test_what_a_user_built_on_the_index_is_not_dropped_with_it(
@@ -401,3 +470,49 @@ async def test_an_index_that_a_worker_begins_to_follow_meanwhile_is_not_dropped(
             await drop_index(pipeline.config, "articles")
     assert relations(database) == tables
     assert database.execute("SELECT count(*) FROM cdcsync.indexes") == [(1,)]
+
+
+@pytest.mark.anyio
+@pytest.mark.proof_from(1)
+@pytest.mark.parametrize("model", [turned(NEW), hashed(12)], ids=["the same dimensions", "other dimensions"])
+async def test_vectors_of_a_dropped_index_are_never_taken_for_those_of_the_index_that_gets_its_name(
+    database: Database, make_pipeline: Callable[[str], Pipeline], model: Section
+) -> None:
+    def asking(embedder: str) -> str:
+        return configuration(
+            database.dsn,
+            embedders={"old": turned(OLD), "new": model},
+            indexes={"articles": {"embedder": embedder}},
+        )
+
+    def load() -> None:
+        worker = pipeline.start(PYTHONPATH=str(ROOT))
+        pipeline.live()
+        assert pipeline.stop(worker) == 0
+
+    fill(database)
+    pipeline = make_pipeline(asking("old"))
+    await run_sync(load)
+    async with Index.open(pipeline.config, "articles") as running:
+        before = await running.search("title 7", mode="vector", k=1)
+        [kept] = await running.embed(["title 7"])
+        assert outcomes(await run_sync(drop, pipeline, "articles", "--yes", "--json"))
+        pipeline.configure(asking("new"))
+        await run_sync(load)
+
+        after = await running.search("title 7", mode="vector", k=1)
+        assert [(hit.key, abs(hit.distance or 0) < 1e-3) for hit in (*before, *after)] == [({"id": 7}, True)] * 2
+        assert (before.generation, after.generation) == (1, 2)
+        with pytest.raises(ModelChanged):
+            await running.search("title 7", mode="vector", vector=kept, generation=before.generation)
+
+    listening = Serve(listen="127.0.0.1:0", anonymous=True)
+    async with served(msgspec.structs.replace(pipeline.config, serve=listening)) as client:
+        asked = {"query": "title 7", "mode": "vector", "vector": [*map(float, kept)], "generation": before.generation}
+        assert (await client.post("/v1/indexes/articles/search", json=asked)).status_code == 409
+    with pytest.raises(psycopg.Error) as refused:
+        database.execute(
+            "SELECT FROM cdcsync.articles_search('title 7', %s::text::vector, generation => %s)",
+            [str([*map(float, kept)]), before.generation],
+        )
+    assert refused.value.sqlstate == NO_GENERATION

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import pytest
 
+from cdcsync.config.names import beside_name, own_name
 from cdcsync.model.pauses import Pause
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.shared import create_shared
@@ -164,3 +165,26 @@ async def test_a_partition_is_noted_once_and_what_is_known_of_it_stays(connectio
 
     assert not await REGISTRY.note_fingerprint(connection, "articles", known, {}, before=before)
     assert await REGISTRY.note_fingerprint(connection, "articles", known, {}, before=entry)
+
+
+async def test_the_last_number_of_a_generation_outlives_its_index(connection: Connection) -> None:
+    assert await REGISTRY.dropped(connection) == {}
+    for name in ("articles", "notes", beside_name("notes")):
+        await REGISTRY.register(connection, "s", make_spec(name=name, view=f"{own_name(name)}_index", generation=2))
+    await REGISTRY.note_generation(connection, "notes", 3)
+    await REGISTRY.remove(connection, "articles")
+    assert await REGISTRY.dropped(connection) == {"articles": 2}
+    await REGISTRY.forget(connection, "s")
+    assert await REGISTRY.dropped(connection) == {"articles": 2, "notes": 3}
+    await REGISTRY.register(connection, "s", make_spec(name="notes", generation=1))  # as an earlier version does
+    await REGISTRY.remove(connection, "notes")
+    assert await REGISTRY.dropped(connection) == {"articles": 2, "notes": 3}
+
+
+async def test_an_index_of_an_earlier_version_leaves_its_number_too(connection: Connection) -> None:
+    await REGISTRY.register(connection, "s", make_spec(generation=2))
+    await connection.execute("DROP TABLE cdcsync.dropped_indexes")
+    await connection.execute("ALTER TABLE cdcsync.indexes DROP COLUMN last_generation")
+    assert await REGISTRY.dropped(connection) == {}
+    await REGISTRY.remove(connection, "articles")
+    assert await REGISTRY.dropped(connection) == {"articles": 2}
