@@ -35,6 +35,7 @@ from cdcsync.status import (
     as_waiting,
     read_status,
     with_headlines,
+    with_problems,
     without_problems,
 )
 from cdcsync.target.locked_session import worker_name
@@ -72,7 +73,7 @@ class WorkerState:
         self.standby = False
         """Whether another worker holds the pipeline's lock."""
         self.waiting_for: str | None = None
-        """The servers that a start or a set-up waits for, and why."""
+        """The servers, or the transactions, that a start or a set-up waits for, and why."""
         self.stopping = anyio.Event()
         """Set once the worker is asked to end."""
         self.config = config
@@ -81,7 +82,8 @@ class WorkerState:
         self._checkpoint: Callable[[], Lsn] = lambda: Lsn(0)
         self._failing_for: Callable[[float], CdcsyncError | None] = lambda seconds: None
         self.problems: Mapping[str, str] = {}
-        """Problems of the application's writes to indexed tables, and of what vectors wait for, by index."""
+        """Problems of the application's writes to indexed tables, and of what vectors, pages and comparisons wait for,
+        by index."""
         self._reconfigure: Callable[[Config], None] = lambda config: None
         self._dispatchers: Mapping[str, Dispatcher] = {}
         self._connected = False
@@ -164,6 +166,10 @@ class WorkerState:
         self.standby, self.last = True, None
         self._unreadable.clear()
         self.metrics.forget()
+
+    def wait_for(self, why: str | None) -> None:
+        """Note what the start or the set-up waits for; None once it does not any more."""
+        self.waiting_for = why
 
     def stop(self) -> None:
         """Ask for an orderly end: the current batch is finished, or abandoned whole."""
@@ -339,6 +345,7 @@ class WorkerState:
             why = self._why_not_followed
         if why is not None and not by_another:
             status = as_waiting(status, worker_name(), why)
+        status = with_problems(status, self.problems)
         self._note_unreadable(status)
         self.last = status
         reasons = self.not_ready()
