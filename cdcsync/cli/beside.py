@@ -68,7 +68,7 @@ async def questions_by_worker(
 
 async def remembered_by_worker(config: Config, status: Status) -> Status:
     """Return the status with what the worker that runs or waits remembers; as it is if none answers on this machine."""
-    from cdcsync.status import Status, as_waiting
+    from cdcsync.status import Status, as_waiting, with_problems
 
     address = _address(config)
     if address is None:
@@ -95,9 +95,11 @@ async def remembered_by_worker(config: Config, status: Status) -> Status:
         else index
         for name, index in status.indexes.items()
     }
+    problems = {name: why for name, index in told.indexes.items() if (why := index.problem) is not None}
+    status = with_problems(msgspec.structs.replace(status, indexes=indexes), problems)
     host, port = config.worker.listen_address
     page = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-    return msgspec.structs.replace(status, indexes=indexes, events=told.events, page=page)
+    return msgspec.structs.replace(status, events=told.events, page=page)
 
 
 def _address(config: Config) -> tuple[str, int] | None:

@@ -77,8 +77,10 @@ def verify(
 
 async def _verify(config: Config, index: str, repair: bool) -> tuple[Verification, Verification, int]:
     """Return what was found at first, what was found last, and how many documents were repaired in between."""
-    from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
+    from collections.abc import AsyncIterator
+    from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 
+    import anyio
     import msgspec
 
     from cdcsync.flows import audit as flow
@@ -96,8 +98,13 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
         )
         spec = await as_on_source(source, config.source.publication, await open_index(target, config, index))
 
-        def ensure_worker() -> AbstractAsyncContextManager[bool]:
-            return worker_ensured(target, config)
+        @asynccontextmanager
+        async def ensure_worker() -> AsyncIterator[bool]:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_tell_what_may_be_in_the_way, config)
+                async with worker_ensured(target, config) as ours:
+                    yield ours
+                tasks.cancel_scope.cancel()
 
         async def compare(ensure_worker: EnsureWorker = nullcontext) -> tuple[Verification, Findings | None]:
             missing = await flow.missing_of(target, schema, spec)
@@ -116,6 +123,27 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
             repaired = await flow.repair(target, schema, spec, findings)
             again, _ = await compare()
             return found, again, max(0, repaired - again.differences.get(flow.FAILED, 0))
+
+
+async def _tell_what_may_be_in_the_way(config: Config) -> None:
+    """Name the transactions that have been open for as long as a worker is waited for, which may wait for them."""
+    from contextlib import suppress
+
+    from cdcsync.cli.printing import print_warning
+    from cdcsync.errors import CdcsyncError
+    from cdcsync.flows.blocked import Blocked, outlast
+    from cdcsync.postgres.sessions import Session
+    from cdcsync.source.catalog import running_transactions
+
+    def note(why: str | None) -> None:
+        if why is not None:
+            print_warning(why)
+
+    blocked = Blocked("this takes long; the worker may have to wait for", note, lambda sessions: None)
+    with suppress(CdcsyncError):
+        async with Session(config.source.dsn, "source", application_name="cdcsync verify") as session:
+            source = await session.connection()
+            await outlast(source, await running_transactions(source), blocked)
 
 
 def _print(found: Verification) -> None:

@@ -1,5 +1,6 @@
 """The flows of a pipeline: each reads top to bottom in the order that data moves.
 
+    blocked      waits for transactions of others
     embed/       from the backlog to vectors
     backfill/    reading tables while changes stream in
     follow/      from the slot to the target

@@ -67,7 +67,10 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
             known = [oid for one in stored.values() for oid in one.oids.values()]
             begun = target_facts is not None and target_facts.begun
             elsewhere = target_facts.elsewhere if target_facts is not None else {}
-            source_facts = await examine_source(source, config, findings, known=known, begun=begun, elsewhere=elsewhere)
+            followed_by = target_facts.publication if target_facts is not None and known else None
+            source_facts = await examine_source(
+                *(source, config, findings), known=known, begun=begun, followed_by=followed_by, elsewhere=elsewhere
+            )
             if source_facts is not None:
                 await _examine_tables(source, plans, source_facts, stored)
         findings += on_target

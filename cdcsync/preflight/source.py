@@ -55,12 +55,14 @@ async def examine_source(
     *,
     known: Collection[int] = (),
     begun: bool = False,
+    followed_by: str | None = None,
     elsewhere: Mapping[str, str | None],
 ) -> SourceFacts | None:
     """Check everything on the source but its tables; returns None when the server could not be read.
 
     :param known: the OIDs of tables that are followed already.
     :param begun: whether the pipeline has a checkpoint.
+    :param followed_by: the publication through which they are.
     :param elsewhere: the other schemas of the target whose pipeline has a slot of this name, each with the system
         identifier of its source.
     """
@@ -92,7 +94,7 @@ async def examine_source(
                 findings.append(Finding.ok(where, "exists, and sends every kind of change"))
         findings += read_only_faults(server, catalog, catalog.single(wanted))
         if publication is None and slot is not None and slot.foreign is None:
-            findings += orphan_faults(slot, config.source.publication, followed=bool(known))
+            findings += orphan_faults(slot, config.source.publication, followed_by=followed_by)
         return SourceFacts(server, catalog, frozenset(catalog.single(wanted)))
     return None
 
@@ -250,18 +252,26 @@ def adoption_fault(slot: Slot, readers: Sequence[str]) -> Finding:
     )
 
 
-def orphan_faults(slot: Slot, publication: str, *, followed: bool) -> Iterator[Finding]:
+def orphan_faults(slot: Slot, publication: str, *, followed_by: str | None) -> Iterator[Finding]:
     """Say why a slot is of no use without its publication: it looks it up in the catalog of the time of each change.
 
-    :param followed: whether indexes follow their tables through them already: then it was dropped, and comes back.
+    :param followed_by: the publication through which indexes follow their tables already, if any do. If it is this one,
+        it was dropped, and comes back; else it has another name now.
     """
-    if followed:
-        yield Finding.warning(
-            f"publication {publication}",
-            "was dropped: run creates it again, and compares source and index, because nothing was sent meanwhile",
+    if followed_by is not None:
+        compares = "and compares source and index, because nothing was sent meanwhile"
+        gap = (
             "before PostgreSQL 18 the server cannot decode what was written until then, which is a gap:"
-            ' docs/operations.md, "After a gap"',
+            ' docs/operations.md, "After a gap"'
         )
+        if followed_by == publication:
+            yield Finding.warning(f"publication {publication}", f"was dropped: run creates it again, {compares}", gap)
+        else:
+            yield Finding.warning(
+                f"publication {publication}",
+                f"does not exist, and the pipeline has followed {followed_by} until now: run creates it, {compares}",
+                f"if nothing else needs the old one, then DROP PUBLICATION IF EXISTS {quote(followed_by)}; {gap}",
+            )
         return
     yield Finding.error(
         f"publication {publication}",

@@ -104,6 +104,8 @@ class TargetFacts(msgspec.Struct, frozen=True):
     """The highest number that a generation had of each index that was dropped, by the index's name."""
     begun: bool = False
     """Whether the pipeline has a checkpoint."""
+    publication: str | None = None
+    """The publication that the pipeline was last set up with."""
     elsewhere: dict[str, str | None] = {}
     """The other schemas whose pipeline has a slot of the same name, each with its source's system identifier."""
 
@@ -135,10 +137,12 @@ async def examine_target(connection: Connection, config: Config, findings: list[
         if not faults:
             entries = await Registry(schema).all(connection)
             generations = await Generations(schema).all(connection)
-            begun = present and await Pipelines(schema, config.source.slot).begun(connection)
+            pipelines = Pipelines(schema, config.source.slot)
+            begun = present and await pipelines.begun(connection)
+            publication = await pipelines.publication(connection) if present else None
             elsewhere = {} if begun else await others_begun(connection, schema, config.source.slot)
             dropped = await Registry(schema).dropped(connection)
-            facts = TargetFacts(server, entries, generations, dropped, begun=begun, elsewhere=elsewhere)
+            facts = TargetFacts(server, entries, generations, dropped, begun, publication, elsewhere)
     return facts
 
 

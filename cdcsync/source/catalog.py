@@ -469,18 +469,32 @@ async def next_transaction(connection: Connection) -> int:
     return cast(int, await fetch_value(connection, "SELECT pg_current_xact_id()::text::bigint"))
 
 
-async def blockers(connection: Connection, xids: Iterable[int]) -> list[str]:
-    """Describe for an operator whose transactions are among `xids`: session or prepared transaction, role, age."""
+class Blocker(msgspec.Struct, frozen=True):
+    """A transaction that others wait for: as an operator knows it, and the statement that ends it."""
+
+    words: str
+    ending: str
+
+    def __str__(self) -> str:
+        return self.words
+
+
+async def blockers(connection: Connection, xids: Iterable[int]) -> list[Blocker]:
+    """Describe for an operator whose transactions are among `xids`, the oldest first."""
     cursor = await connection.execute(
         """
-        SELECT format('pid %%s (%%s, %%s, transaction open for %%s)', pid, coalesce(usename, '?'), coalesce(state, '?'),
-                      date_trunc('second', now() - xact_start))
-        FROM pg_stat_activity WHERE backend_xid::text::bigint = ANY(%s)
-        UNION ALL
-        SELECT format('prepared transaction %%L (%%s, prepared %%s ago)', gid, owner,
-                      date_trunc('second', now() - prepared))
-        FROM pg_prepared_xacts WHERE transaction::text::bigint = ANY(%s)
+        SELECT words, ending FROM (
+            SELECT xact_start, format('pid %%s (%%s, %%s, transaction open for %%s)', pid, coalesce(usename, '?'),
+                       coalesce(state, '?'), date_trunc('second', now() - xact_start)),
+                   format('SELECT pg_terminate_backend(%%s)', pid)
+            FROM pg_stat_activity WHERE backend_xid::text::bigint = ANY(%s)
+            UNION ALL
+            SELECT prepared, format('prepared transaction %%L (%%s, prepared %%s ago)', gid, owner,
+                       date_trunc('second', now() - prepared)),
+                   format('COMMIT PREPARED or ROLLBACK PREPARED %%L in database %%I', gid, database)
+            FROM pg_prepared_xacts WHERE transaction::text::bigint = ANY(%s)
+        ) AS b (since, words, ending) ORDER BY since
         """,
         [(recent := [xid % XID_SPAN for xid in xids]), recent],
     )
-    return [cast(str, row[0]) for row in await cursor.fetchall()]
+    return [Blocker(*row) for row in await cursor.fetchall()]

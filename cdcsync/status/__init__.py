@@ -19,7 +19,7 @@ Code outside this package imports from here. A file in it imports only from line
 
 from __future__ import annotations
 
-from cdcsync.status.headline import as_starting, as_waiting, with_headlines, without_problems
+from cdcsync.status.headline import as_starting, as_waiting, with_headlines, with_problems, without_problems
 from cdcsync.status.model import (
     VERSION,
     BackfillStatus,
@@ -56,5 +56,6 @@ __all__ = [
     "render_bars",
     "render_table",
     "with_headlines",
+    "with_problems",
     "without_problems",
 ]

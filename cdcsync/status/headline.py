@@ -6,10 +6,11 @@ before all indexes, because it makes their figures stale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from cdcsync.config.names import own_name
 from cdcsync.status.durations import human_seconds
 from cdcsync.status.model import BackfillStatus, Headline, IndexStatus, Progress, Status, Tone
 from cdcsync.status.progress import held
@@ -66,6 +67,17 @@ def as_waiting(status: Status, name: str | None, why: str) -> Status:
     return msgspec.structs.replace(status, worker=worker, problems=problems)
 
 
+def with_problems(status: Status, problems: Mapping[str, str]) -> Status:
+    """Return the status with what the worker alone knows to be wrong, by index."""
+    indexes = dict(status.indexes)
+    for name, why in problems.items():
+        # Of what stands beside an index, too.
+        if (index := indexes.get(own_name(name))) is not None:
+            indexes[own_name(name)] = msgspec.structs.replace(index, problem=why)
+    told = [f"index {name}: {why}" for name, why in problems.items()]
+    return msgspec.structs.replace(status, indexes=indexes, problems=[*status.problems, *told])
+
+
 def as_starting(status: Status) -> Status:
     """Return the status with the headline of a worker that has just begun, unless an index is paused."""
     indexes = {
@@ -103,6 +115,8 @@ def _of_index(status: Status, name: str, index: IndexStatus, late_s: float) -> H
         return Headline(f"cannot be read: {index.unreadable}", "bad", name)
     if index.locked is not None:
         return Headline(f"cannot use a table: {index.locked}", "bad", name)
+    if index.problem is not None:
+        return Headline(index.problem, "bad", name)
     embedder = status.embedders.get(index.embedder or "")
     if index.backlog and embedder is not None and embedder.problem is not None:
         return Headline(f"{_texts(index.backlog)} for vectors: {embedder.problem}", "bad", name)

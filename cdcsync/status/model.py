@@ -153,6 +153,8 @@ class IndexStatus(msgspec.Struct, frozen=True):
     `locked` is who has kept everybody from reading one of its source tables, or from writing to its own in the target,
     for a while, if anybody has.
 
+    `problem` is what the worker alone knows to be wrong with it, such as whose transactions a load waits for.
+
     `since` is when it came into its state. `progress` is empty unless a load is in progress. `text_freshness` and
     `vector_freshness` are known by the worker alone.
     """
@@ -194,6 +196,7 @@ class IndexStatus(msgspec.Struct, frozen=True):
     unreadable: str | None = None
     locked: str | None = None
     discarded: int = 0
+    problem: str | None = None
 
 
 class Status(msgspec.Struct, frozen=True):

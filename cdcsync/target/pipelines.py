@@ -147,6 +147,13 @@ class Pipelines:
         checkpoint, ahead, commits, *rest = row
         return PipelineState(_lsn(checkpoint), _lsn(ahead), commits, *rest)
 
+    async def publication(self, connection: Connection) -> str | None:
+        """Return the publication that the pipeline was last set up with; None if it never was."""
+        row = await fetch_row(
+            connection, sql.SQL("SELECT publication FROM {} WHERE slot = %s").format(self._table), [self._slot]
+        )
+        return None if row is None else cast(str, row[0])
+
     async def begun(self, connection: Connection) -> bool:
         """Say whether there is a checkpoint; tables of every earlier version tell."""
         statement = sql.SQL("SELECT FROM {} WHERE slot = %s AND checkpoint IS NOT NULL").format(self._table)

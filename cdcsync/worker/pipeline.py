@@ -213,7 +213,9 @@ class Pipeline:
             unapproved={name: one.change for name, one in held.items()},
         )
         self.stream.described = self.watch.look
-        state.problems = ChainMap(self.watch.problems, self.embedding.problems)
+        self.comparing: dict[str, str] = {}
+        """Whose transactions the comparison of an index waits for."""
+        state.problems = ChainMap(self.watch.problems, self.embedding.problems, self.comparing, self.backfills.problems)
         state.attach(
             self.lag,
             lambda: self.stream.checkpoint,
@@ -421,6 +423,7 @@ class Pipeline:
             specs,
             deliveries=self.deliveries,
             reach=self.streaming.reach,
+            problems=self.comparing,
         )
 
     async def audit_once_streaming(self) -> None:

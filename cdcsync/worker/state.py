@@ -35,6 +35,7 @@ from cdcsync.status import (
     as_waiting,
     read_status,
     with_headlines,
+    with_problems,
     without_problems,
 )
 from cdcsync.target.locked_session import worker_name
@@ -72,7 +73,7 @@ class WorkerState:
         self.standby = False
         """Whether the target, when it was last asked, said that another worker holds the pipeline's lock."""
         self.waiting_for: str | None = None
-        """The servers that a start or a set-up waits for, and why."""
+        """The servers, or the transactions, that a start or a set-up waits for, and why."""
         self.stopping = anyio.Event()
         """Set once the worker is asked to end."""
         self.config = config
@@ -81,7 +82,8 @@ class WorkerState:
         self._checkpoint: Callable[[], Lsn] = lambda: Lsn(0)
         self._failing_for: Callable[[float], CdcsyncError | None] = lambda seconds: None
         self.problems: Mapping[str, str] = {}
-        """Problems of the application's writes to indexed tables, and of what vectors wait for, by index."""
+        """Problems of the application's writes to indexed tables, and of what vectors, pages and comparisons wait for,
+        by index."""
         self._reconfigure: Callable[[Config], None] = lambda config: None
         self._dispatchers: Mapping[str, Dispatcher] = {}
         self._connected = False
@@ -165,9 +167,14 @@ class WorkerState:
         self._unreadable.clear()
         self.metrics.forget()
 
-    def wait_for(self, why: str) -> None:
-        """Note why a start or a set-up waits: until that is over, nobody knows whether another worker works."""
-        self.waiting_for, self.standby = why, False
+    def wait_for(self, why: str | None) -> None:
+        """Note what a start or a set-up waits for: until that is over, nobody knows whether another worker works.
+
+        :param why: None once it waits no more.
+        """
+        self.waiting_for = why
+        if why is not None:
+            self.standby = False
 
     def examined(self, *, target_reached: bool) -> None:
         """Note whether the target could be reached, between pipelines, when nothing else asks it."""
@@ -348,6 +355,7 @@ class WorkerState:
             why = self._why_not_followed
         if why is not None and not by_another:
             status = as_waiting(status, worker_name(), why)
+        status = with_problems(status, self.problems)
         self._note_unreadable(status)
         self.last = status
         reasons = self.not_ready()

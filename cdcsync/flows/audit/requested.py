@@ -12,7 +12,7 @@ early, and the table is read again from its start.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 
 import anyio
 import msgspec
@@ -22,6 +22,7 @@ from cdcsync.backoff import Backoff, Failure
 from cdcsync.errors import CdcsyncError, Retry, leading
 from cdcsync.flows.audit.comparison import UNDECIDED
 from cdcsync.flows.audit.verification import DiffersAsAWhole, repair, verify
+from cdcsync.flows.blocked import Blocked, Note, noted, outlast
 from cdcsync.lsn import Lsn
 from cdcsync.model.requests import Request
 from cdcsync.model.spec import IndexSpec
@@ -30,7 +31,7 @@ from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS, LockedOut
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.process.crashpoints import crash_point
-from cdcsync.source.catalog import blockers, current_snapshot, insert_lsn, running_transactions
+from cdcsync.source.catalog import insert_lsn, running_transactions
 from cdcsync.source.publications import fixed_in
 from cdcsync.target.ddl.names import written_tables
 from cdcsync.target.requests.queue import Queue
@@ -40,12 +41,6 @@ log = structlog.get_logger()
 
 POLL_S = 1.0
 """How often comparisons are looked for: one small query."""
-
-BLOCKED_POLL_S = 0.5
-"""How often it is looked whether the transactions that a comparison waits for are over."""
-
-BLOCKED_REPORT_S = 10.0
-"""How often those transactions are logged."""
 
 REACH_S = 60.0
 """How long it is waited for the stream to come to a position before that is logged, and an earlier one asked for if the
@@ -62,8 +57,12 @@ async def compare_for_ever(
     specs: Mapping[str, IndexSpec],
     deliveries: Mapping[str, Deliveries],
     reach: Reach,
+    problems: MutableMapping[str, str],
 ) -> None:
-    """Make the comparisons that are asked for, until cancelled."""
+    """Make the comparisons that are asked for, until cancelled.
+
+    :param problems: takes whose transactions the comparison of an index waits for.
+    """
     queue = Queue(schema)
     backoff = Backoff(_waits)
     locked = {name: LockedOut(name, spec.single_tables, written_tables(schema, spec)) for name, spec in specs.items()}
@@ -85,7 +84,8 @@ async def compare_for_ever(
                 spec = specs[request.index]
                 comparing = await source.connection(), await target.connection()
                 try:
-                    await _serve(*comparing, schema, spec, deliveries[request.index], reach, request)
+                    note = noted(problems, request.index)
+                    await _serve(*comparing, schema, spec, deliveries[request.index], reach, request, note)
                 except CdcsyncError as error:
                     if not await locked[request.index].note(error, source, target):
                         raise
@@ -103,12 +103,13 @@ async def _serve(
     deliveries: Deliveries,
     reach: Reach,
     request: Request,
+    note: Note,
 ) -> None:
     queue, requests = Queue(schema), Requests(schema)
     with speaking_of("target"):
         await queue.start(target, request, None)
     try:
-        await _outlast(source, spec.name, deliveries)
+        await _outlast(source, spec.name, deliveries, note)
         await _arrive(source, spec.name, reach)
         with speaking_of("target"):
             present = await queue.oldest_comparison(target, [spec.name])
@@ -177,18 +178,17 @@ async def _arrive(source: Connection, index: str, reach: Reach) -> None:
         log.warning("comparison_waits_for_stream", index=index, position=str(end))
 
 
-async def _outlast(source: Connection, index: str, deliveries: Deliveries) -> None:
+async def _outlast(source: Connection, index: str, deliveries: Deliveries, note: Note) -> None:
     """Return once the transactions that are open now are over.
 
     What they did while the table was not sent may never be delivered, and it shows only once they have committed.
     """
+
+    def say(sessions: list[str]) -> None:
+        log.warning("comparison_waits_for_transactions", index=index, sessions=sessions)
+
     with speaking_of("source"):
         running = await running_transactions(source)
-        deliveries.suspect(running)
-        reported = anyio.current_time()
-        while left := [xid for xid in running if not (await current_snapshot(source)).sees(xid)]:
-            if anyio.current_time() - reported > BLOCKED_REPORT_S:
-                reported = anyio.current_time()
-                sessions = await blockers(source, left)
-                log.warning("comparison_waits_for_transactions", index=index, sessions=sessions)
-            await anyio.sleep(BLOCKED_POLL_S)
+    deliveries.suspect(running)
+    what = "rows of its table may have changed without being sent, and comparing them waits for"
+    await outlast(source, running, Blocked(what, note, say))

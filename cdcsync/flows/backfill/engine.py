@@ -17,6 +17,7 @@ from cdcsync.flows.backfill.marks import Marks, Pending
 from cdcsync.flows.backfill.pace import FIRST_PAGE_ROWS, Pace, next_limit
 from cdcsync.flows.backfill.pages import Page, PageReader, Pages
 from cdcsync.flows.backfill.preparing import Made, PagePreparer
+from cdcsync.flows.blocked import noted
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import PageEnd
 from cdcsync.model.requests import Problem, Request
@@ -113,8 +114,13 @@ class Backfills:
             name: LockedOut(name, spec.single_tables, written_tables(schema, spec)) for name, spec in specs.items()
         }
         self.marks = Marks(deliveries, metrics)
+        self.problems: dict[str, str] = {}
+        """Whose transactions a page of an index waits for."""
         self._pages: dict[str, Pages] = {
-            name: Pages(self._source, schema, spec, tables[name], deliveries[name], self.marks.forget)
+            name: Pages(
+                *(self._source, schema, spec, tables[name], deliveries[name], self.marks.forget),
+                noted(self.problems, name),
+            )
             for name, spec in specs.items()
         }
 

@@ -14,13 +14,14 @@ import msgspec
 import structlog
 
 from cdcsync.backoff import backoff_s
+from cdcsync.flows.blocked import Blocked, Note
 from cdcsync.model.requests import Request
 from cdcsync.model.rows import Key, Row, Unread
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection, Session
-from cdcsync.source.catalog import blockers, current_snapshot
+from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.reads import Page as Read
 from cdcsync.source.tables import SourceTable
 from cdcsync.target.keys import page_of_keys, written_keys
@@ -29,10 +30,6 @@ from cdcsync.target.requests.queue import Queue
 log = structlog.get_logger()
 
 T = TypeVar("T")
-
-BLOCKED_REPORT_S = 10.0
-"""How often the open transactions that a page waits for are logged."""
-
 
 Entry: TypeAlias = Row | Unread | None
 """A row, why it cannot be read, or None where there is none."""
@@ -66,11 +63,13 @@ class Pages:
         table: SourceTable,
         deliveries: Deliveries,
         forget: Callable[[Snapshot], None],
+        note: Note = lambda why: None,
     ) -> None:
         """Make the reader.
 
         :param forget: called with a snapshot that is not newer than the page's, for what no page needs to know any
             more: by the time the page's mark arrives, the stream may have brought all that a late one has to bring.
+        :param note: told whose transactions a page waits for.
         """
         self._source = source
         self._schema = schema
@@ -78,6 +77,7 @@ class Pages:
         self._table = table
         self._deliveries = deliveries
         self._forget = forget
+        self._note = note
 
     def rows(self, filter_: str | None) -> PageReader:
         """Return the reader of the source's rows in the order of their keys."""
@@ -152,22 +152,22 @@ class Pages:
     ) -> tuple[Snapshot, T]:
         """Read with a snapshot that sees every transaction of which we do not know the keys."""
         deliveries = self._deliveries
-        reported = anyio.current_time()
         attempt = 0
-        while True:
-            with speaking_of("source", where=str(self._spec.shape.table)):
-                connection = await self._source.connection()
-                snapshot = await current_snapshot(connection)
-                unseen = deliveries.unseen(snapshot)
-                self._forget(snapshot)
-                if not unseen:
-                    snapshot, found = await read(connection)
+        with Blocked("reading its table waits for", self._note, self._log) as blocked:
+            while True:
+                with speaking_of("source", where=str(self._spec.shape.table)):
+                    connection = await self._source.connection()
+                    snapshot = await current_snapshot(connection)
                     unseen = deliveries.unseen(snapshot)
+                    self._forget(snapshot)
                     if not unseen:
-                        return snapshot, found
-                if anyio.current_time() - reported > BLOCKED_REPORT_S:
-                    reported = anyio.current_time()
-                    sessions = await blockers(connection, unseen)
-                    log.warning("backfill_waits_for_transactions", index=self._spec.name, sessions=sessions)
-            await anyio.sleep(backoff_s(attempt, first=0.02, most=1))
-            attempt += 1
+                        snapshot, found = await read(connection)
+                        unseen = deliveries.unseen(snapshot)
+                        if not unseen:
+                            return snapshot, found
+                    await blocked.by(connection, unseen)
+                await anyio.sleep(backoff_s(attempt, first=0.02, most=1))
+                attempt += 1
+
+    def _log(self, sessions: list[str]) -> None:
+        log.warning("backfill_waits_for_transactions", index=self._spec.name, sessions=sessions)

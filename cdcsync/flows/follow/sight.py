@@ -133,7 +133,7 @@ class Sight:
             connection = await self._source.connection()
             running = {xid % XID_SPAN for xid in await running_transactions(connection)}
             left = {xid for xid in hidden if xid % XID_SPAN in running}
-            sessions = await blockers(connection, left) if left else []
+            sessions = [str(one) for one in await blockers(connection, left)] if left else []
         over = {xid for xid in hidden if xid not in left}
         if self._unread:
             self._unread -= over

@@ -41,7 +41,7 @@ from cdcsync.target import evaluations
 from cdcsync.target.approvals import Approvals, change_of
 from cdcsync.target.ddl.generations import create_generations, drop_relations, open_beside
 from cdcsync.target.ddl.grants import settings_to_note
-from cdcsync.target.ddl.missing import Missing, missing_relations
+from cdcsync.target.ddl.missing import Missing, missing_relations, newly_asked_for
 from cdcsync.target.ddl.policies import put_policy
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.searching import search_outdated
@@ -306,7 +306,9 @@ async def _register(target: Connection, config: Config, spec: IndexSpec, catalog
     elif begun:
         await Approvals(schema).spend(target, spec.name, change_of(spec))
     if begun and missing and before is not None and before.state == "live":
-        log.error("relations_missing", index=spec.name, tables=missing.tables, built=missing.built)
+        lost = [one for one in missing.built if one not in newly_asked_for(schema, spec, before.configuration or {})]
+        if missing.tables or lost:
+            log.error("relations_missing", index=spec.name, tables=missing.tables, built=lost)
         await registry.load_again(target, spec.name)
     if fixed_in(catalog.version) is not None:
         sent = None if before is None else stored_fingerprint(before)

@@ -15,6 +15,7 @@ from psycopg import sql
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse
+from cdcsync.flows.blocked import Blocked, Note
 from cdcsync.flows.setup.gaps import (
     refuse_forgotten,
     refuse_gap,
@@ -33,7 +34,6 @@ from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import (
     FAILOVER_VERSION,
     Slot,
-    blockers,
     next_transaction,
     read_catalog,
     read_slot,
@@ -56,9 +56,6 @@ all the time still gets one."""
 PUBLISH_ATTEMPTS = 6
 """How often a table is to be added to the publication while somebody holds it: for some four seconds, in which nothing
 else is followed. Then its index waits, and the others do not."""
-
-WRITERS_REPORT_S = 5.0
-"""How often the open transactions that the creation of the slot waits for are logged."""
 
 
 class StartingPoint(msgspec.Struct, frozen=True):
@@ -196,13 +193,14 @@ async def starting_point(
     indexes: Sequence[str],
     *,
     stuck: DecodingFailed | None = None,
+    note: Note,
 ) -> StartingPoint:
     """Return where to stream from; creates the slot where there is none.
 
     After a gap, `source.on_gap = "resync"` makes a new slot and asks for a full backfill of every index.
 
     :param stuck: why the source cannot decode what follows the checkpoint, if it has failed there again and again.
-
+    :param note: told whose transactions the creation of a slot waits for.
     :raises GapError: changes between the checkpoint and what the slot can send may be missing.
     :raises SetupError: the slot is of another kind or database, and so not ours to drop.
     """
@@ -224,10 +222,10 @@ async def starting_point(
         if config.source.on_gap != "resync":
             raise
         log.error("gap", slot=name, error=str(gap), action="resync")
-        begin = await _resync(slot_connection, source, session, server, slot, config, indexes)
+        begin = await _resync(slot_connection, source, session, server, slot, config, indexes, note)
         return StartingPoint(begin, True, server)
     if state.checkpoint is None:
-        begin = await _first_position(slot_connection, source, slot, config)
+        begin = await _first_position(slot_connection, source, slot, config, note)
         await session.begin_at(begin, server.system_identifier, server.timeline)
         return StartingPoint(begin, True, server)
     if state.timeline is not None and server.timeline > state.timeline:
@@ -249,7 +247,7 @@ async def _let_standbys_have(slot_connection: SlotConnection, slot: Slot, config
 
 
 async def _first_position(
-    slot_connection: SlotConnection, source: Connection, slot: Slot | None, config: Config
+    slot_connection: SlotConnection, source: Connection, slot: Slot | None, config: Config, note: Note
 ) -> Lsn:
     """Return where a pipeline begins that has indexed nothing yet: at the slot as it is, or at a new one.
 
@@ -261,12 +259,12 @@ async def _first_position(
     """
     name = config.source.slot
     if slot is None:
-        return await _create_slot(slot_connection, source, config)
+        return await _create_slot(slot_connection, source, config, note)
     with speaking_of("source", where=f"slot {name}"):
         if slot.wal_status == "lost":
             await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
             crash_point("lost slot dropped")
-            return await _create_slot(slot_connection, source, config)
+            return await _create_slot(slot_connection, source, config, note)
         if slot.confirmed_flush is None or slot.catalog_xmin is None:
             raise SlotInUse(
                 "the slot is still being created by a session that was left behind",
@@ -282,14 +280,14 @@ async def _first_position(
         doubtful = await definitions_changed_since(source, slot.catalog_xmin)
     if doubtful:
         await _drop_doubtful(source, name)
-        return await _create_slot(slot_connection, source, config, failover=slot.failover)
+        return await _create_slot(slot_connection, source, config, note, failover=slot.failover)
     log.info("slot_adopted", slot=name, lsn=str(slot.confirmed_flush))
     await _let_standbys_have(slot_connection, slot, config)
     return slot.confirmed_flush
 
 
 async def _create_slot(
-    slot_connection: SlotConnection, source: Connection, config: Config, *, failover: bool = False
+    slot_connection: SlotConnection, source: Connection, config: Config, note: Note, *, failover: bool = False
 ) -> Lsn:
     """Create the slot, and say who is in the way while that waits for open write transactions.
 
@@ -306,7 +304,7 @@ async def _create_slot(
         with speaking_of("source"):
             first = await next_transaction(source)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_report_writers, source, name)
+            tasks.start_soon(_report_writers, source, name, note)
             begin = await slot_connection.create_slot(name, failover=failover)
             crash_point("slot created")
             tasks.cancel_scope.cancel()
@@ -335,12 +333,15 @@ async def _drop_doubtful(source: Connection, name: str) -> None:
         crash_point("slot that is made again dropped")
 
 
-async def _report_writers(source: Connection, name: str) -> None:
-    while True:
-        await anyio.sleep(WRITERS_REPORT_S)
-        with speaking_of("source"), anyio.CancelScope(shield=True):
-            sessions = await blockers(source, await running_transactions(source, anywhere=True))
+async def _report_writers(source: Connection, name: str, note: Note) -> None:
+    def say(sessions: list[str]) -> None:
         log.warning("slot_waits_for_transactions", slot=name, sessions=sessions)
+
+    with Blocked(f"the creation of slot {name} waits for", note, say) as blocked:
+        while True:
+            await blocked.due()
+            with speaking_of("source"), anyio.CancelScope(shield=True):
+                await blocked.by(source, await running_transactions(source, anywhere=True))
 
 
 async def _resync(
@@ -351,6 +352,7 @@ async def _resync(
     slot: Slot | None,
     config: Config,
     indexes: Sequence[str],
+    note: Note,
 ) -> Lsn:
     """Begin anew with a new slot; the index stays searchable while everything is read again.
 
@@ -364,6 +366,6 @@ async def _resync(
         with speaking_of("source", where=f"slot {name}"):
             await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
             crash_point("old slot dropped")
-    begin = await _create_slot(slot_connection, source, config)
+    begin = await _create_slot(slot_connection, source, config, note)
     await session.begin_at(begin, server.system_identifier, server.timeline)
     return begin

@@ -5,12 +5,14 @@ Source: PostgreSQL, "CREATE TABLE" (UNLOGGED: it is emptied after a crash, and n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 from psycopg import sql
 
 from cdcsync.config import QualifiedName
+from cdcsync.config.differences import made_as
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.queries import fetch_one
@@ -66,8 +68,7 @@ async def missing_relations(
     stem = spec.relations
     vectors = f"{stem}_vectors_{spec.generation}"
     tables = [f"{stem}_chunks", f"{stem}_backlog", vectors]
-    indexes = [names.hnsw_name(spec.generation), names.near_name(spec.generation)]
-    indexes += [b_tree_name(stem, column) for column in spec.config.indexed]
+    indexes = [names.hnsw_name(spec.generation), names.near_name(spec.generation), *_of_columns(spec)]
     shown = [] if spec.hidden else [view, chunks_view_name(view)]
     if spec.config.search is not None:
         indexes.append(names.search_name)
@@ -110,6 +111,22 @@ async def missing_relations(
     absent, *built = row
     unlogged, hidden = await unsafe_tables(connection, schema, stem, [one.generation for one in spec.generations])
     return Missing(tuple(absent), tuple(name for some in built for name in some), unlogged, hidden)
+
+
+def _of_columns(spec: IndexSpec) -> list[str]:
+    return [b_tree_name(spec.relations, column) for column in spec.config.indexed]
+
+
+def newly_asked_for(schema: str, spec: IndexSpec, stored: Mapping[str, Any]) -> set[str]:
+    """Return what a loaded index lacks because its configuration asks for it only since it was changed.
+
+    :param stored: the configuration as it was, from `as_stored`.
+    """
+    before = msgspec.structs.replace(spec, config=made_as(spec.config, stored, ("indexed", "search")))
+    added = set(_of_columns(spec)) - set(_of_columns(before))
+    if before.config.search is None:
+        added |= {Names(schema, spec.relations).search_name, f"{schema}.{spec.relations}_words"}
+    return added
 
 
 async def unsafe_tables(

@@ -282,6 +282,20 @@ def test_a_publication_that_somebody_drops_comes_back(make_scene: MakeScene, dow
     scene.follows()
 
 
+def test_a_check_tells_a_publication_that_has_another_name_now_from_one_that_was_dropped(
+    make_scene: MakeScene,
+) -> None:
+    scene = make_scene([one.format(t="elsewhere") for one in (TABLE, ROWS)], {"elsewhere": Followed("elsewhere")})
+    scene.pipeline.stop(scene.pipeline.processes[-1])
+    scene.reconfigured(lambda text: text.replace('publication = "cdcsync"', 'publication = "another"'))
+
+    said = " ".join(scene.command("check").stdout.split())
+
+    assert "publication another: does not exist, and the pipeline has followed cdcsync until now" in said
+    assert "DROP PUBLICATION IF EXISTS cdcsync" in said
+    assert "was dropped" not in said
+
+
 @pytest.mark.proof
 def test_writes_that_the_publication_makes_fail_are_told_until_they_succeed(make_scene: MakeScene) -> None:
     scene = make_scene([one.format(t="failing") for one in (TABLE, ROWS)], {"failing": Followed("failing")})

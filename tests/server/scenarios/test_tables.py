@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.scenes import Followed, MakeScene, Scene
 from tests.support.servers import Server
+from tests.support.workers import until
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]  # dozens of indexes, on a machine that may be busy
 
@@ -224,4 +225,33 @@ def test_an_index_whose_view_has_another_name_now_keeps_it_and_who_may_read_it(m
         assert views == [(view.removeprefix("public."),)]
         assert target.execute("SELECT has_table_privilege('pg_monitor', %s, 'SELECT')", [view]).fetchone() == (True,)
     assert target.execute("SELECT count(*) FROM built_on").fetchone() == (3,)
+    assert "relations_missing" not in {event["event"] for event in scene.pipeline.events()}
+
+
+def test_search_indexes_that_a_changed_configuration_asks_for_are_built_and_nobody_dropped_them(
+    make_scene: MakeScene,
+) -> None:
+    scene = make_scene(
+        [
+            statement
+            for name in ("later", "wordless")
+            for statement in (
+                f"CREATE TABLE {name} (id int PRIMARY KEY, title text)",
+                f"INSERT INTO {name} VALUES (1, 'one')",
+            )
+        ],
+        {"later": Followed("later", columns=("title",)), "wordless": Followed("wordless", more='search = ""')},
+    )
+    indexes = "SELECT count(*) FROM pg_indexes WHERE schemaname = 'cdcsync' AND tablename ~ '^(later|wordless)_chunks'"
+    before = scene.pipeline.target.execute(indexes).fetchone()
+    assert before is not None
+    scene.pipeline.stop(scene.pipeline.processes[-1])
+    scene.reconfigured(lambda text: text.replace('columns = ["title"]', 'columns = ["title"]\nindexed = ["title"]'))
+    scene.reconfigured(lambda text: text.replace('search = ""', 'search = "english"'))
+
+    scene.pipeline.start()
+    until(lambda: scene.pipeline.times("streaming") == 2, scene.pipeline.tail)
+
+    scene.heals("later", "wordless")
+    assert scene.pipeline.target.execute(indexes).fetchone() == (before[0] + 2,)
     assert "relations_missing" not in {event["event"] for event in scene.pipeline.events()}

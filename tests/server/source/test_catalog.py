@@ -94,7 +94,10 @@ async def test_a_prepared_transaction_that_is_in_the_way_is_named(database: Data
             described = await blockers(connection, xids)
         writer.execute(sql.SQL("ROLLBACK PREPARED {}").format(gid))
 
-    assert any(f"'{database.name} it''s'" in one for one in described)
+    mine = [one for one in described if f"prepared transaction '{database.name} it''s'" in str(one)]
+    assert [one.ending for one in mine] == [
+        f"COMMIT PREPARED or ROLLBACK PREPARED '{database.name} it''s' in database {database.name}"
+    ]
 
 
 async def test_nothing_is_read_of_other_tables_whatever_they_are(source: Connection) -> None:

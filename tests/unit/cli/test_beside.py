@@ -17,7 +17,7 @@ from starlette.routing import Route
 from cdcsync.cli.beside import embedded_by_worker, questions_by_worker, remembered_by_worker
 from cdcsync.config import Config, parse
 from cdcsync.errors import EmbedderUnavailable
-from cdcsync.status import Event, Headline, WorkerStatus, as_waiting, with_headlines
+from cdcsync.status import Event, Headline, WorkerStatus, as_waiting, with_headlines, with_problems
 from cdcsync.worker import http as endpoints
 from tests.support.configs import configuration
 from tests.support.endpoints import View, serving
@@ -93,6 +93,19 @@ async def test_a_worker_that_waits_says_why_also_while_it_holds_no_lock() -> Non
         assert found.page is not None
         by_another = msgspec.structs.replace(STATUS, worker=WorkerStatus("other:1", True, None))
         assert await remembered_by_worker(config_of(client.port), by_another) == by_another
+
+
+async def test_what_only_the_worker_knows_of_an_index_is_among_the_problems() -> None:
+    told = with_problems(msgspec.structs.replace(STATUS, problems=["the worker's own"]), {"articles": "it waits"})
+
+    async def answer(request: Request) -> Response:
+        return Response(msgspec.json.encode(told), media_type="application/json")
+
+    app: Any = Starlette(routes=[Route("/status", answer)])
+    async with serving(View(), app=app) as client:
+        found = await remembered_by_worker(config_of(client.port), STATUS)
+    assert found.problems == ["index articles: it waits"]
+    assert found.indexes["articles"].problem == "it waits"
 
 
 ODD_ANSWERS = [

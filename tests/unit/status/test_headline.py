@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from cdcsync.config.names import beside_name
 from cdcsync.status import (
     BackfillStatus,
     Freshness,
@@ -16,6 +17,7 @@ from cdcsync.status import (
     WorkerStatus,
     as_starting,
     with_headlines,
+    with_problems,
     without_problems,
 )
 from cdcsync.status.model import EmbedderStatus, Progress
@@ -79,6 +81,7 @@ REPLAY = BackfillStatus(1, "replay", "running", "rows", 5, None, None, None)
         ),
         (index(backlog=5, progress=[Progress("vectors", 4, 9, 5.0)]), "embedding 44%, 5.0 s left", "busy"),
         (index(backfill=REPLAY), "up to date; replay", "busy"),
+        (index(backfill=REPLAY, problem="reading its table waits"), "reading its table waits", "bad"),
         (index(backfill=paused(REPLAY)), "up to date; replay, paused", "warn"),
         (index(backfill=paused(REPLAY), progress=[HELD]), "replay, paused at 50%", "warn"),
         (index(state="building", backfill=paused(LOAD), progress=[HELD]), "loading, paused at 50%", "warn"),
@@ -146,3 +149,9 @@ def test_a_worker_that_has_just_begun_has_no_problems_but_those_of_paused_indexe
     assert found.problems == ["index b is paused: no column x"]
     assert found.headline is not None
     assert (found.headline.words, found.headline.tone) == ("paused: no column x", "bad")
+
+
+def test_what_the_worker_knows_of_chunks_beside_an_index_is_told_of_the_index() -> None:
+    found = with_problems(status(index()), {beside_name("a"): "reading its table waits"})
+    assert found.indexes["a"].problem == "reading its table waits"
+    assert len(found.problems) == 1

@@ -21,7 +21,7 @@ from cdcsync.errors import EmbedderUnavailable, SetupError, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.embedding import Problem
 from cdcsync.model.lag import Lag
-from cdcsync.status import Status, WorkerStatus
+from cdcsync.status import Headline, Status, WorkerStatus
 from cdcsync.target.locked_session import worker_name
 from cdcsync.worker.state import ALIVE_WITHIN_S, AWAY_S, GAUGES_S, QUERY_S, WorkerState
 from tests.support.configs import configuration
@@ -150,6 +150,27 @@ async def test_trouble_of_embedders_and_of_indexes_is_named(streaming: WorkerSta
         "index notes is paused: its key is gone",
     ]
     assert streaming.metrics.registry.get_sample_value("cdcsync_embedder_problem", {"embedder": "e"}) == 1
+
+
+async def test_what_only_the_worker_knows_of_an_index_is_in_the_status_as_it_is_in_its_readiness(
+    streaming: WorkerState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def read_status(*_: object) -> Status:
+        return msgspec.structs.replace(STATUS, indexes={"articles": LIVE, "notes": LIVE})
+
+    monkeypatch.setattr("cdcsync.worker.state.read_status", read_status)
+    monkeypatch.setattr(streaming, "_target", AsyncMock())
+    monkeypatch.setattr(streaming, "_source", AsyncMock())
+    problems = streaming.problems = {"articles": "reading its table waits"}
+
+    status = await streaming.status()
+    assert status.problems == streaming.not_ready() == ["index articles: reading its table waits"]
+    assert status.headline == Headline("reading its table waits", "bad", "articles")
+    assert (status.indexes["articles"].problem, status.indexes["notes"].problem) == (problems["articles"], None)
+
+    problems.clear()
+    status = await streaming.status()
+    assert (status.problems, status.indexes["articles"].problem) == ([], None)
 
 
 @pytest.mark.parametrize(
