@@ -13,7 +13,7 @@
     slot          the replication connection
     spool         large transactions on disk
     families      tables that are found by a pattern
-    functions     what conditions and generated columns call
+    functions     what conditions go by
     statements    the SQL that reads one index's table
     catalog       everything else that is asked of the catalog
     keys          rows asked for by key, in parts if one of them cannot be read

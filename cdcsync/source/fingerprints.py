@@ -33,6 +33,7 @@ from cdcsync.model.conditions import Where
 from cdcsync.model.rows import SOURCE_TABLE
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.columns import DEFAULT_COLLATION, Column, Type, reachable_types
+from cdcsync.source.functions import KEPT_IN_PLANS
 from cdcsync.source.publications import Publication
 from cdcsync.source.relations import Partition, Table
 
@@ -125,8 +126,8 @@ class Difference(msgspec.Struct, frozen=True):
     :ivar left: whether partitions went.
     :ivar emptied: if the stream brings a TRUNCATE of each of these, nothing else is why they would have to be compared,
         so that they do not have to be.
-    :ivar called: whether functions that its conditions call were changed, so that the conditions are to be examined
-        again.
+    :ivar called: whether what its conditions call was changed, so that the conditions are to be examined again; or
+        whether sessions may have planned by what it was for a while, so that new ones are to be opened.
     """
 
     reread: str | None = None
@@ -295,10 +296,13 @@ def difference(before: Fingerprint | None, now: Fingerprint, table: Table, relat
     if reread is not None or was is None:
         return Difference(reread=reread or f"{name} was not read before")
     doubts = [Doubt("the publication was edited")] if before.sent_by.publication != now.sent_by.publication else []
-    if called := _changed(before.made_of.functions, now.made_of.functions):
-        doubts.append(Doubt(f"what its conditions call was changed: {', '.join(called)}"))
-    elif rewritten := _rewritten(before.made_of.functions_written, now.made_of.functions_written):
+    changed = _changed(before.made_of.functions, now.made_of.functions)
+    rewritten = _rewritten(before.made_of.functions_written, now.made_of.functions_written)
+    if changed:
+        doubts.append(Doubt(f"what its conditions call was changed: {', '.join(changed)}"))
+    elif rewritten:
         doubts.append(Doubt(f"what its conditions call was defined again: {', '.join(rewritten)}"))
+    called = bool(changed) or any(name.startswith(KEPT_IN_PLANS) for name in rewritten)
     if altered := _altered_types(before.made_of.types, now.made_of.types):
         doubts.append(Doubt(f"type {', '.join(altered)} was altered"))
     doubts += [
@@ -310,7 +314,7 @@ def difference(before: Fingerprint | None, now: Fingerprint, table: Table, relat
         leaf for leaf in table.leaves if was.leaves.get(str(leaf.oid), (0, ""))[1] != is_.leaves[str(leaf.oid)][1]
     )
     left = any(_left(leaf, attached, is_.leaves.get(leaf)) for leaf, (_, attached) in was.leaves.items())
-    return Difference(None, doubts[0].because if doubts else None, arrived, left, emptied, bool(called))
+    return Difference(None, doubts[0].because if doubts else None, arrived, left, emptied, called)
 
 
 def _left(leaf: str, attached: str, now: tuple[int, str] | None) -> bool:

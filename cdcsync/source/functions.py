@@ -1,14 +1,17 @@
-"""The functions that conditions call, and digests of their definitions.
+"""The functions, types and collations that conditions go by, and digests of their definitions.
 
-The outcome of a condition may change with a function of the user's, and no row event tells: CREATE OR REPLACE
-FUNCTION, ALTER OPERATOR, another check of a domain. So everything that a condition may call outside of pg_catalog
-belongs to what an index is made of, together with what that calls in turn.
+The outcome of a condition may change with what the user defined, and no row event tells: CREATE OR REPLACE FUNCTION,
+ALTER OPERATOR, another check of a domain, a renamed label of an enum, a collation made anew. So everything outside of
+pg_catalog that a condition may go by belongs to what an index is made of, together with what that goes by in turn: the
+types of a function's arguments and of a type's attributes, what a domain is made of, the functions of a type's casts.
 
 A condition names things by their schema, because our sessions have no search path. A function's body may have a path of
-its own, so in bodies every function of a name counts, in whatever schema; so does one that only a comment mentions. A
-digest too many costs a comparison when that function is replaced. One that was replaced and replaced back decided about
-rows in between, so the transactions that last wrote the catalog's entries are told beside the digests. A GRANT writes
-such an entry, too. That is not excused where the privileges are others: the function may have been another one besides.
+its own, so in bodies each word counts as everything of that name, in whatever schema, even if only a comment has it. Of
+tables, whose rows are types as well, that would be too many: each tenant of an application may have one of that name.
+So a table's type counts only where its schema is named. A digest too many costs a comparison when that thing is
+altered. One that was altered and altered back decided about rows in between, so the transactions that last wrote the
+catalog's entries are told beside the digests. A GRANT writes such an entry, too. That is not excused where the
+privileges are others: the function may have been another one besides.
 
 A body of SQL statements (BEGIN ATOMIC) is stored as the server understood it, and the server records what that depends
 on. So its text is not asked for: the function that writes it (pg_get_function_sqlbody) waits for all tables that the
@@ -19,8 +22,9 @@ user's own words are to be read by. So its value counts as well, as a new sessio
 configurations and dictionaries, which may be altered (ALTER TEXT SEARCH CONFIGURATION … ALTER MAPPING). There are few,
 so all of them count. What writes and reads numbers and dates goes by settings that are pinned, and were not always.
 
-Source: PostgreSQL, "System Catalogs" (pg_proc, pg_operator, pg_cast, pg_constraint, pg_depend, pg_db_role_setting,
-pg_ts_config, pg_ts_config_map, pg_ts_dict); "Text Search Functions and Operators".
+Source: PostgreSQL, "System Catalogs" (pg_proc, pg_operator, pg_cast, pg_type, pg_enum, pg_attribute, pg_range,
+pg_constraint, pg_collation, pg_depend, pg_db_role_setting, pg_ts_config, pg_ts_config_map, pg_ts_dict); "Text Search
+Functions and Operators".
 """
 
 from __future__ import annotations
@@ -66,15 +70,26 @@ _SEARCH_CONFIGURATIONS: LiteralString = """
 dictionary is written to have sessions read its files again."""
 
 
-class Called(msgspec.Struct, frozen=True):
-    """A function, or the checks of a domain.
+KEPT_IN_PLANS = ("type ", "collation ")
+"""How the names of what a session may go on to see as it was begin.
 
-    :ivar name: with its arguments, as a message shows it.
+A session keeps plans of functions' bodies, with the labels of enums, the attributes of composite types and the
+collations as it found them, and makes them anew only for functions and operators that are altered.
+
+Source: PostgreSQL, src/backend/utils/cache/plancache.c (InitPlanCache lists the catalogs that are watched).
+"""
+
+
+class Called(msgspec.Struct, frozen=True):
+    """A function, a type or a collation.
+
+    :ivar name: as a message shows it: a function with its arguments.
     :ivar digest: of its definition, without its owner, its privileges and its cost.
     :ivar written: the entries that make it up, or by which an operator or a cast calls it, each with the transaction
-        (32 bits) that last wrote it.
-    :ivar body: its text, if it is in a language that may call others and its text says what it calls.
-    :ivar named: the schemas and names of what it depends on, if its body is SQL that the server has understood.
+        (32 bits) that last wrote it; of a type, a digest of those.
+    :ivar body: its text, if it is in a language that may call others and its text says what it calls; the checks of a
+        domain.
+    :ivar named: the schemas and names of what it depends on, as the server says.
     """
 
     name: str
@@ -85,14 +100,14 @@ class Called(msgspec.Struct, frozen=True):
 
     @property
     def calls(self) -> set[Name]:
-        """The names of what it may call."""
+        """The names of what it may go by."""
         return {*_named_in_body(self.body or ""), *((schema, name) for schema, name in self.named)}
 
 
 class Definition(msgspec.Struct, frozen=True):
     """What something that a condition goes by is defined as.
 
-    :ivar written: which transactions last wrote it, of a function or a domain's checks.
+    :ivar written: which transactions last wrote it, of a function, a type or a collation.
     """
 
     digest: str
@@ -100,7 +115,7 @@ class Definition(msgspec.Struct, frozen=True):
 
 
 async def functions_called(connection: Connection, conditions: Iterable[str]) -> dict[str, dict[str, Definition]]:
-    """Return, for each condition, the definitions of what it calls outside of pg_catalog, or searches by; by name."""
+    """Return, for each condition, the definitions of what it goes by outside of pg_catalog, or searches by; by name."""
     named = {text: set(_named_in_condition(text)) for text in conditions}
     known: dict[Name, list[Called]] = {}
     found: dict[str, dict[str, Definition]] = {}
@@ -131,7 +146,7 @@ async def functions_called(connection: Connection, conditions: Iterable[str]) ->
 
 
 def _named_in_condition(text: str) -> Iterator[Name]:
-    """Yield what a condition names by a schema: functions, operators, types."""
+    """Yield what a condition names by a schema: functions, operators, types, collations."""
     try:
         words = tokens(text)
     except Unreadable:
@@ -142,20 +157,21 @@ def _named_in_condition(text: str) -> Iterator[Name]:
 
 
 _IN_BODY = re.compile(
-    r"""(?P<schema> [^\W\d][\w$]* | "[^"]+" ) \s* \. \s* (?P<name> [^\W\d][\w$]* | "[^"]+" )
-      | (?P<called> [^\W\d][\w$]* | "[^"]+" ) (?= \s* \( )
+    r"""(?P<word> [^\W\d][\w$]* | "[^"]+" ) (?P<dot> \s* \. \s* (?= [^\W\d] | " ) )?
       | (?P<operator> [-+*/<>=~!@\#%^&|`?]+ )""",
     re.VERBOSE,
 )
 
 
 def _named_in_body(text: str) -> Iterator[Name]:
-    """Yield what a body may call; in a string or a comment, too."""
-    for match in _IN_BODY.finditer(text):
-        schema, name, called, operator = match.group("schema", "name", "called", "operator")
-        if name is not None:
-            yield None, _as_stored(name)
-        yield (None, operator) if operator is not None else (None, _as_stored(called or schema))
+    """Yield what a body may go by; in a string or a comment, too."""
+    schema = None
+    for word, dot, operator in _IN_BODY.findall(text):
+        name = operator or _as_stored(word)
+        yield None, name
+        if schema is not None:
+            yield schema, name
+        schema = name if dot else None
 
 
 def _as_stored(name: str) -> str:
@@ -175,46 +191,81 @@ async def _look_up(connection: Connection, known: dict[Name, list[Called]], name
 
 _CALLED: LiteralString = """
     WITH wanted AS (
-        SELECT w.name, w.place, n.oid AS schema
+        SELECT w.schema, w.name::name, w.place
         FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY AS w (schema, name, place)
-        JOIN pg_namespace AS n ON n.nspname = w.schema OR w.schema IS NULL
-        WHERE n.nspname NOT IN ('pg_catalog', 'information_schema')
-    ), functions AS (
-        SELECT w.place, p.oid, NULL AS by
-        FROM wanted AS w JOIN pg_proc AS p ON p.proname = w.name AND p.pronamespace = w.schema
-        UNION SELECT w.place, o.oprcode, concat_ws(' ', 'operator', o.oid, o.xmin) FROM wanted AS w
-            JOIN pg_operator AS o ON o.oprname = w.name AND o.oprnamespace = w.schema
-        UNION SELECT w.place, c.castfunc, concat_ws(' ', 'cast', c.oid, c.xmin) FROM wanted AS w
-            JOIN pg_type AS t ON t.typname = w.name AND t.typnamespace = w.schema
-            JOIN pg_cast AS c ON t.oid IN (c.castsource, c.casttarget)
+    ), named AS (
+        SELECT w.place, one.class, one.oid FROM wanted AS w CROSS JOIN LATERAL (
+            SELECT 'pg_proc'::regclass, oid, pronamespace FROM pg_proc WHERE proname = w.name
+            UNION ALL SELECT 'pg_operator'::regclass, oid, oprnamespace FROM pg_operator WHERE oprname = w.name
+            UNION ALL SELECT 'pg_type'::regclass, oid, typnamespace FROM pg_type WHERE typname = w.name
+                AND (typtype <> 'c' OR w.schema IS NOT NULL
+                    OR EXISTS (SELECT FROM pg_class WHERE oid = typrelid AND relkind = 'c'))
+            UNION ALL SELECT 'pg_collation'::regclass, oid, collnamespace FROM pg_collation WHERE collname = w.name
+                AND collencoding IN (-1, pg_char_to_encoding(getdatabaseencoding()))
+        ) AS one (class, oid, schema) JOIN pg_namespace AS n ON n.oid = one.schema
+        WHERE n.nspname = coalesce(w.schema, n.nspname) AND n.nspname NOT IN ('pg_catalog', 'information_schema')
+    ), entries AS (
+        SELECT place, class, oid, NULL AS by FROM named
+        UNION SELECT n.place, 'pg_proc'::regclass, o.oprcode, concat_ws(' ', 'operator', o.oid, o.xmin)
+            FROM named AS n JOIN pg_operator AS o USING (oid) WHERE n.class = 'pg_operator'::regclass
+        UNION SELECT n.place, 'pg_proc'::regclass, c.castfunc, concat_ws(' ', 'cast', c.oid, c.xmin)
+            FROM pg_cast AS c CROSS JOIN LATERAL unnest(ARRAY[c.castsource, c.casttarget]) AS type (oid)
+            JOIN named AS n ON n.oid = type.oid WHERE n.class = 'pg_type'::regclass
     )
-    SELECT f.place, p.oid::regprocedure::text,
-        md5((to_jsonb(p) - ARRAY['oid', 'proowner', 'proacl', 'procost', 'prorows'])::text),
-        array_remove(ARRAY[concat_ws(' ', 'function', p.oid, p.xmin), f.by], NULL),
-        CASE WHEN l.lanname NOT IN ('c', 'internal') THEN p.prosrc END,
-        -- These are also its arguments' types and what their defaults call. An array counts as its elements. Of
-        -- what is in pg_catalog there is no record of its own.
-        CASE WHEN p.prosqlbody IS NULL THEN '{}'::text[] ELSE ARRAY(
-            SELECT ARRAY[n.nspname::text, used.name::text] FROM pg_depend AS d CROSS JOIN LATERAL (
+    SELECT e.place, d.name, d.digest, array_remove(ARRAY[d.written, e.by], NULL), d.body,
+        -- An array counts as its elements. Of what is in pg_catalog there is no record of its own.
+        ARRAY(
+            SELECT ARRAY[n.nspname::text, used.name::text]
+            FROM (VALUES (e.class, e.oid), ('pg_class'::regclass, d.relation)) AS owner (class, oid)
+            JOIN pg_depend AS d ON d.classid = owner.class AND d.objid = owner.oid CROSS JOIN LATERAL (
                 SELECT pronamespace, proname FROM pg_proc
                     WHERE d.refclassid = 'pg_proc'::regclass AND oid = d.refobjid
                 UNION ALL SELECT oprnamespace, oprname FROM pg_operator
                     WHERE d.refclassid = 'pg_operator'::regclass AND oid = d.refobjid
-                UNION ALL SELECT e.typnamespace, e.typname FROM pg_type AS t
-                    JOIN pg_type AS e ON e.oid = t.oid OR e.oid = t.typelem AND t.typlen = -1
+                UNION ALL SELECT collnamespace, collname FROM pg_collation
+                    WHERE d.refclassid = 'pg_collation'::regclass AND oid = d.refobjid
+                UNION ALL SELECT own.typnamespace, own.typname FROM pg_type AS t
+                    JOIN pg_type AS own ON own.oid = CASE WHEN t.typlen = -1 THEN coalesce(nullif(t.typelem, 0), t.oid)
+                        ELSE t.oid END
                     WHERE d.refclassid = 'pg_type'::regclass AND t.oid = d.refobjid
             ) AS used (schema, name) JOIN pg_namespace AS n ON n.oid = used.schema
-            WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'n'
+            WHERE d.deptype IN ('n', 'i')
             UNION ALL SELECT ARRAY['pg_catalog', c.proname::text]
-            FROM regexp_matches(p.prosqlbody::text, ':(?:op)?funcid ([0-9]+)', 'g') AS m (found)
-            JOIN pg_proc AS c ON c.oid = found[1]::oid WHERE c.pronamespace = 'pg_catalog'::regnamespace) END
-    FROM functions AS f JOIN pg_proc AS p USING (oid) JOIN pg_language AS l ON l.oid = p.prolang
-    WHERE p.pronamespace <> 'pg_catalog'::regnamespace
-    UNION ALL
-    SELECT w.place, 'domain ' || format_type(t.oid, NULL), md5(string_agg(d.text, ' ' ORDER BY d.text)),
-        array_agg(concat_ws(' ', 'check', c.oid, c.xmin)), string_agg(d.text, ' '), '{}'::text[]
-    FROM wanted AS w JOIN pg_type AS t ON t.typname = w.name AND t.typnamespace = w.schema
-    JOIN pg_constraint AS c ON c.contypid = t.oid
-    CROSS JOIN LATERAL (SELECT pg_get_constraintdef(c.oid) AS text) AS d
-    GROUP BY w.place, t.oid
+            FROM regexp_matches(d.parsed, ':(?:op)?funcid ([0-9]+)', 'g') AS m (found)
+            JOIN pg_proc AS c ON c.oid = found[1]::oid WHERE c.pronamespace = 'pg_catalog'::regnamespace)
+    FROM entries AS e CROSS JOIN LATERAL (
+        SELECT p.oid::regprocedure::text,
+            md5((to_jsonb(p) - ARRAY['oid', 'proowner', 'proacl', 'procost', 'prorows'])::text),
+            concat_ws(' ', 'function', p.oid, p.xmin), CASE WHEN l.lanname NOT IN ('c', 'internal') THEN p.prosrc END,
+            p.prosqlbody::text, NULL::oid
+        FROM pg_proc AS p JOIN pg_language AS l ON l.oid = p.prolang
+        WHERE e.class = 'pg_proc'::regclass AND p.oid = e.oid AND p.pronamespace <> 'pg_catalog'::regnamespace
+        UNION ALL
+        SELECT format('type %%I.%%I', n.nspname, t.typname), md5(made_of.facts), 'type ' || md5(made_of.entries),
+            made_of.checks, NULL, t.typrelid
+        FROM pg_type AS t JOIN pg_namespace AS n ON n.oid = t.typnamespace CROSS JOIN LATERAL (
+            SELECT string_agg(fact, ' ' ORDER BY place, fact), string_agg(entry, ' ' ORDER BY entry),
+                string_agg(fact, ' ' ORDER BY fact) FILTER (WHERE is_check)
+            FROM (
+                SELECT 0, false, concat_ws(' ', 'type', t.oid, t.xmin),
+                    (to_jsonb(t) - ARRAY['oid', 'typowner', 'typacl', 'typarray', 'typrelid', 'typdefault',
+                        'typdefaultbin'])::text
+                UNION ALL SELECT enumsortorder, false, concat_ws(' ', 'label', oid, xmin), enumlabel
+                    FROM pg_enum WHERE enumtypid = t.oid
+                UNION ALL SELECT attnum, false, concat_ws(' ', 'attribute', attnum, xmin),
+                        concat_ws(' ', attnum, attname, atttypid, atttypmod, attcollation)
+                    FROM pg_attribute WHERE attrelid = t.typrelid AND attnum > 0 AND NOT attisdropped
+                UNION ALL SELECT 0, false, concat_ws(' ', 'range', r.xmin), to_jsonb(r)::text
+                    FROM pg_range AS r WHERE t.oid IN (r.rngtypid, r.rngmultitypid)
+                UNION ALL SELECT 0, true, concat_ws(' ', 'check', oid, xmin), pg_get_constraintdef(oid)
+                    FROM pg_constraint WHERE contypid = t.oid
+            ) AS part (place, is_check, entry, fact)
+        ) AS made_of (facts, entries, checks)
+        WHERE e.class = 'pg_type'::regclass AND t.oid = e.oid
+        UNION ALL
+        SELECT format('collation %%I.%%I', n.nspname, c.collname), md5((to_jsonb(c) - ARRAY['oid', 'collowner'])::text),
+            concat_ws(' ', 'collation', c.oid, c.xmin), NULL, NULL, NULL
+        FROM pg_collation AS c JOIN pg_namespace AS n ON n.oid = c.collnamespace
+        WHERE e.class = 'pg_collation'::regclass AND c.oid = e.oid
+    ) AS d (name, digest, written, body, parsed, relation)
 """

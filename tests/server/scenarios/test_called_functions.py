@@ -1,4 +1,4 @@
-"""An index whose condition calls a function follows what that function says, also once it is another one."""
+"""An index whose condition goes by functions, types or collations follows what these say, also once they are others."""
 
 from __future__ import annotations
 
@@ -132,12 +132,90 @@ SEARCHES: dict[str, tuple[list[str], str, list[str]]] = {
 }
 """Text search configurations and dictionaries that are altered."""
 
+
+def level(name: str) -> str:
+    return f"CREATE TYPE public.{name} AS ENUM ('spam', 'open', 'done')"
+
+
+def exchanged(*names: str) -> str:
+    """Exchange two labels of enums, so that rows have other values by these, and no row event tells."""
+    renamed = [
+        f"ALTER TYPE public.{name} RENAME VALUE '{was}' TO '{now}'"
+        for name in names
+        for was, now in (("spam", "x"), ("open", "spam"), ("x", "open"))
+    ]
+    return "; ".join(["BEGIN", *renamed, "COMMIT"])
+
+
+def collation(locale: str) -> str:
+    """Make a collation of a provider that every server has."""
+    return (
+        "DO $$ BEGIN EXECUTE format('CREATE COLLATION public.folding (provider = %s, locale = %L)', CASE WHEN"
+        f" current_setting('server_version_num')::int >= 170000 THEN 'builtin' ELSE 'libc' END, '{locale}'); END $$"
+    )
+
+
+def shown(index: str, condition: str) -> str:
+    """Make the view that says what an index has of its own table as a related one."""
+    return (
+        f"CREATE OR REPLACE VIEW of_{index} AS"
+        f" SELECT id, title, CASE WHEN {condition} THEN status END AS same FROM {index}"
+    )
+
+
+TYPES: dict[str, tuple[list[str], str, list[str]]] = {
+    "labels": ([level("level")], "status::public.level >= 'open'", [exchanged("level")]),
+    "attributes": (
+        ["CREATE TYPE public.pair AS (a int, b int)"],
+        "(CASE status WHEN 'spam' THEN '(1,9)' ELSE '(9,1)' END::public.pair).a > 5",
+        [
+            "BEGIN; ALTER TYPE public.pair RENAME ATTRIBUTE a TO c;"
+            " ALTER TYPE public.pair RENAME ATTRIBUTE b TO a; COMMIT"
+        ],
+    ),
+    "labels_inside": (
+        [
+            level("inner_level"),
+            function("public.leveled", "SELECT s::public.inner_level >= 'open'::public.inner_level"),
+        ],
+        "public.leveled(status)",
+        [exchanged("inner_level")],
+    ),
+    "labels_planned": (
+        [
+            level("own_level"),
+            function("public.planned", "BEGIN RETURN s::own_level >= 'open'; END", language="plpgsql")
+            + " SET search_path = public",
+        ],
+        "public.planned(status)",
+        [exchanged("own_level")],
+    ),
+    "made_of": (
+        ["CREATE DOMAIN public.short AS varchar(3)"],
+        "status::public.short = 'open'",
+        ["BEGIN; DROP DOMAIN public.short; CREATE DOMAIN public.short AS varchar(9); COMMIT"],
+    ),
+    "collated": (
+        [collation("C")],
+        "pg_catalog.lower('É' || status COLLATE public.folding) = 'é' || status",
+        ["BEGIN; DROP COLLATION public.folding; " + collation("C.UTF-8") + "; COMMIT"],
+    ),
+    "labels_related": (
+        [level("related_level"), shown("labels_related", "status::public.related_level >= 'open'")],
+        "",
+        [exchanged("related_level"), shown("labels_related", "status::public.related_level >= 'open'")],
+    ),
+}
+"""Types and collations that only a condition names, or a function that it calls."""
+
 RELATED = """[indexes.NAME.related.same]
-table = "related"
+table = "NAME"
 on = { id = "id" }
 text = "{status}"
-where = "public.shown(status)"
+where = "CONDITION"
 """
+SHOWN = {"related": "public.shown(status)", "labels_related": "(status)::public.related_level >= 'open'"}
+"""The conditions on related rows, by the index."""
 
 
 @pytest.fixture(scope="module")
@@ -145,34 +223,37 @@ def calling(make_scene: MakeScene) -> Scene:
     """A table for each case, and one beside them."""
     tables = [
         statement
-        for name in ("beside", "spoilt", *CASES, *SEARCHES)
+        for name in ("beside", "spoilt", *CASES, *SEARCHES, *TYPES)
         for statement in (
             f"CREATE TABLE {name} (id int PRIMARY KEY, title text, status text)",
             f"INSERT INTO {name} SELECT i, 'title ' || i, (ARRAY['spam', 'open', 'done'])[1 + i % 3]"
             " FROM generate_series(1, 30) i",
         )
     ]
-    cases = CASES | SEARCHES
+    cases = CASES | SEARCHES | TYPES
     functions = [one for made, _, _ in cases.values() for one in made]
     indexes = {
         name: Followed(name, where=where, columns=("status",))
         for name, (_, where, _) in cases.items()
-        if name != "related"
+        if name not in SHOWN
+    }
+    related = {
+        name: Followed(name, "{title} {same}", more=RELATED.replace("CONDITION", condition))
+        for name, condition in SHOWN.items()
     }
     scene = make_scene(
         [*tables, *functions, function("public.spoilt", "SELECT s <> 'spam'")],
         {
             "beside": Followed("beside"),
             "spoilt": Followed("spoilt", where="public.spoilt(status)"),
-            "related": Followed("related", "{title} {same}", more=RELATED),
+            **related,
             **indexes,
         },
         worker_lines=NO_AUDIT,
     )
-    scene.execute(
-        "CREATE VIEW expected AS SELECT id, title, CASE WHEN public.shown(status) THEN status END AS same FROM related"
-    )
-    scene.oracle_reads("related", "expected")
+    scene.execute(shown("related", SHOWN["related"]))
+    for name in SHOWN:
+        scene.oracle_reads(name, f"of_{name}")
     return scene
 
 
@@ -209,6 +290,33 @@ def test_a_text_search_configuration_that_is_altered_takes_rows_in_and_out(calli
     for _, _, statements in SEARCHES.values():
         calling.execute(*statements)
     calling.heals(*SEARCHES, "beside")
+
+
+@pytest.mark.proof
+def test_a_type_or_collation_that_only_a_condition_names_takes_rows_in_and_out(calling: Scene) -> None:
+    calling.heals(*TYPES)
+    for name in TYPES:
+        # So that the worker's sessions have planned the functions with the types as they are.
+        calling.execute(f"UPDATE {name} SET title = title || '.'")
+    calling.follows(*TYPES)
+    before = {name: calling.compared(name) for name in (*TYPES, "beside")}
+    rows = {name: rows_of(calling, name) for name in TYPES}
+
+    for _, _, statements in TYPES.values():
+        calling.execute(*statements)
+    calling.execute("DISCARD PLANS")  # of the oracle
+    until(lambda: all(calling.compared(name) > before[name] for name in TYPES), calling.pipeline.tail)
+    calling.heals(*TYPES, "beside")
+    assert all(rows_of(calling, name) != rows[name] for name in TYPES)
+    assert calling.compared("beside") == before["beside"]
+
+    for name in TYPES:
+        calling.execute(f"UPDATE {name} SET title = title || '!'")
+    calling.follows(*TYPES)
+
+
+def rows_of(scene: Scene, name: str) -> list[tuple[object, ...]]:
+    return scene.target.execute(f"SELECT id, right(content, 5) FROM cdcsync.{name}_chunks ORDER BY id")
 
 
 @pytest.mark.proof

@@ -251,6 +251,27 @@ async def test_a_function_of_a_condition_that_is_defined_again_has_source_and_in
     assert not found.called
 
 
+async def test_a_type_of_a_condition_that_was_altered_back_has_sessions_opened_that_have_planned_nothing(
+    source: Connection,
+) -> None:
+    await lay_out(source)
+    condition = "title::public.level > 'low'"
+
+    async def read() -> tuple[Fingerprint, Catalog]:
+        catalog = await read_catalog(source, "p", [T], expressions=[condition])
+        return fingerprint_of(catalog, catalog.tables[T], ("title",), expressions=[condition]), catalog
+
+    await source.execute("CREATE TYPE public.level AS ENUM ('low', 'high')")
+    before, _ = await read()
+    for was, then in (("low", "other"), ("other", "low")):
+        await source.execute(f"ALTER TYPE public.level RENAME VALUE '{was}' TO '{then}'")
+    now, catalog = await read()
+    found = difference(before, now, catalog.tables[T])
+
+    assert found.compare == "what its conditions call was defined again: type public.level"
+    assert found.called
+
+
 ANEW = "ALTER TABLE public.t DROP CONSTRAINT t_pkey; ALTER TABLE public.t ADD PRIMARY KEY (id)"
 KEYS = {
     "a primary key dropped and added": (("id",), "", ANEW, True),

@@ -1,4 +1,4 @@
-"""The functions that conditions call: found without waiting for the tables that anybody's functions read."""
+"""What conditions go by: found without waiting for the tables that anybody's functions read."""
 
 from __future__ import annotations
 
@@ -36,6 +36,18 @@ ODD = """
     CREATE TYPE odd.pair AS (a int, b int);
     CREATE FUNCTION other.paired(s text) RETURNS odd.pair IMMUTABLE LANGUAGE sql AS $$ SELECT (1, 2)::odd.pair $$;
     CREATE CAST (text AS odd.pair) WITH FUNCTION other.paired(text);
+    CREATE TYPE other.level AS ENUM ('low', 'high');
+    CREATE COLLATION other.ordering (provider = libc, locale = 'C');
+    CREATE DOMAIN other.leveled AS other.level;
+    CREATE DOMAIN other.short AS varchar(3);
+    CREATE TYPE other.span AS RANGE (SUBTYPE = other.level);
+    CREATE TYPE other.halves AS (first other.level, last text COLLATE other.ordering);
+    CREATE TABLE other.rated (id int, level other.level[]);
+    CREATE FUNCTION other.level_of(s text) RETURNS other.halves IMMUTABLE LANGUAGE plpgsql AS
+        $$ BEGIN RETURN NULL; END $$;
+    CREATE FUNCTION other.ordered(s text) RETURNS boolean IMMUTABLE RETURN s < 'x' COLLATE other.ordering;
+    CREATE FUNCTION other.pathed(s text) RETURNS boolean IMMUTABLE LANGUAGE plpgsql SET search_path = other AS
+        $$ DECLARE one level := s; BEGIN RETURN one > 'low'; END $$;
 """
 
 
@@ -59,7 +71,7 @@ async def test_a_body_of_statements_calls_what_the_server_says_that_it_depends_o
         "other.near(text,text)",
         "other.checked(text)",
         "other.fallback()",
-        "domain other.word",
+        "type other.word",
     }
 
 
@@ -80,6 +92,84 @@ async def test_a_function_that_a_body_of_statements_calls_is_seen_to_change(
 
     assert after.keys() == before.keys()
     assert [name for name in after if after[name] != before[name]] == [replaced]
+
+
+LABELS = [f"ALTER TYPE other.level RENAME VALUE '{was}' TO '{now}'" for was, now in (("low", "l"), ("high", "low"))]
+ORDERING = [
+    "DROP COLLATION other.ordering CASCADE",
+    "CREATE COLLATION other.ordering (provider = libc, locale = 'POSIX')",
+]
+TYPES = {
+    "labels": ("status::other.level > 'low'", {"type other.level"}, LABELS),
+    "a label more": ("status::other.level > 'low'", {"type other.level"}, ["ALTER TYPE other.level ADD VALUE 'top'"]),
+    "the labels of elements": ("status::other.level[] IS NULL", {"type other.level"}, LABELS),
+    "the labels of an array by its own name": ("status::other._level IS NULL", {"type other.level"}, LABELS),
+    "the labels of a domain": ("status::other.leveled > 'low'", {"type other.level"}, LABELS),
+    "the labels of a range": ("status::other.span IS NULL", {"type other.level"}, LABELS),
+    "the labels of a multirange": ("status::other.span_multirange IS NULL", {"type other.level"}, LABELS),
+    "the labels of an attribute": ("(status::other.halves).first > 'low'", {"type other.level"}, LABELS),
+    "the labels of a table's column": ("(status::other.rated).level IS NULL", {"type other.level"}, LABELS),
+    "the labels behind a function": ("(other.level_of(status)).first > 'low'", {"type other.level"}, LABELS),
+    "labels that a body finds by its path": ("other.pathed(status)", {"type other.level"}, LABELS),
+    "attributes": (
+        "(status::odd.pair).a > 5",
+        {"type odd.pair"},
+        [f"ALTER TYPE odd.pair RENAME ATTRIBUTE {was} TO {now}" for was, now in (("a", "c"), ("b", "a"), ("c", "b"))],
+    ),
+    "a table's columns": (
+        "(status::other.rated).id > 5",
+        {"type other.rated"},
+        ["ALTER TABLE other.rated ALTER id TYPE bigint"],
+    ),
+    "what a domain is made of": (
+        "status::other.short = 'abc'",
+        {"type other.short"},
+        ["DROP DOMAIN other.short", "CREATE DOMAIN other.short AS varchar(9)"],
+    ),
+    "a collation": ("status COLLATE other.ordering > 'b'", {"collation other.ordering"}, ORDERING),
+    "the collation of an attribute": (
+        "(status::other.halves).last > 'b'",
+        {"type other.halves", "collation other.ordering"},
+        [*ORDERING, "ALTER TYPE other.halves ADD ATTRIBUTE last text COLLATE other.ordering"],
+    ),
+    "the collation in a body of statements": (
+        "other.ordered(status)",
+        {"collation other.ordering", "other.ordered(text)"},
+        [
+            *ORDERING,
+            "CREATE FUNCTION other.ordered(s text) RETURNS boolean IMMUTABLE RETURN s < 'x' COLLATE other.ordering",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("condition", "altered", "edits"), TYPES.values(), ids=TYPES)
+async def test_a_type_or_collation_that_a_condition_goes_by_is_seen_to_change(
+    database: Database, source: Connection, condition: str, altered: set[str], edits: list[str]
+) -> None:
+    database.execute(ODD)
+    before = await called(source, condition)
+    assert await called(source, condition) == before
+    for edit in edits:
+        database.execute(edit)
+    after = await called(source, condition)
+
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name].digest != before[name].digest} == altered
+
+
+async def test_a_word_of_a_body_counts_as_each_type_of_that_name_and_as_no_table(
+    database: Database, source: Connection
+) -> None:
+    database.execute(
+        "CREATE SCHEMA tenant; CREATE TABLE tenant.item (id int); CREATE TYPE tenant.kind AS ENUM ('item');"
+        " CREATE FUNCTION public.outer_one(s text) RETURNS boolean IMMUTABLE LANGUAGE sql AS"
+        " $$ SELECT s LIKE 'item' /* whatever kind */ $$;"
+        " CREATE FUNCTION public.other_one(s text) RETURNS boolean IMMUTABLE LANGUAGE sql AS"
+        " $$ SELECT (s::tenant.item).id IS NOT NULL $$"
+    )
+    assert (await called(source, "public.outer_one(status)")).keys() == {"public.outer_one(text)", "type tenant.kind"}
+    assert (await called(source, "public.other_one(status)")).keys() == {"public.other_one(text)", "type tenant.item"}
 
 
 UNDONE = {
@@ -121,9 +211,24 @@ UNDONE = {
             for statement in ("DROP CAST (text AS odd.pair)", f"CREATE CAST (text AS odd.pair) {how}")
         ],
     ),
+    "the labels of an enum": (
+        "status::other.level > 'low'",
+        "type other.level",
+        [f"ALTER TYPE other.level RENAME VALUE '{was}' TO '{now}'" for was, now in (("low", "l"), ("l", "low"))],
+    ),
+    "the attributes of a composite type": (
+        "(status::odd.pair).a > 5",
+        "type odd.pair",
+        [f"ALTER TYPE odd.pair RENAME ATTRIBUTE {was} TO {now}" for was, now in (("a", "c"), ("c", "a"))],
+    ),
+    "a collation": (
+        "status COLLATE other.ordering > 'b'",
+        "collation other.ordering",
+        ["DROP COLLATION other.ordering CASCADE", "CREATE COLLATION other.ordering (provider = libc, locale = 'C')"],
+    ),
     "the check of a domain": (
         CONDITION,
-        "domain other.word",
+        "type other.word",
         [
             "ALTER DOMAIN other.word DROP CONSTRAINT word_check",
             "ALTER DOMAIN other.word ADD CHECK (other.checked(VALUE))",
