@@ -36,6 +36,7 @@ class Link:
         self._asked: threading.Event | None = None
         """Set once the server has answered what `ask` sent."""
         self._own = b""
+        proxy.links.add(self)  # before anything passes
         threading.Thread(target=self._send, daemon=True).start()
         threading.Thread(target=self._answer, daemon=True).start()
 
@@ -162,7 +163,7 @@ class Proxy:
                 near.close()
                 continue
             far.settimeout(None)
-            self.links.add(Link(self, near, far))
+            Link(self, near, far)
 
     def cut(self) -> int:
         """Reset every connection and return how many there were; new ones are taken at once."""
