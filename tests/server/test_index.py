@@ -468,6 +468,21 @@ async def test_columns_that_an_index_no_longer_carries_are_not_asked_for(databas
         assert found[0].carried == {}
 
 
+@pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
+@pytest.mark.parametrize("text", ["", " ", "\t\n", "\u3000", "\u00a0\x1c"])
+async def test_a_blank_query_finds_nothing_and_asks_no_model(database: Database, text: str, mode: Any) -> None:
+    async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles") as articles:
+        assert (await articles.search(text, mode=mode), Model.asked) == ([], [])
+
+
+async def test_a_blank_query_finds_nothing_in_an_index_without_keyword_search_either(database: Database) -> None:
+    async with (
+        indexed(database, search=None) as (_, config),
+        cdcsync.Index.open(config, "articles") as articles,
+    ):
+        assert [await articles.search(" "), await articles.search(" ", mode="vector")] == [[], []]
+
+
 async def test_a_vector_may_be_searched_by_without_a_text(database: Database) -> None:
     connections = cast(int, np.int64(2))
     async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles", connections=connections) as of:

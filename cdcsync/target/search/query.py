@@ -142,7 +142,9 @@ async def search(
         timeout_s=timeout_s,
         settings=settings,
     )
-    _check(spec, vector, mode)
+    if text is not None and not text.strip():
+        text = ""  # the server knows fewer characters as white space
+    _check(spec, text, vector, mode)
     await check_condition(connection, schema, spec, where)
     attributes = [attribute_of(name) for name in spec.shape.key + spec.shape.carried]
     with speaking_of("target", where=f"index {spec.name}"):
@@ -239,7 +241,9 @@ async def _execute_one(connection: Connection, statement: sql.Composed) -> None:
     await psycopg.AsyncRawCursor(connection).execute(statement, prepare=False, binary=True)
 
 
-def _check(spec: IndexSpec, vector: Sequence[float] | npt.NDArray[np.float32] | None, mode: Mode) -> None:
+def _check(
+    spec: IndexSpec, text: str | None, vector: Sequence[float] | npt.NDArray[np.float32] | None, mode: Mode
+) -> None:
     """Refuse what the index cannot do, in the words of those who configure it.
 
     :raises UsageError: it cannot.
@@ -258,9 +262,11 @@ def _check(spec: IndexSpec, vector: Sequence[float] | npt.NDArray[np.float32] | 
             where=where,
             hint=f'search by vector, or give [indexes.{spec.name}] a search = "english" and run the worker',
         )
-    if mode == "vector" and vector is None:
+    if vector is not None or text == "":
+        return
+    if mode == "vector":
         raise UsageError("a search by vector needs the query's vector", where=where, hint="embed the query first")
-    if vector is None and not searchable:
+    if not searchable:
         raise UsageError(
             "the query has no vector, and the index has no keyword search", where=where, hint="embed the query first"
         )

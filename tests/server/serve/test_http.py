@@ -536,6 +536,14 @@ async def test_any_text_is_a_query(tickets: Office, text: str) -> None:
     assert (codes, values) == ([200, 200], 200)
 
 
+@pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
+@pytest.mark.parametrize("text", ["", " ", "\t\n", "\u3000", "\u00a0\x1c"])
+async def test_a_blank_query_finds_nothing(tickets: Office, text: str, mode: str) -> None:
+    async with served(tickets.serving(anonymous=True)) as client:
+        answer = await ask(client, text, mode=mode)
+    assert (answer.status_code, answer.json()["hits"]) == (200, [])
+
+
 async def test_unknown_indexes_paths_and_methods_are_problems(tickets: Office) -> None:
     async with served(tickets.serving(anonymous=True)) as client:
         answers = [

@@ -111,6 +111,13 @@ async def test_a_wrong_call_is_told_what_to_change(tickets: Office, arguments: d
     assert "validation error" not in said
 
 
+@pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
+async def test_a_blank_query_finds_nothing(tickets: Office, mode: str) -> None:
+    async with agent(tickets.serving(anonymous=True)) as client:
+        found = [await called(client, "search", index="tickets", query=text, mode=mode) for text in ("", " ", "\u3000")]
+    assert [one["hits"] for one in found] == [[], [], []]
+
+
 async def test_answers_keep_to_a_budget_and_say_what_was_left_out(tickets: Office) -> None:
     async with agent(tickets.serving(anonymous=True, answer_tokens=100)) as client:
         found = await called(client, "search", index="tickets", query="room", k=50)
