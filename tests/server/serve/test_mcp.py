@@ -96,6 +96,8 @@ async def test_tools_say_that_they_only_read(tickets: Office) -> None:
         ({"index": "tickets", "query": "a", "filter": {"opened": json.loads("[" * 50 + "]" * 50)}}, "too deep"),
         ({"index": "tickets", "query": "a", "filter": {"opened": json.loads("[" * 150 + "]" * 150)}}, "too deep"),
         ({"index": "tickets"}, "query is required"),
+        ({"index": "tickets", "query": "a\0b"}, "no text can hold. Send the query as a text, without NUL"),
+        ({"index": "tickets", "query": "a", "filter": {"status": "\0"}}, "no text can hold. Give values by column"),
         ({"index": "tickets", "query": 7}, "query must be a text"),
         ({"index": "tickets", "query": "a", "k": "many"}, "k must be a whole number"),
         ({"index": "tickets", "query": "a", "filter": "open"}, "filter must be an object"),
