@@ -90,6 +90,7 @@ REACH_AGAIN_S = 0.05
 
 
 _QUOTED = "write it in quotes"
+_LISTED = 'give a list of texts, such as ["a question"]'
 
 
 class _Altered(ModelChanged):
@@ -273,9 +274,9 @@ class Index:
         :raises TargetUnavailable: the target does not answer now; `NotReached`: it does not hold `after_lsn` in time.
         """
         if text is not None or vector is None:
-            check_text(text, "search", hint=_QUOTED)
+            check_text(text, "text", hint=_QUOTED)
         check_arguments(
-            texts=[text, headline],
+            texts={"text": text, "headline": headline},
             k=k,
             mode=mode,
             skip=skip,
@@ -432,13 +433,16 @@ class Index:
     async def embed(self, texts: Sequence[str]) -> Vectors:
         """Return the vectors of queries, `float32[n, dimensions]`, by the model of the generation that is live now.
 
-        :raises UsageError: the argument is not a list of texts; a text alone would be taken for its characters.
+        :raises UsageError: the argument is not a list of texts that PostgreSQL can hold, without NUL and lone
+            surrogates; a text alone would be taken for its characters.
         :raises EmbedderUnavailable: the model is away.
         :raises TextRejected: the model refuses one of these texts.
         """
         listed = None if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
-        if listed is None or not all(isinstance(text, str) for text in listed):
-            raise UsageError("these are not texts", where="embed", hint='give a list of texts, such as ["a question"]')
+        if listed is None:
+            raise UsageError("these are not texts", where="texts", hint=_LISTED)
+        for text in listed:
+            check_text(text, "texts", hint=_LISTED)
         return await self._resources.models.embedder(await self._live()).embed(listed)
 
     async def wait_for(self, lsn: str | None = None, *, timeout_s: float = WAIT_S, vectors: bool = False) -> bool:

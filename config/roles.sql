@@ -8,8 +8,14 @@
 --
 --   psql -d search -v target_role=cdcsync_target -f config/roles.sql
 --
--- Both at once, for one database: give all three variables. The two roles may be one. Running it again is harmless: it
--- adds what is missing, and takes nothing away but what serve_role is not to read. It sets no passwords:
+-- Both at once, for one database: give all three variables. The two roles may be one. The role of `cdcsync serve`, in a
+-- target that has its schema:
+--
+--   psql -d search -v serve_role=cdcsync_serve -f config/roles.sql
+--
+-- If a variable lacks the role that it is about, or no role is given, the script ends with an error and grants nothing.
+-- Running it again is harmless: it adds what is missing, and takes nothing away but what serve_role is not to read. It
+-- sets no passwords:
 -- \password cdcsync_source, in psql, does that without one ever being in a file or a log.
 --
 -- Variables, with their defaults:
@@ -23,7 +29,8 @@
 --                   is this role's is handed over to target_role, but for the schema, which it may use
 --   schema          cdcsync: target.schema of the configuration
 --   view_schema     public: where the views are that your users search, as in `view` of each index
---   reader_role     none: a role of applications that search by SQL, and ask cdcsync.wait_for; it must exist
+--   reader_role     none: a role of applications that search by SQL, and ask cdcsync.wait_for; it must exist, and
+--                   target_role be given, because it may read what that role creates later
 --   serve_role      none: the role of `cdcsync serve`, as in serve.role; it must exist
 
 \set ON_ERROR_STOP on
@@ -39,16 +46,37 @@
 \else
     \set view_schema public
 \endif
-\if :{?tables}
-\else
-    \set tables ''
-\endif
 
 BEGIN;
 -- An administrator runs this: no operator or function that someone left in the schema public is to run with it.
 SET LOCAL search_path = '';
 
+-- Variables that come without the role that they are about stop the script before it has changed anything.
+SELECT set_config('cdcsync.lacking', coalesce(string_agg(lacking, '; '), ''), true) AS lacking
+FROM (VALUES
+    (:{?tables} AND NOT :{?source_role}, 'tables needs source_role'),
+    (:{?former_role} AND NOT :{?target_role}, 'former_role needs target_role'),
+    (:{?reader_role} AND NOT :{?target_role}, 'reader_role needs target_role, whose future tables it is to read'),
+    (:{?serve_role} AND NOT :{?target_role} AND to_regnamespace(quote_ident(:'schema')) IS NULL,
+        format('serve_role needs target_role, because the schema %s is not there yet', quote_ident(:'schema'))),
+    (NOT (:{?source_role} OR :{?tables} OR :{?target_role} OR :{?former_role} OR :{?reader_role} OR :{?serve_role}),
+        'no role is given')
+) AS one (so, lacking) WHERE so
+\gset
+DO $$
+BEGIN
+    IF current_setting('cdcsync.lacking') <> '' THEN
+        RAISE EXCEPTION USING MESSAGE = current_setting('cdcsync.lacking'),
+            HINT = 'Give each variable as psql -v NAME=VALUE; the head of the script describes them.';
+    END IF;
+END
+$$;
+
 \if :{?source_role}
+\if :{?tables}
+\else
+    \set tables ''
+\endif
 \echo 'source: the role' :source_role
 
 SELECT NOT EXISTS (SELECT FROM pg_roles WHERE rolname = :'source_role') AS missing,
@@ -171,6 +199,7 @@ GRANT USAGE, CREATE ON SCHEMA :"view_schema" TO :"target_role";
     ) AS own (kind, name, owner)
     WHERE pg_get_userbyid(own.owner) = :'former_role' \gexec
 \endif
+\endif
 
 -- Searches name pgvector's types and operators, and a filter the type of its column, with their schemas and with the
 -- caller's privileges. What types the columns have is known once the worker has created the index.
@@ -217,8 +246,12 @@ WHERE n.oid IN (SELECT e.extnamespace FROM pg_extension AS e WHERE e.extname = '
     GRANT USAGE ON SCHEMA :"schema" TO :"serve_role";
     SELECT format('GRANT USAGE ON SCHEMA %I TO %I', one, :'serve_role')
     FROM unnest(:'named'::name[]) AS one WHERE NOT has_schema_privilege(:'serve_role', one, 'USAGE') \gexec
-    ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" REVOKE SELECT ON TABLES FROM :"serve_role";
-    ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" REVOKE EXECUTE ON FUNCTIONS FROM :"serve_role";
+    SELECT DISTINCT format('ALTER DEFAULT PRIVILEGES FOR ROLE %I IN SCHEMA %I REVOKE %s FROM %I', pg_get_userbyid(d.defaclrole),
+                           :'schema', CASE d.defaclobjtype WHEN 'r' THEN 'SELECT ON TABLES' ELSE 'EXECUTE ON FUNCTIONS' END,
+                           :'serve_role')
+    FROM pg_default_acl AS d CROSS JOIN aclexplode(d.defaclacl) AS a JOIN pg_roles AS r ON r.oid = a.grantee
+    WHERE d.defaclnamespace = to_regnamespace(quote_ident(:'schema')) AND d.defaclobjtype IN ('r', 'f')
+        AND r.rolname = :'serve_role' \gexec
     REVOKE SELECT ON ALL TABLES IN SCHEMA :"schema" FROM :"serve_role";
     SELECT format('GRANT SELECT ON %I.%I TO %I', :'schema', c.relname, :'serve_role')
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
@@ -229,7 +262,6 @@ WHERE n.oid IN (SELECT e.extnamespace FROM pg_extension AS e WHERE e.extname = '
     SELECT format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::regprocedure, :'serve_role')
     FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
     WHERE n.nspname = :'schema' AND p.proname ~ '^(wait_for|standing|.+_search)$' \gexec
-\endif
 \endif
 
 COMMIT;

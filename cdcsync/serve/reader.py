@@ -46,7 +46,7 @@ from cdcsync.target.ddl.filters import Column, read_columns, read_value
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.ddl.serving import require_schemas
 from cdcsync.target.freshness import Freshness, read_freshness
-from cdcsync.target.search import Hit, load_values, value_in_path, written_value
+from cdcsync.target.search import Hit, check_text, load_values, value_in_path, written_value
 from cdcsync.tracing import Tracing
 
 log = structlog.get_logger()
@@ -160,9 +160,12 @@ class Offered(Index):
 
         Each is a call of the model, as the query of a search is: no caller keeps the model from others with many.
 
+        :raises UsageError: one of these holds a character that no text can hold.
         :raises EmbedderUnavailable: the model is away.
         :raises TextRejected: the model refuses one of these texts.
         """
+        for text in texts:
+            check_text(text, "texts", hint="send a list of texts")
         spec = await self._live()
         return await self._resources.models.embedder(spec).embed_each(texts), spec.generation
 
@@ -480,20 +483,17 @@ def _dimensions(spec: IndexSpec, generation: int | None) -> int | None:
 
 
 def _refuse_costly(request: SearchRequest, serve: Serve) -> None:
-    """Refuse a request that costs too much, before anything is spent on it."""
-    wrong: str | None = None
+    """Refuse a request that costs too much or holds no text, before anything is spent on it."""
     if not 1 <= request.k <= serve.max_k:
         wrong, fix = "k is out of range", f"ask for 1 to {serve.max_k} hits, and use skip for more"
     elif not 0 <= request.skip <= 1_000:
         wrong, fix = "skip is out of range", "skip 0 to 1000 hits"
     elif len(request.query) > serve.max_query_characters:
         wrong, fix = "the query is too long", f"use at most {serve.max_query_characters} characters"
-    elif not is_text(request.query):
-        wrong, fix = "the query holds characters that no text can hold", "leave out NUL and lone surrogates"
     else:
-        fix = ""
-    if wrong is not None:
-        raise Problem(422, "The call cannot be answered", wrong, fix)
+        check_text(request.query, "query", hint="send the query as a text")
+        return
+    raise Problem(422, "The call cannot be answered", wrong, fix)
 
 
 def _given_up_within(dsn: str, deadline_s: float) -> str:

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from cdcsync import tracing
 from cdcsync.config import Config
-from cdcsync.errors import CdcsyncError, EmbedError
+from cdcsync.errors import CdcsyncError, EmbedError, UsageError
 from cdcsync.serve.budget import BYTES_PER_TOKEN, cut_answer, cut_document, tokens
 from cdcsync.serve.calls import Recorder, query_hash
 from cdcsync.serve.identity import Authenticator, Principal
@@ -190,7 +190,7 @@ class Service:
             self.limits.count(who.account, len(texts) - 1)
             try:
                 vectors, generation = await offered.embed_queries(texts)
-            except EmbedError:
+            except (EmbedError, UsageError):
                 self.limits.count(who.account, 1 - len(texts))  # nothing was embedded for it
                 raise
             return Vectors([[float(value) for value in vector] for vector in vectors], generation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, cast
 
@@ -83,11 +83,12 @@ async def test_numbers_of_numpy_count_hits(database: Database) -> None:
         assert keys(await articles.search("dog house", k=k, skip=skip)) == everything[2:3]
 
 
-@pytest.mark.parametrize("texts", ["dog house", [None], [b"dog"]])
+@pytest.mark.parametrize("texts", ["dog house", [None], [b"dog"], ["\ud800"], ["dog", "a\0"]])
 async def test_only_a_list_of_texts_is_embedded_and_the_model_stays_for_others(database: Database, texts: Any) -> None:
     async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles") as articles:
-        with pytest.raises(UsageError, match="not texts"):
+        with pytest.raises(UsageError, match=r"not texts|not a text|no text can hold") as refused:
             await articles.embed(texts)
+        assert refused.value.where == "texts"
         assert (await articles.embed(["dog house"])).shape == (1, 32)
 
 
@@ -438,14 +439,78 @@ async def test_a_generation_that_never_was_is_told_from_one_that_is_gone(databas
         ({"work_memory": "4MB"}, "unrecognized configuration parameter"),
         ({"work_mem": "much"}, "invalid value for parameter"),
         ({"wal_level": "minimal"}, "cannot be changed"),
+        ({"transaction_isolation": "serializable"}, "must be called before any query"),
+        ({"transaction_deferrable": "on"}, "must be called before any query"),
+        ({"transaction_read_only": "off"}, "must be set before any query"),
+        ({"client_encoding": "klingon"}, "invalid value for parameter"),
+        ({"client_encoding": "LATIN1"}, "can't encode"),
+        ({"role": "nobody_of_that_name"}, "does not exist"),
+        ({"": "1"}, "unrecognized configuration parameter"),
     ],
 )
 async def test_a_setting_that_the_server_refuses_is_the_callers_mistake(
     database: Database, settings: dict[str, str], told: str
 ) -> None:
+    await refused_by_the_server(database, "settings", {"text": "cat €", "settings": settings}, told)
+
+
+@pytest.mark.parametrize("text", ["cat", "nothing that is found"])
+@pytest.mark.parametrize(
+    ("headline", "told"),
+    [
+        ("bogus", "invalid parameter list"),
+        ("StartSel='", "invalid parameter list"),
+        ("MaxWords=x", "invalid input syntax for type integer"),
+        ("MinWords=50, MaxWords=3", "must be less than"),
+        ("Foo=1", "unrecognized headline parameter"),
+    ],
+)
+async def test_options_of_headlines_that_the_server_refuses_are_the_callers_mistake(
+    database: Database, headline: str, told: str, text: str
+) -> None:
+    await refused_by_the_server(database, "headline", {"text": text, "headline": headline}, told)
+
+
+async def test_a_vector_of_numbers_that_the_server_cannot_hold_is_the_callers_mistake(database: Database) -> None:
+    named = {"vector": [1e39] * 32, "mode": "vector"}
+    await refused_by_the_server(database, "vector", named, "out of range")
+
+
+@pytest.fixture
+def latin(database: Database) -> Iterator[Database]:
+    """A target that has no characters beyond Latin-1."""
+    name = f"{database.name}_latin"
+    identifier = sql.Identifier(name)
+    with database.connect() as admin:
+        admin.execute(sql.SQL("CREATE DATABASE {} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0").format(identifier))
+        made = Database(conninfo.make_conninfo(database.dsn, dbname=name), name, database.server)
+        made.execute("CREATE EXTENSION vector")
+        yield made
+        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(identifier))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("text", "日本"),
+        ("filter", {"tenant": "日本"}),
+        ("headline", "StartSel=日本"),
+        ("settings", {"app.tenant": "日本"}),
+    ],
+)
+async def test_characters_that_the_targets_encoding_lacks_are_the_callers_mistake(
+    latin: Database, argument: str, value: Any
+) -> None:
+    await refused_by_the_server(latin, argument, {argument: value}, "has no equivalent")
+
+
+async def refused_by_the_server(database: Database, argument: str, named: dict[str, Any], told: str) -> None:
+    """See that a search ends in an error that names the argument, and that the index is searched as before."""
     async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles") as articles:
-        with pytest.raises(UsageError, match=told):
-            await articles.search("cat", mode="text", settings=settings)
+        with pytest.raises(UsageError, match=told) as refused:
+            await articles.search(**{"text": "cat", "mode": "text", **named})
+        assert refused.value.where == argument
+        assert refused.value.hint
         assert keys(await articles.search("cat", mode="text")) == [1]
 
 
@@ -466,6 +531,21 @@ async def test_columns_that_an_index_no_longer_carries_are_not_asked_for(databas
         # A vector of the same model is as good as before.
         found = await articles.search("", mode="vector", vector=[1.0] * 32, k=1)
         assert found[0].carried == {}
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
+@pytest.mark.parametrize("text", ["", " ", "\t\n", "\u3000", "\u00a0\x1c"])
+async def test_a_blank_query_finds_nothing_and_asks_no_model(database: Database, text: str, mode: Any) -> None:
+    async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles") as articles:
+        assert (await articles.search(text, mode=mode), Model.asked) == ([], [])
+
+
+async def test_a_blank_query_finds_nothing_in_an_index_without_keyword_search_either(database: Database) -> None:
+    async with (
+        indexed(database, search=None) as (_, config),
+        cdcsync.Index.open(config, "articles") as articles,
+    ):
+        assert [await articles.search(" "), await articles.search(" ", mode="vector")] == [[], []]
 
 
 async def test_a_vector_may_be_searched_by_without_a_text(database: Database) -> None:

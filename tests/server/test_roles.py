@@ -19,7 +19,7 @@ from psycopg import conninfo
 from cdcsync.config import Config, Serve
 from cdcsync.serve.reader import Reader
 from cdcsync.tracing import Tracing
-from tests.support.roles import Roles, answered, config, grant, psql
+from tests.support.roles import Roles, answered, config, grant, psql, run_script
 from tests.support.servers import Database
 from tests.support.serving import served
 from tests.support.workers import Pipeline, until
@@ -203,11 +203,17 @@ def test_the_tool_servers_role_reads_the_rows_of_its_callers_tenant_and_no_other
     worker = pipeline.start()
     pipeline.live()
     assert readable(target, server) == SERVED | {"calls"}
+    # By itself the role gets all of this as well.
+    late = roles.create("late")
+    grant(target, serve_role=late)
+    assert readable(target, late) == SERVED | {"calls"}
+    read = Serve(listen="127.0.0.1:0", dsn=roles.dsn(target, late), anonymous=True)
+    assert anyio.run(called, msgspec.structs.replace(pipeline.config, serve=read)) == [200, 200, 200, 200]
     # Earlier versions of the script let the role read all tables, also those that were to come.
     target.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA cdcsync TO {server}")
     target.execute(f"ALTER DEFAULT PRIVILEGES FOR ROLE {writer} IN SCHEMA cdcsync GRANT SELECT ON TABLES TO {server}")
-    for _ in range(2):
-        grant(target, **granted)
+    grant(target, **granted)
+    grant(target, serve_role=server)
     target.execute(f"SET ROLE {writer}; CREATE TABLE cdcsync.later (); RESET ROLE")
     assert readable(target, server) == SERVED | {"calls"}
     dsn = roles.dsn(target, server)
@@ -555,6 +561,52 @@ def test_running_the_script_again_adds_what_is_missing(roles: Roles, make_databa
     published = database.execute("SELECT tablename FROM pg_publication_tables WHERE pubname = 'cdcsync' ORDER BY 1")
     assert published == [("articles",), ("secrets",)]
     assert allowed(roles.dsn(database, role), "SELECT * FROM shop.secrets")
+
+
+def test_default_privileges_that_an_earlier_script_gave_the_tool_servers_role_are_taken_back_without_naming_their_giver(
+    roles: Roles, make_database: Callable[[], Database]
+) -> None:
+    database = make_database()
+    server, writer = roles.create("serve"), roles.name("target")
+    grant(database, target_role=writer)
+    for what in ("SELECT ON TABLES", "EXECUTE ON FUNCTIONS"):
+        database.execute(f"ALTER DEFAULT PRIVILEGES FOR ROLE {writer} IN SCHEMA cdcsync GRANT {what} TO {server}")
+
+    grant(database, serve_role=server)
+
+    assert database.execute("SELECT FROM pg_default_acl") == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, "no role is given"),
+        ({"schema": "cdcsync", "publication": "p"}, "no role is given"),
+        ({"reader_role": "one"}, "reader_role needs target_role"),
+        ({"reader_role": "one", "source_role": "one"}, "reader_role needs target_role"),
+        ({"former_role": "one"}, "former_role needs target_role"),
+        ({"former_role": "one", "serve_role": "one"}, "former_role needs target_role"),
+        ({"tables": "shop.articles"}, "tables needs source_role"),
+        ({"tables": "shop.articles", "target_role": "one"}, "tables needs source_role"),
+        ({"serve_role": "one"}, "serve_role needs target_role, because the schema cdcsync is not there yet"),
+        ({"serve_role": "one", "schema": "An index"}, 'the schema "An index" is not there yet'),
+    ],
+    ids=lambda value: "+".join(value) or "nothing" if isinstance(value, dict) else "",
+)
+def test_a_variable_without_the_role_that_it_is_about_stops_the_script_before_it_grants_anything(
+    roles: Roles, make_database: Callable[[], Database], variables: dict[str, str], said: str
+) -> None:
+    database = make_database()
+    database.execute(TABLE)
+    one = roles.create("one")
+
+    done = run_script(database, **{name: value.replace("one", one) for name, value in variables.items()})
+
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "psql -v NAME=VALUE" in done.stderr
+    assert database.execute("SELECT FROM pg_namespace WHERE nspname = 'cdcsync'") == []
+    assert database.execute("SELECT rolreplication FROM pg_roles WHERE rolname = %s", [one]) == [(False,)]
 
 
 def test_names_may_hold_whatever_a_name_may(roles: Roles, make_database: Callable[[], Database]) -> None:

@@ -17,7 +17,7 @@ OPENING: tuple[tuple[dict[str, Any], str], ...] = (
     ({"model_timeout_s": NAN}, "nan is not a number of seconds"),
     ({"model_timeout_s": "5"}, "'5' is not a number of seconds"),
     ({"application_name": 5}, "5 is not a text"),
-    ({"application_name": "a\0"}, "is not a text"),
+    ({"application_name": "a\0"}, "no text can hold"),
 )
 """Arguments of `Index.open`."""
 
@@ -34,7 +34,10 @@ CALLS: tuple[tuple[str, tuple[Any, ...], dict[str, Any], str], ...] = (
             ({"weights": 1.0}, "the weights are"),
             ({"vector": 5}, "the query's vector is 5"),
             ({"vector": [NAN]}, "the query's vector is"),
-            ({"headline": 5}, "the query or headline is 5"),
+            ({"headline": 5}, "5 is not a text"),
+            ({"headline": "\ud800"}, "no text can hold"),
+            ({"filter": {"tenant": "\0"}}, "no text can hold"),
+            ({"settings": {"app.tenant": "\ud800"}}, "no text can hold"),
             ({"settings": [1]}, "the settings are"),
             ({"timeout_s": NAN}, "cannot take nan seconds"),
             ({"generation": "1"}, "'1' is not a whole number"),
@@ -49,7 +52,14 @@ CALLS: tuple[tuple[str, tuple[Any, ...], dict[str, Any], str], ...] = (
     ("rerank", (None, []), {}, "None is not a text"),
     ("rerank", ("a cat", [{"content": "a cat"}]), {}, "these are not hits"),
     ("rerank", ("a cat", 5), {}, "these are not hits"),
+    *(
+        (method, (text, *more), {}, "no text can hold")
+        for text in ("a\0", "\ud800")
+        for method, more in (("search", ()), ("rerank", ([],)))
+    ),
     ("embed", ("a cat",), {}, "these are not texts"),
+    ("embed", (["a cat", None],), {}, "None is not a text"),
+    *(("embed", (["a cat", text],), {}, "no text can hold") for text in ("a\0", "\ud800")),
     ("wait_for", (5,), {}, "5 is not an LSN"),
     ("wait_for", ("0/0",), {"timeout_s": "x"}, "'x' is not a number of seconds"),
     ("wait_for", ("0/0",), {"timeout_s": NAN}, "nan is not a number of seconds"),

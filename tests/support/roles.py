@@ -56,15 +56,20 @@ def psql() -> str:
 
 def grant(database: Database, **variables: str) -> None:
     """Run the script as the administrator of a database."""
+    done = run_script(database, **variables)
+    assert done.returncode == 0, done.stderr
+
+
+def run_script(database: Database, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the script as the administrator of a database; return how it ended."""
     settings = [part for name, value in variables.items() for part in ("-v", f"{name}={value}")]
-    done = subprocess.run(
+    return subprocess.run(
         [psql(), "-X", "-d", database.dsn, *settings, "-f", str(SCRIPT)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert done.returncode == 0, done.stderr
 
 
 class Roles:

@@ -135,7 +135,7 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = 'this index has no keyword search',
             HINT = 'Search by vector, or give the index a search = "english" in the configuration.';
     END IF;
-    IF mode = 'vector' AND embedding IS NULL THEN
+    IF mode = 'vector' AND embedding IS NULL AND (query IS NULL OR query ~ '\S') THEN
         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value', MESSAGE = 'a search by vector needs an embedding',
             HINT = 'Embed the query with the model of the index first.';
     END IF;
@@ -152,7 +152,7 @@ BEGIN
         by_vector := false;
         RAISE INFO USING ERRCODE = '{by_words_alone}', MESSAGE = {undirected}, HINT = 'It was searched by words alone.';
     END IF;
-    IF query !~ '\S' AND mode <> 'vector' THEN
+    IF query !~ '\S' AND (mode <> 'vector' OR embedding IS NULL) THEN
         RETURN; -- blank: somebody has typed nothing yet
     END IF;
 

@@ -27,6 +27,15 @@ NESTED = 2
 """The lists and objects of a filter on one column that may be in one another: values by operator, of which one is a
 list."""
 
+HINTS = {
+    "text": "write the query in quotes",
+    "vector": "give a list of numbers that fit into 4 bytes, as the index's model makes them",
+    "filter": 'give values by column, such as {"tenant": 3}',
+    "headline": 'give options of ts_headline, such as "MaxWords=20, MinWords=5", or "" for the usual ones',
+    "settings": 'give texts by name, such as {"work_mem": "8MB"}, that SET takes in a session of this role',
+}
+"""How the arguments of a search are given that the server reads, by their names."""
+
 LONGEST_S = 1e6
 """More than the server's timers can count."""
 
@@ -37,7 +46,7 @@ MOST_CONNECTIONS = 1_000
 
 def check_arguments(
     *,
-    texts: Sequence[str | None],
+    texts: Mapping[str, str | None],
     k: int,
     mode: str,
     skip: int,
@@ -50,18 +59,14 @@ def check_arguments(
 ) -> None:
     """Refuse what no search can use.
 
-    :param texts: the query and the options of headlines.
+    :param texts: the query and the options of headlines, by the names of these arguments.
     :raises UsageError: one of them cannot be used.
     """
     for number in (k, skip):
         check_whole(number, "-k", hint="k and skip are counts")
-    for words in texts:
-        if not isinstance(words, str | None):
-            raise UsageError(
-                f"the query or headline is {words!r}, not a text",
-                where="search",
-                hint='write it in quotes; headline takes the options of ts_headline, "" for the usual ones',
-            )
+    for name, text in texts.items():
+        if text is not None:
+            check_text(text, name, hint=HINTS[name])
     if not (k >= 1 and skip >= 0 and skip + k <= MAX_HITS):
         after = f" after skipping {skip}" if skip else ""
         raise UsageError(f"cannot return {k} hits{after}", where="-k", hint=f"ask for hits within the first {MAX_HITS}")
@@ -69,9 +74,7 @@ def check_arguments(
         raise UsageError(f"there is no mode {mode!r}", where="mode", hint=f"the modes are {', '.join(get_args(Mode))}")
     check_switch(per_document, "per_document")
     if vector is not None and not (isinstance(vector, Sized) and all_finite(vector)):
-        raise UsageError(
-            f"the query's vector is {_shown(vector)}", where="vector", hint="give a list of finite numbers, or none"
-        )
+        raise UsageError(f"the query's vector is {_shown(vector)}", where="vector", hint=HINTS["vector"])
     if not all_finite(weights) or len(weights) != 2:
         hint = "give two numbers: of vectors and of words"
         raise UsageError(f"the weights are {weights!r}", where="weights", hint=hint)
@@ -80,23 +83,16 @@ def check_arguments(
             f"a search cannot take {timeout_s!r} seconds", where="timeout_s", hint="give a number of seconds above 0"
         )
     if not isinstance(settings, Mapping) or not all(isinstance(one, str) for pair in settings.items() for one in pair):
-        raise UsageError(
-            f"the settings are {_shown(settings)}",
-            where="settings",
-            hint='give texts by name, such as {"work_mem": "8MB"}',
-        )
-    for value in _within([*texts, settings, plain_filter(filter)]):
-        match value:
-            case str() if not is_text(value):
-                raise UsageError(
-                    "the query or its filter holds a character that no text can hold",
-                    where="search",
-                    hint="leave out NUL and lone surrogates",
-                )
-            case float() if not math.isfinite(value):
-                raise UsageError(
-                    f"the filter compares with {value}", where="filter", hint="compare with a number, or with a text"
-                )
+        raise UsageError(f"the settings are {_shown(settings)}", where="settings", hint=HINTS["settings"])
+    for name, given in (("settings", settings), ("filter", plain_filter(filter))):
+        for value in _within(given):
+            match value:
+                case str():
+                    check_text(value, name, hint=HINTS[name])
+                case float() if not math.isfinite(value):
+                    raise UsageError(
+                        f"the filter compares with {value}", where=name, hint="compare with a number, or with a text"
+                    )
 
 
 def check_opening(config: object, *, connections: int, model_timeout_s: float, application_name: str) -> None:
@@ -121,8 +117,14 @@ def check_text(text: object, where: str, *, hint: str) -> None:
 
     :raises UsageError: it is none.
     """
-    if not isinstance(text, str) or not is_text(text):
-        raise UsageError(f"{_shown(text)} is not a text", where=where, hint=f"{hint}, without NUL and lone surrogates")
+    if not isinstance(text, str):
+        raise UsageError(f"{_shown(text)} is not a text", where=where, hint=hint)
+    if not is_text(text):
+        raise UsageError(
+            f"{_shown(text)} holds a character that no text can hold",
+            where=where,
+            hint=f"{hint}, without NUL and lone surrogates",
+        )
 
 
 def check_whole(number: object, where: str, *, hint: str) -> None:
@@ -177,9 +179,7 @@ def plain_filter(filter: Mapping[str, Any] | None) -> dict[str, Any]:
     :raises UsageError: it has a value that is none of a column.
     """
     if not isinstance(filter, Mapping | None):
-        raise UsageError(
-            f"the filter is {filter!r}", where="filter", hint='give values by column, such as {"tenant": 3}'
-        )
+        raise UsageError(f"the filter is {filter!r}", where="filter", hint=HINTS["filter"])
     return {column: _plain(column, value) for column, value in (filter or {}).items()}
 
 

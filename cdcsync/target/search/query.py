@@ -24,7 +24,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.hits import OWN, attribute_of
 from cdcsync.target.ddl.names import Names, function_name
 from cdcsync.target.ddl.search_function import BY_WORDS_ALONE, NO_GENERATION, NOT_WHOLE, Variant, compose
-from cdcsync.target.search.arguments import Mode, check_arguments, plain_filter
+from cdcsync.target.search.arguments import HINTS, Mode, check_arguments, plain_filter
 from cdcsync.target.search.values import load_values
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ async def search(
     :raises TargetUnavailable: the target does not answer now, or took longer than `timeout_s`.
     """
     check_arguments(
-        texts=[text, headline],
+        texts={"text": text, "headline": headline},
         k=k,
         mode=mode,
         skip=skip,
@@ -142,7 +142,9 @@ async def search(
         timeout_s=timeout_s,
         settings=settings,
     )
-    _check(spec, vector, mode)
+    if text is not None and not text.strip():
+        text = ""  # the server knows fewer characters as white space
+    _check(spec, text, vector, mode)
     await check_condition(connection, schema, spec, where)
     attributes = [attribute_of(name) for name in spec.shape.key + spec.shape.carried]
     with speaking_of("target", where=f"index {spec.name}"):
@@ -155,11 +157,13 @@ async def search(
         )
         if traceparent is not None and _TRACEPARENT.fullmatch(traceparent):
             statement += sql.SQL(f" /*traceparent='{traceparent}'*/")
+        numbers = None if vector is None else ",".join([repr(float(value)) for value in vector])
+        wishes = msgspec.json.encode(plain_filter(filter)).decode()
         arguments: list[object] = [
             text,
-            None if vector is None else "[" + ",".join([repr(float(value)) for value in vector]) + "]",
+            None if numbers is None else f"[{numbers}]",
             int(k),  # the driver sends numpy's integers as a type for which there is no search function
-            msgspec.json.encode(plain_filter(filter)).decode(),
+            wishes,
             mode,
             per_document,
             int(skip),
@@ -170,22 +174,49 @@ async def search(
         # Placeholders of the server's kind: a percent sign in a column's name is not a placeholder.
         cursor = psycopg.AsyncRawCursor(connection)
         load_values(cursor, for_json=for_json)
-        with _noting(connection, plans, warnings):
-            async with connection.transaction():
-                try:
-                    await connection.execute(_for_this_search(timeout_s, settings))
-                except (psycopg.ProgrammingError, psycopg.DataError, psycopg.errors.CantChangeRuntimeParam) as error:
-                    raise UsageError(
-                        f"a setting of this search is refused: {first_line(error)}",
-                        where="settings",
-                        hint="give names and values that SET takes in a session of this role",
-                    ) from error
-                try:
+        settling = _for_this_search(timeout_s, settings)
+        trial = sql.SQL("SELECT pg_catalog.ts_headline('pg_catalog.simple', '', ''::pg_catalog.tsquery, {})").format(
+            sql.Literal(headline)
+        )
+        try:
+            with _noting(connection, plans, warnings):
+                async with connection.transaction():
+                    # Wrong options are refused whether or not anything is found.
+                    await connection.execute(sql.SQL("; ").join([settling, trial] if headline else [settling]))
                     await cursor.execute(statement, arguments, prepare=False)
                     rows = await cursor.fetchall()
-                except psycopg.Error as error:
-                    raise refusal(error, spec, where) from error
+        except (psycopg.Error, UnicodeError) as error:
+            if isinstance(error, UnicodeError) or not (passing(error) or error.sqlstate == NO_GENERATION):
+                await _read_apart(
+                    connection,
+                    headline=trial,
+                    text=sql.SQL("SELECT {}::pg_catalog.text").format(sql.Literal(text)),
+                    vector=sql.SQL("SELECT {}::pg_catalog.float4[]").format(sql.Literal(f"{{{numbers or ''}}}")),
+                    filter=sql.SQL("SELECT {}::pg_catalog.jsonb").format(sql.Literal(wishes)),
+                    settings=settling,  # the last one, as it changes how others are read
+                )
+            raise refusal(error, spec, where) from error
     return [_hit(spec, row) for row in rows]
+
+
+async def _read_apart(connection: Connection, **arguments: sql.Composed) -> None:
+    """Have the server read each argument of a search that failed by itself.
+
+    :param arguments: by its name, a statement that reads an argument and does nothing else.
+    :raises UsageError: it cannot read one of them.
+    """
+    async with connection.transaction():
+        for name, statement in arguments.items():
+            try:
+                await connection.execute(statement)
+            except (psycopg.Error, UnicodeError) as error:
+                if isinstance(error, psycopg.Error) and passing(error):
+                    raise
+                raise UsageError(f"the {name} cannot be used: {_said(error)}", where=name, hint=HINTS[name]) from error
+
+
+def _said(error: psycopg.Error | UnicodeError) -> str:
+    return first_line(error) if isinstance(error, psycopg.Error) else str(error)
 
 
 def _for_this_search(timeout_s: float | None, settings: Mapping[str, str]) -> sql.Composed:
@@ -239,7 +270,9 @@ async def _execute_one(connection: Connection, statement: sql.Composed) -> None:
     await psycopg.AsyncRawCursor(connection).execute(statement, prepare=False, binary=True)
 
 
-def _check(spec: IndexSpec, vector: Sequence[float] | npt.NDArray[np.float32] | None, mode: Mode) -> None:
+def _check(
+    spec: IndexSpec, text: str | None, vector: Sequence[float] | npt.NDArray[np.float32] | None, mode: Mode
+) -> None:
     """Refuse what the index cannot do, in the words of those who configure it.
 
     :raises UsageError: it cannot.
@@ -258,9 +291,11 @@ def _check(spec: IndexSpec, vector: Sequence[float] | npt.NDArray[np.float32] | 
             where=where,
             hint=f'search by vector, or give [indexes.{spec.name}] a search = "english" and run the worker',
         )
-    if mode == "vector" and vector is None:
+    if vector is not None or text == "":
+        return
+    if mode == "vector":
         raise UsageError("a search by vector needs the query's vector", where=where, hint="embed the query first")
-    if vector is None and not searchable:
+    if not searchable:
         raise UsageError(
             "the query has no vector, and the index has no keyword search", where=where, hint="embed the query first"
         )
@@ -307,8 +342,10 @@ def _noting(connection: Connection, plans: list[Plan] | None, warnings: list[str
         plans.extend(found)
 
 
-def refusal(error: psycopg.Error, spec: IndexSpec, where: str | None) -> CdcsyncError:
+def refusal(error: psycopg.Error | UnicodeError, spec: IndexSpec, where: str | None) -> CdcsyncError:
     """Return what a failed search means: most often that an argument is wrong, or the condition."""
+    if isinstance(error, UnicodeError):  # the texts are such as can be encoded, unless a setting says how
+        return UsageError(f"the settings cannot be used: {_said(error)}", where="settings", hint=HINTS["settings"])
     if error.sqlstate == "22023":  # raised by the search function, which names argument and remedy
         return UsageError(first_line(error), where=f"index {spec.name}", hint=error.diag.message_hint)
     if error.sqlstate == NO_GENERATION:
@@ -330,9 +367,9 @@ def refusal(error: psycopg.Error, spec: IndexSpec, where: str | None) -> Cdcsync
         )
     if where is None and (error.sqlstate or "").startswith("22"):
         return UsageError(
-            f"the query or its vector cannot be used: {without_values(error)}",
+            f"the server refuses a value: {without_values(error)}",
             where=f"index {spec.name}",
-            hint="a vector holds finite numbers that fit into 4 bytes",
+            hint="give a vector as the index's model makes them, and settings that the policies of its tables can read",
         )
     reads_only = error.sqlstate == "25006"
     if where is None or error.sqlstate is None or (passing(error) and not reads_only):

@@ -506,6 +506,7 @@ async def test_a_days_budget_of_text_ends(tickets: Office, tokens: Path) -> None
         (b'{"query": "a", "vector": [NaN]}', 400),
         (b'{"query": "a", "vector": [' + b"1e39," * 15 + b"1]}", 422),
         (b'{"query": "a", "after_lsn": "0/1; SELECT 1"}', 422),
+        (b'{"query": "a\\u0000b", "after_lsn": "0/1"}', 422),
         (b'{"query": "a", "filter": {"opened": {"gte": {"gte": 1}}}}', 422),
         (b'{"query": "a", "filter": {"opened": ' + b"[" * 500 + b"]" * 500 + b"}}", 422),
         (b'{"query": "a", "filter": {"id": ["1", "x\' OR 1=1"]}}', 422),
@@ -526,6 +527,18 @@ async def test_what_cannot_be_answered_says_what_to_change(tickets: Office, body
     assert set(answer.json()) >= {"title", "status", "detail"}
 
 
+@pytest.mark.parametrize(("text", "status"), [("a\\u0000b", 422), ("a\\ud800b", 400)])
+async def test_texts_with_a_character_that_no_text_can_hold_are_refused_and_count_as_one_call(
+    tickets: Office, tokens: Path, text: str, status: int
+) -> None:
+    headers = {"Content-Type": "application/json", **bearer(new_token(tokens, "app", {"tenant": "t1"}, None))}
+    wrong = f'{{"index": "tickets", "texts": ["router", "{text}", "printer"]}}'.encode()
+    async with served(with_tokens(tickets, tokens, requests_per_s=0.01, burst=5)) as client:
+        answers = [await client.post("/v1/embed", content=wrong, headers=headers) for _ in range(4)]
+    assert [answer.status_code for answer in answers] == [status] * 4
+    assert answers[0].headers["content-type"] == "application/problem+json"
+
+
 @pytest.mark.parametrize(
     "text", ["'; DROP TABLE tickets; --", "\\", "%s %(x)s {x}", "a" * 3_999, "-printer", "   ", ""]
 )
@@ -534,6 +547,14 @@ async def test_any_text_is_a_query(tickets: Office, text: str) -> None:
         codes = [(await ask(client, text, mode=mode)).status_code for mode in ("hybrid", "text")]
         values = (await ask(client, "printer", filter={"status": text})).status_code
     assert (codes, values) == ([200, 200], 200)
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
+@pytest.mark.parametrize("text", ["", " ", "\t\n", "\u3000", "\u00a0\x1c"])
+async def test_a_blank_query_finds_nothing(tickets: Office, text: str, mode: str) -> None:
+    async with served(tickets.serving(anonymous=True)) as client:
+        answer = await ask(client, text, mode=mode)
+    assert (answer.status_code, answer.json()["hits"]) == (200, [])
 
 
 async def test_unknown_indexes_paths_and_methods_are_problems(tickets: Office) -> None:

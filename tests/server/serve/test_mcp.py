@@ -96,6 +96,8 @@ async def test_tools_say_that_they_only_read(tickets: Office) -> None:
         ({"index": "tickets", "query": "a", "filter": {"opened": json.loads("[" * 50 + "]" * 50)}}, "too deep"),
         ({"index": "tickets", "query": "a", "filter": {"opened": json.loads("[" * 150 + "]" * 150)}}, "too deep"),
         ({"index": "tickets"}, "query is required"),
+        ({"index": "tickets", "query": "a\0b"}, "no text can hold. Send the query as a text, without NUL"),
+        ({"index": "tickets", "query": "a", "filter": {"status": "\0"}}, "no text can hold. Give values by column"),
         ({"index": "tickets", "query": 7}, "query must be a text"),
         ({"index": "tickets", "query": "a", "k": "many"}, "k must be a whole number"),
         ({"index": "tickets", "query": "a", "filter": "open"}, "filter must be an object"),
@@ -109,6 +111,13 @@ async def test_a_wrong_call_is_told_what_to_change(tickets: Office, arguments: d
     assert told in said
     assert "pydantic" not in said
     assert "validation error" not in said
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
+async def test_a_blank_query_finds_nothing(tickets: Office, mode: str) -> None:
+    async with agent(tickets.serving(anonymous=True)) as client:
+        found = [await called(client, "search", index="tickets", query=text, mode=mode) for text in ("", " ", "\u3000")]
+    assert [one["hits"] for one in found] == [[], [], []]
 
 
 async def test_answers_keep_to_a_budget_and_say_what_was_left_out(tickets: Office) -> None:

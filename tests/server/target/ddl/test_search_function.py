@@ -69,6 +69,12 @@ async def test_an_excluded_word_is_in_nothing_that_is_found_by_vector_either(art
     assert len(await find(articles.connection, "-password", embedding="[1,1,1]")) == 2
 
 
+@pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
+async def test_a_blank_query_finds_nothing_and_needs_no_embedding(articles: LiveIndex, mode: str) -> None:
+    await filled(articles, SHELF)
+    assert await find(articles.connection, " \n", mode=mode) == []
+
+
 async def test_blanks_around_a_query_are_no_words_of_it(articles: LiveIndex) -> None:
     await filled(articles, SHELF)
     query = "password " * (search_function.SYNTAX_WORDS - 1) + "-policy"

@@ -20,7 +20,7 @@ from cdcsync.target.search import MAX_HITS, check_arguments
 from cdcsync.target.search.arguments import plain_filter
 
 USUAL: dict[str, Any] = {
-    "texts": ["a query", None],
+    "texts": {"text": "a query", "headline": None},
     "k": 10,
     "mode": "hybrid",
     "skip": 0,
@@ -52,7 +52,7 @@ def nested(levels: int, kind: type[list[Any]] | type[dict[str, Any]]) -> Any:
         {"vector": np.ones(3, dtype=np.float32), "per_document": np.False_},
         {"filter": {"tenant": 3, "status": ["open", None], "price": {"gte": 1.5}, "large": 10**400}},
         {"filter": {"name": {"in": ["\\u0000", "\\ud800"]}, "\\u0000": "\\\\u0000"}},
-        {"texts": ["ünï \U0001f600 \u2028", ""]},
+        {"texts": {"text": "ünï \U0001f600 \u2028", "headline": ""}},
     ],
 )
 def test_what_a_search_can_use_is_not_refused(arguments: dict[str, Any]) -> None:
@@ -69,7 +69,7 @@ def test_what_a_search_can_use_is_not_refused(arguments: dict[str, Any]) -> None
         ({"k": 2.0}, "2.0 is not a whole number"),
         ({"skip": "3"}, "'3' is not a whole number"),
         ({"k": True}, "True is not a whole number"),
-        ({"texts": ["a", 5]}, "the query or headline is 5, not a text"),
+        ({"texts": {"text": "a", "headline": 5}}, "5 is not a text"),
         ({"filter": [3]}, r"the filter is \[3\]"),
         ({"filter": {"colour": object()}}, "the filter on colour compares with an object of object"),
         ({"filter": {"colour": {"in": [range(2)]}}}, "the filter on colour compares with an object of range"),
@@ -99,8 +99,8 @@ def test_what_a_search_can_use_is_not_refused(arguments: dict[str, Any]) -> None
         ({"timeout_s": float("inf")}, "cannot take inf seconds"),
         ({"timeout_s": float("nan")}, "cannot take nan seconds"),
         ({"timeout_s": 0}, "cannot take 0 seconds"),
-        ({"texts": ["a\0b"]}, "no text can hold"),
-        ({"texts": ["a", "\ud800"]}, "no text can hold"),
+        ({"texts": {"text": "a\0b"}}, "no text can hold"),
+        ({"texts": {"text": "a", "headline": "\ud800"}}, "no text can hold"),
         ({"filter": {"name": {"in": ["fine", "a\udfffb"]}}}, "no text can hold"),
         ({"filter": {"na\0me": 1}}, "no text can hold"),
         ({"filter": {"price": float("nan")}}, "compares with nan"),
