@@ -139,7 +139,7 @@ async def _tell_what_may_be_in_the_way(config: Config) -> None:
         if why is not None:
             print_warning(why)
 
-    blocked = Blocked("this takes long; the worker may have to wait for", note, lambda sessions: None)
+    blocked = Blocked("this takes long; the worker may have to wait for", note, lambda sessions: None, surely=False)
     with suppress(CdcsyncError):
         async with Session(config.source.dsn, "source", application_name="cdcsync verify") as session:
             source = await session.connection()

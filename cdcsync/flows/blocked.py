@@ -31,15 +31,17 @@ Note: TypeAlias = Callable[[str | None], None]
 class Blocked:
     """A wait that begins and ends with a `with` block."""
 
-    def __init__(self, what: str, note: Note, log: Callable[[list[str]], None]) -> None:
+    def __init__(self, what: str, note: Note, log: Callable[[list[str]], None], *, surely: bool = True) -> None:
         """Begin nothing yet.
 
         :param what: the beginning of a sentence that goes on with whose transactions are in the way.
         :param log: takes all of them, as an operator knows them.
+        :param surely: whether they are what is waited for, so that it is told how to end them.
         """
         self._what = what
         self._note = note
         self._log = log
+        self._surely = surely
         self._told_at = 0.0
 
     def __enter__(self) -> Self:
@@ -60,7 +62,7 @@ class Blocked:
         self._told_at = anyio.current_time()
         found = await blockers(connection, xids)
         self._log([str(one) for one in found])
-        named = [f"{one}, which ends with {one.ending}" for one in found[:NAMED]]
+        named = [f"{one}, which ends with {one.ending}" if self._surely else str(one) for one in found[:NAMED]]
         more = [f"{len(found) - NAMED} more"] if len(found) > NAMED else []
         self._note(f"{self._what} {'; '.join([*named, *more]) or 'transactions that no session shows'}")
 

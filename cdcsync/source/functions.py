@@ -5,13 +5,15 @@ ALTER OPERATOR, another check of a domain, a renamed label of an enum, a collati
 pg_catalog that a condition may go by belongs to what an index is made of, together with what that goes by in turn: the
 types of a function's arguments and of a type's attributes, what a domain is made of, the functions of a type's casts.
 
-A condition names things by their schema, because our sessions have no search path. A function's body may have a path of
-its own, so in bodies each word counts as everything of that name, in whatever schema, even if only a comment has it. Of
-tables, whose rows are types as well, that would be too many: each tenant of an application may have one of that name.
-So a table's type counts only where its schema is named. A digest too many costs a comparison when that thing is
-altered. One that was altered and altered back decided about rows in between, so the transactions that last wrote the
-catalog's entries are told beside the digests. A GRANT writes such an entry, too. That is not excused where the
-privileges are others: the function may have been another one besides.
+A condition names things by their schema, because our sessions have no search path. In bodies each word counts, even if
+only a comment has it: as every function and operator of that name, in whatever schema, and as a type or collation of
+the schema that is named with it, or of one in a search_path that a function sets. Each tenant of an application may
+have types of one name, so other schemas do not count. The rows of a table are a type as well; of tables that bodies
+mention that would be too many, so only those count that the condition itself names, or that the server says a function
+takes or returns. A digest too many costs a comparison when that thing is altered. One that was altered and altered back
+decided about rows in between, so the transactions that last wrote the catalog's entries are told beside the digests. A
+GRANT writes such an entry, too. That is not excused where the privileges are others: the function may have been another
+one besides.
 
 A body of SQL statements (BEGIN ATOMIC) is stored as the server understood it, and the server records what that depends
 on. So its text is not asked for: the function that writes it (pg_get_function_sqlbody) waits for all tables that the
@@ -39,8 +41,8 @@ from cdcsync.documents.lexer import Token, Unreadable, tokens
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
 
-Name = tuple[str | None, str]
-"""A schema, None for any, and what is called there."""
+Name = tuple[str | None, str, bool]
+"""A schema, None for any; what is called there; and whether only the text of a body says so."""
 
 
 _SEARCHING = re.compile(
@@ -89,7 +91,8 @@ class Called(msgspec.Struct, frozen=True):
         (32 bits) that last wrote it; of a type, a digest of those.
     :ivar body: its text, if it is in a language that may call others and its text says what it calls; the checks of a
         domain.
-    :ivar named: the schemas and names of what it depends on, as the server says.
+    :ivar named: the schemas and names of what it depends on, as the server says; nothing of what is written in C.
+    :ivar path: the schemas of the search_path that it sets.
     """
 
     name: str
@@ -97,11 +100,12 @@ class Called(msgspec.Struct, frozen=True):
     written: list[str]
     body: str | None
     named: list[list[str]] = []
+    path: list[str] = []
 
     @property
     def calls(self) -> set[Name]:
         """The names of what it may go by."""
-        return {*_named_in_body(self.body or ""), *((schema, name) for schema, name in self.named)}
+        return {*_named_in_body(self.body or ""), *((schema, name, False) for schema, name in self.named)}
 
 
 class Definition(msgspec.Struct, frozen=True):
@@ -124,6 +128,8 @@ async def functions_called(connection: Connection, conditions: Iterable[str]) ->
         written: dict[str, set[str]] = {}
         seen: set[Name] = set()
         bodies = [text]
+        paths: set[str] = set()
+        words: set[str] = set()
         while left:
             await _look_up(connection, known, left)
             seen |= left
@@ -133,7 +139,10 @@ async def functions_called(connection: Connection, conditions: Iterable[str]) ->
             digests |= {one.name: one.digest for one in new}
             bodies += [one.body for one in new if one.body is not None]
             bodies += [name for one in new for _, name in one.named]
-            left = {name for one in new for name in one.calls} - seen
+            left = {name for one in new for name in one.calls}
+            paths.update(schema for one in new for schema in one.path)
+            words.update(word for schema, word, _ in left if schema is None)
+            left = (left | {(schema, word, True) for schema in paths for word in words}) - seen
         if any(map(_SEARCHING.search, bodies)):
             digests["default_text_search_config"] = str(await fetch_value(connection, _SEARCH_SETTING, []))
             digests["text search configurations"] = str(await fetch_value(connection, _SEARCH_CONFIGURATIONS, []))
@@ -153,7 +162,7 @@ def _named_in_condition(text: str) -> Iterator[Name]:
         return  # It is refused for that.
     for schema, dot, name in zip(words, words[1:], words[2:], strict=False):
         if dot == Token("mark", ".") and schema.kind in ("name", "quoted") and name.kind != "mark":
-            yield schema.text, name.text
+            yield schema.text, name.text, False
 
 
 _IN_BODY = re.compile(
@@ -168,9 +177,9 @@ def _named_in_body(text: str) -> Iterator[Name]:
     schema = None
     for word, dot, operator in _IN_BODY.findall(text):
         name = operator or _as_stored(word)
-        yield None, name
+        yield None, name, True
         if schema is not None:
-            yield schema, name
+            yield schema, name, True
         schema = name if dot else None
 
 
@@ -184,24 +193,25 @@ async def _look_up(connection: Connection, known: dict[Name, list[Called]], name
     known |= {name: [] for name in wanted}
     if not wanted:
         return
-    cursor = await connection.execute(_CALLED, [[schema for schema, _ in wanted], [name for _, name in wanted]])
+    cursor = await connection.execute(_CALLED, [list(column) for column in zip(*wanted, strict=True)])
     for place, *facts in await cursor.fetchall():
         known[wanted[place - 1]].append(Called(*facts))
 
 
 _CALLED: LiteralString = """
     WITH wanted AS (
-        SELECT w.schema, w.name::name, w.place
-        FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY AS w (schema, name, place)
+        SELECT w.schema, w.name::name, w.in_body, w.place
+        FROM unnest(%s::text[], %s::text[], %s::bool[]) WITH ORDINALITY AS w (schema, name, in_body, place)
     ), named AS (
         SELECT w.place, one.class, one.oid FROM wanted AS w CROSS JOIN LATERAL (
             SELECT 'pg_proc'::regclass, oid, pronamespace FROM pg_proc WHERE proname = w.name
             UNION ALL SELECT 'pg_operator'::regclass, oid, oprnamespace FROM pg_operator WHERE oprname = w.name
-            UNION ALL SELECT 'pg_type'::regclass, oid, typnamespace FROM pg_type WHERE typname = w.name
-                AND (typtype <> 'c' OR w.schema IS NOT NULL
+            UNION ALL SELECT 'pg_type'::regclass, oid, typnamespace FROM pg_type
+                WHERE w.schema IS NOT NULL AND typname = w.name AND (typtype <> 'c' OR NOT w.in_body
                     OR EXISTS (SELECT FROM pg_class WHERE oid = typrelid AND relkind = 'c'))
-            UNION ALL SELECT 'pg_collation'::regclass, oid, collnamespace FROM pg_collation WHERE collname = w.name
-                AND collencoding IN (-1, pg_char_to_encoding(getdatabaseencoding()))
+            UNION ALL SELECT 'pg_collation'::regclass, oid, collnamespace FROM pg_collation
+                WHERE w.schema IS NOT NULL AND collname = w.name
+                    AND collencoding IN (-1, pg_char_to_encoding(getdatabaseencoding()))
         ) AS one (class, oid, schema) JOIN pg_namespace AS n ON n.oid = one.schema
         WHERE n.nspname = coalesce(w.schema, n.nspname) AND n.nspname NOT IN ('pg_catalog', 'information_schema')
     ), entries AS (
@@ -217,32 +227,35 @@ _CALLED: LiteralString = """
         ARRAY(
             SELECT ARRAY[n.nspname::text, used.name::text]
             FROM (VALUES (e.class, e.oid), ('pg_class'::regclass, d.relation)) AS owner (class, oid)
-            JOIN pg_depend AS d ON d.classid = owner.class AND d.objid = owner.oid CROSS JOIN LATERAL (
+            JOIN pg_depend AS dep ON dep.classid = owner.class AND dep.objid = owner.oid CROSS JOIN LATERAL (
                 SELECT pronamespace, proname FROM pg_proc
-                    WHERE d.refclassid = 'pg_proc'::regclass AND oid = d.refobjid
+                    WHERE dep.refclassid = 'pg_proc'::regclass AND oid = dep.refobjid
                 UNION ALL SELECT oprnamespace, oprname FROM pg_operator
-                    WHERE d.refclassid = 'pg_operator'::regclass AND oid = d.refobjid
+                    WHERE dep.refclassid = 'pg_operator'::regclass AND oid = dep.refobjid
                 UNION ALL SELECT collnamespace, collname FROM pg_collation
-                    WHERE d.refclassid = 'pg_collation'::regclass AND oid = d.refobjid
+                    WHERE dep.refclassid = 'pg_collation'::regclass AND oid = dep.refobjid
                 UNION ALL SELECT own.typnamespace, own.typname FROM pg_type AS t
                     JOIN pg_type AS own ON own.oid = CASE WHEN t.typlen = -1 THEN coalesce(nullif(t.typelem, 0), t.oid)
                         ELSE t.oid END
-                    WHERE d.refclassid = 'pg_type'::regclass AND t.oid = d.refobjid
+                    WHERE dep.refclassid = 'pg_type'::regclass AND t.oid = dep.refobjid
             ) AS used (schema, name) JOIN pg_namespace AS n ON n.oid = used.schema
-            WHERE d.deptype IN ('n', 'i')
+            WHERE dep.deptype IN ('n', 'i') AND (e.class <> 'pg_proc'::regclass OR d.body <> '' OR d.parsed <> '')
             UNION ALL SELECT ARRAY['pg_catalog', c.proname::text]
             FROM regexp_matches(d.parsed, ':(?:op)?funcid ([0-9]+)', 'g') AS m (found)
-            JOIN pg_proc AS c ON c.oid = found[1]::oid WHERE c.pronamespace = 'pg_catalog'::regnamespace)
+            JOIN pg_proc AS c ON c.oid = found[1]::oid WHERE c.pronamespace = 'pg_catalog'::regnamespace),
+        ARRAY(SELECT btrim(one, ' "') FROM unnest(d.settings) AS s (setting)
+            CROSS JOIN LATERAL regexp_split_to_table(substr(setting, length('search_path=') + 1), ',') AS one
+            WHERE starts_with(setting, 'search_path='))
     FROM entries AS e CROSS JOIN LATERAL (
         SELECT p.oid::regprocedure::text,
             md5((to_jsonb(p) - ARRAY['oid', 'proowner', 'proacl', 'procost', 'prorows'])::text),
             concat_ws(' ', 'function', p.oid, p.xmin), CASE WHEN l.lanname NOT IN ('c', 'internal') THEN p.prosrc END,
-            p.prosqlbody::text, NULL::oid
+            p.prosqlbody::text, NULL::oid, p.proconfig
         FROM pg_proc AS p JOIN pg_language AS l ON l.oid = p.prolang
         WHERE e.class = 'pg_proc'::regclass AND p.oid = e.oid AND p.pronamespace <> 'pg_catalog'::regnamespace
         UNION ALL
         SELECT format('type %%I.%%I', n.nspname, t.typname), md5(made_of.facts), 'type ' || md5(made_of.entries),
-            made_of.checks, NULL, t.typrelid
+            made_of.checks, NULL, t.typrelid, NULL
         FROM pg_type AS t JOIN pg_namespace AS n ON n.oid = t.typnamespace CROSS JOIN LATERAL (
             SELECT string_agg(fact, ' ' ORDER BY place, fact), string_agg(entry, ' ' ORDER BY entry),
                 string_agg(fact, ' ' ORDER BY fact) FILTER (WHERE is_check)
@@ -264,8 +277,8 @@ _CALLED: LiteralString = """
         WHERE e.class = 'pg_type'::regclass AND t.oid = e.oid
         UNION ALL
         SELECT format('collation %%I.%%I', n.nspname, c.collname), md5((to_jsonb(c) - ARRAY['oid', 'collowner'])::text),
-            concat_ws(' ', 'collation', c.oid, c.xmin), NULL, NULL, NULL
+            concat_ws(' ', 'collation', c.oid, c.xmin), NULL, NULL, NULL, NULL
         FROM pg_collation AS c JOIN pg_namespace AS n ON n.oid = c.collnamespace
         WHERE e.class = 'pg_collation'::regclass AND c.oid = e.oid
-    ) AS d (name, digest, written, body, parsed, relation)
+    ) AS d (name, digest, written, body, parsed, relation, settings)
 """

@@ -9,6 +9,7 @@ import msgspec
 from psycopg import sql
 
 from cdcsync.config import Index, QualifiedName
+from cdcsync.config.differences import made_as
 from cdcsync.documents.documents import make_documents
 from cdcsync.errors import SetupError
 from cdcsync.model.conditions import Where
@@ -18,7 +19,6 @@ from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.queries import fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.beside import as_kept, made_by
-from cdcsync.target.ddl.languages import kept_search
 from cdcsync.target.entries import TABLE, Entry
 from cdcsync.target.generations import Generations
 from cdcsync.target.registry import Registry
@@ -76,7 +76,9 @@ async def _spec_of(
     name = entry.name
     generations = await Generations(schema).of(connection, name)
     documents = make_documents(config, where=f"indexes.{name}")
-    kept = await kept_search(connection, schema, entry.relations, config) if "search" in types else None
+    # The worker notes the one that the column has: its expression cannot be read while somebody holds the table.
+    noted = made_as(config, entry.configuration or {}, ["search"]).search
+    kept = noted if config.search is not None and "search" in types else None
     live = next((one for one in generations if one.generation == entry.generation), None)
     if live is not None:
         config = live.settings(config)

@@ -158,18 +158,33 @@ async def test_a_type_or_collation_that_a_condition_goes_by_is_seen_to_change(
     assert {name for name in after if after[name].digest != before[name].digest} == altered
 
 
-async def test_a_word_of_a_body_counts_as_each_type_of_that_name_and_as_no_table(
+async def test_a_word_of_a_body_counts_as_a_type_where_it_can_be_one_and_as_no_table(
     database: Database, source: Connection
 ) -> None:
+    """Each tenant of an application may have a type of one name, and an extension brings dozens of types and casts."""
     database.execute(
-        "CREATE SCHEMA tenant; CREATE TABLE tenant.item (id int); CREATE TYPE tenant.kind AS ENUM ('item');"
-        " CREATE FUNCTION public.outer_one(s text) RETURNS boolean IMMUTABLE LANGUAGE sql AS"
-        " $$ SELECT s LIKE 'item' /* whatever kind */ $$;"
-        " CREATE FUNCTION public.other_one(s text) RETURNS boolean IMMUTABLE LANGUAGE sql AS"
-        " $$ SELECT (s::tenant.item).id IS NOT NULL $$"
+        "CREATE EXTENSION IF NOT EXISTS vector; CREATE SCHEMA tenant;"
+        " CREATE TABLE tenant.item (id int); CREATE TYPE tenant.kind AS ENUM ('item');"
+        " CREATE TYPE other.kind AS ENUM ('item'); CREATE FUNCTION public.outer_one(s text) RETURNS boolean IMMUTABLE"
+        " LANGUAGE sql AS $$ SELECT s = 'item' /* whatever kind */ $$;"
+        " CREATE FUNCTION public.pathed(s text) RETURNS boolean IMMUTABLE LANGUAGE sql SET search_path = tenant, public"
+        " AS $$ SELECT s::kind IS NOT NULL $$;"
+        " CREATE FUNCTION public.full_one(s text) RETURNS boolean IMMUTABLE LANGUAGE sql AS"
+        " $$ SELECT s::other.kind IS NOT NULL $$;"
+        " CREATE FUNCTION public.row_of(s text) RETURNS boolean IMMUTABLE LANGUAGE sql AS"
+        " $$ SELECT (s::tenant.item).id IS NOT NULL $$;"
+        " CREATE FUNCTION public.taking(i tenant.item) RETURNS boolean IMMUTABLE LANGUAGE sql AS"
+        " $$ SELECT i IS NOT NULL $$"
     )
-    assert (await called(source, "public.outer_one(status)")).keys() == {"public.outer_one(text)", "type tenant.kind"}
-    assert (await called(source, "public.other_one(status)")).keys() == {"public.other_one(text)", "type tenant.item"}
+
+    async def types(condition: str) -> set[str]:
+        return {one for one in await called(source, condition) if one.startswith("type ")}
+
+    assert await types("public.outer_one(status)") == set()
+    assert await types("public.pathed(status)") == {"type tenant.kind"}
+    assert await types("public.full_one(status)") == {"type other.kind"}
+    assert await types("public.row_of(status)") == set()
+    assert await types("public.taking(ROW(1)::tenant.item)") == {"type tenant.item"}
 
 
 UNDONE = {
