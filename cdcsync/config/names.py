@@ -10,12 +10,15 @@ Source: PostgreSQL, "Identifiers and Key Words" and appendix "SQL Key Words".
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 import msgspec
 
 from cdcsync.errors import ConfigError
+
+MAX_NAMES = 8
+"""How many names a message lists: what a person takes in at once."""
 
 MAX_NAME_BYTES = 63
 """PostgreSQL keeps NAMEDATALEN - 1 bytes of a name and silently cuts the rest, so a longer one is another name."""
@@ -119,6 +122,13 @@ def quote(name: str) -> str:
     if _NEEDS_NO_QUOTES.fullmatch(name) and name not in RESERVED_WORDS:
         return name
     return '"' + name.replace('"', '""') + '"'
+
+
+def named(names: Iterable[str]) -> str:
+    """Return names as a list to read, cut where it gets long."""
+    names = list(names)
+    left = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {left} more" if left > 0 else "")
 
 
 def plain_name_fault(name: str) -> str | None:

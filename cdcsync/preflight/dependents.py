@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cdcsync.config.names import quote
+from cdcsync.config.names import named, quote
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
-from cdcsync.preflight.findings import Finding, named
+from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.types import stored_types
 from cdcsync.target.ddl.chunks_view import chunks_view_name
 from cdcsync.target.ddl.names import Names

@@ -21,9 +21,6 @@ from cdcsync.postgres.settings import Side
 
 Level = Literal["ok", "warning", "error"]
 
-MAX_NAMES = 8
-"""How many names a hint lists: what a person takes in at once."""
-
 
 class Finding(msgspec.Struct, frozen=True):
     """The finding of a check.
@@ -102,13 +99,6 @@ def or_ok(faults: Iterable[Finding], where: str, message: str) -> list[Finding]:
     if any(finding.level == "error" for finding in found):
         return found
     return [Finding.ok(where, message), *found]
-
-
-def named(names: Iterable[str]) -> str:
-    """Return names as a list to read, cut where it gets long."""
-    names = list(names)
-    left = len(names) - MAX_NAMES
-    return ", ".join(names[:MAX_NAMES]) + (f" and {left} more" if left > 0 else "")
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

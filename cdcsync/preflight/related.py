@@ -13,12 +13,12 @@ import msgspec
 import psycopg
 
 from cdcsync.config import QualifiedName
-from cdcsync.config.names import quote
+from cdcsync.config.names import named, quote
 from cdcsync.documents.related import LISTED, ONE, Facts, RelatedRows, columns_read
 from cdcsync.model.rows import Shape
 from cdcsync.postgres.errors import first_line, locked_out, translate
 from cdcsync.postgres.sessions import Connection
-from cdcsync.preflight.findings import Finding, named, nearest
+from cdcsync.preflight.findings import Finding, nearest
 from cdcsync.preflight.indexes import Plan
 from cdcsync.preflight.sending import sending_findings
 from cdcsync.preflight.tables import incomparable, kind_faults, named_back, read_faults, unsent_faults, unsent_leaves

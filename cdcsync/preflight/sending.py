@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from cdcsync.config import QualifiedName
-from cdcsync.config.names import quote
-from cdcsync.preflight.findings import Finding, named
+from cdcsync.config.names import named, quote
+from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.source import SourceFacts
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.columns import Column

@@ -12,11 +12,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import msgspec
 
 from cdcsync.config import Config, QualifiedName
-from cdcsync.config.names import quote
+from cdcsync.config.names import named, quote
 from cdcsync.errors import CdcsyncError
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.administration import allow_writes
-from cdcsync.preflight.findings import Finding, named, noting, or_ok
+from cdcsync.preflight.findings import Finding, noting, or_ok
 from cdcsync.source.catalog import (
     SENDS_PREPARED,
     Catalog,

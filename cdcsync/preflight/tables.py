@@ -13,12 +13,12 @@ import psycopg
 from psycopg import sql
 
 from cdcsync.config import Index, QualifiedName
-from cdcsync.config.names import quote
+from cdcsync.config.names import named, quote
 from cdcsync.documents.documents import Documents
 from cdcsync.documents.related import ONE
 from cdcsync.model.conditions import Where
 from cdcsync.postgres.sessions import Connection
-from cdcsync.preflight.findings import Finding, named, nearest
+from cdcsync.preflight.findings import Finding, nearest
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.columns import Column, Type
 from cdcsync.source.conditions import Refused, examine_condition

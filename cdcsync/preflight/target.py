@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from cdcsync.config import Config, QualifiedName, Target
-from cdcsync.config.names import quote
+from cdcsync.config.names import named, quote
 from cdcsync.postgres.queries import fetch_one, fetch_row
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.administration import allow_writes
-from cdcsync.preflight.findings import Finding, named, noting, or_ok
+from cdcsync.preflight.findings import Finding, noting, or_ok
 from cdcsync.source.catalog import Server, read_server
 from cdcsync.source.slot import MIN_VERSION
 from cdcsync.target.entries import Entry

@@ -20,9 +20,9 @@ import msgspec
 import psycopg
 from psycopg import sql
 
-from cdcsync.config.names import quote
+from cdcsync.config.names import named, quote
 from cdcsync.postgres.sessions import Connection
-from cdcsync.preflight.findings import Finding, named
+from cdcsync.preflight.findings import Finding
 from cdcsync.source.columns import Column
 
 FALLBACK = "text"

@@ -21,14 +21,14 @@ Source: PostgreSQL, "System Catalogs"; "ALTER TABLE", "ALTER TYPE", "ALTER PUBLI
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import TypeVar
 
 import msgspec
 
 from cdcsync.config import QualifiedName
-from cdcsync.config.names import WHOLE_ROW
+from cdcsync.config.names import WHOLE_ROW, named
 from cdcsync.model.conditions import Where
 from cdcsync.model.rows import SOURCE_TABLE
 from cdcsync.source.catalog import Catalog
@@ -38,9 +38,6 @@ from cdcsync.source.publications import Publication
 from cdcsync.source.relations import Partition, Table
 
 T = TypeVar("T")
-
-NAMED = 3
-"""How many changed things a reason names."""
 
 
 class TableValues(msgspec.Struct, frozen=True):
@@ -302,9 +299,9 @@ def difference(before: Fingerprint | None, now: Fingerprint, table: Table, relat
     changed = _changed(before.made_of.functions, now.made_of.functions)
     rewritten = _rewritten(before.made_of.functions_written, now.made_of.functions_written)
     if changed:
-        doubts.append(Doubt(f"what its conditions call was changed: {_few(changed)}"))
+        doubts.append(Doubt(f"what its conditions call was changed: {named(changed)}"))
     elif rewritten:
-        doubts.append(Doubt(f"what its conditions call was defined again: {_few(rewritten)}"))
+        doubts.append(Doubt(f"what its conditions call was defined again: {named(rewritten)}"))
     called = bool(changed) or any(name.startswith(KEPT_IN_PLANS) for name in rewritten)
     if altered := _altered_types(before.made_of.types, now.made_of.types):
         doubts.append(Doubt(f"type {', '.join(altered)} was altered"))
@@ -329,12 +326,6 @@ def _left(leaf: str, attached: str, now: tuple[int, str] | None) -> bool:
     if now is None:
         return True
     return now[1] != attached if attached else now[0] != int(leaf)
-
-
-def _few(names: Sequence[str]) -> str:
-    """Return names for a message, which may be those of everything in an extension."""
-    more = len(names) - NAMED
-    return ", ".join([*names[:NAMED], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _changed(was: Mapping[str, str], is_: Mapping[str, str]) -> list[str]:

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cdcsync.config import QualifiedName
-from cdcsync.config.names import MAX_NAME_BYTES, RESERVED_WORDS, plain_name_fault, quote
+from cdcsync.config.names import MAX_NAME_BYTES, MAX_NAMES, RESERVED_WORDS, named, plain_name_fault, quote
 from cdcsync.errors import ConfigError
 
 PARTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=15)
@@ -120,3 +120,8 @@ def test_a_plain_name_may_hold_anything(name: str) -> None:
 def test_a_plain_name_is_neither_empty_nor_too_long() -> None:
     assert plain_name_fault("") == "expected a name, got nothing"
     assert "PostgreSQL keeps 63 bytes" in (plain_name_fault("x" * 64) or "")
+
+
+def test_long_lists_of_names_are_cut() -> None:
+    assert named("ab") == "a, b"
+    assert named(str(number) for number in range(MAX_NAMES + 2)).endswith(f"{MAX_NAMES - 1} and 2 more")

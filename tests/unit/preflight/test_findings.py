@@ -1,4 +1,4 @@
-"""Findings: each fault is told once, and lists stay readable."""
+"""Findings: each fault is told once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import psycopg
 
 from cdcsync.errors import SourceUnavailable
 from cdcsync.preflight import Finding
-from cdcsync.preflight.findings import MAX_NAMES, named, nearest, noting, or_ok
+from cdcsync.preflight.findings import nearest, noting, or_ok
 
 
 def test_a_server_that_goes_away_is_told_once_however_many_checks_it_fails() -> None:
@@ -17,11 +17,6 @@ def test_a_server_that_goes_away_is_told_once_however_many_checks_it_fails() -> 
     with noting(findings, "target", "target"):
         raise SourceUnavailable("gone", where="elsewhere")
     assert [(finding.level, finding.where) for finding in findings] == [("error", "target"), ("error", "elsewhere")]
-
-
-def test_long_lists_of_names_are_cut() -> None:
-    assert named("ab") == "a, b"
-    assert named(str(number) for number in range(MAX_NAMES + 2)).endswith(f"{MAX_NAMES - 1} and 2 more")
 
 
 def test_good_news_is_told_unless_there_is_an_error() -> None:

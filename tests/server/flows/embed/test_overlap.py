@@ -57,13 +57,20 @@ async def running(loop: EmbedLoop, dispatcher: Dispatcher, pool: Pool) -> AsyncI
     await pool.aclose()
 
 
-async def test_vectors_are_stored_while_other_calls_are_under_way(index: LiveIndex, target: Database) -> None:
-    await index.apply(changes(*(document(str(number), f"{number} {LONG}") for number in range(40))))
-    embedder = Gated(concurrency=2, dimensions=DIMENSIONS)
+@asynccontextmanager
+async def embedding(embedder: HashEmbedder, index: LiveIndex, target: Database) -> AsyncIterator[EmbedLoop]:
+    """Empty an index's backlog by an embedder for as long as the block lasts."""
     dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
     pool = Pool(target.dsn, SCHEMA, 1)
     loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
     async with running(loop, dispatcher, pool):
+        yield loop
+
+
+async def test_vectors_are_stored_while_other_calls_are_under_way(index: LiveIndex, target: Database) -> None:
+    await index.apply(changes(*(document(str(number), f"{number} {LONG}") for number in range(40))))
+    embedder = Gated(concurrency=2, dimensions=DIMENSIONS)
+    async with embedding(embedder, index, target):
         for ended in range(3):
             await embedder.next_call(ended + 2)  # two at a time
             embedder.gates[ended].set()
@@ -79,10 +86,7 @@ async def test_no_window_ends_in_small_calls_where_others_follow(
     monkeypatch.setattr(Pace, "window_texts", 128)
     await index.apply(changes(*(document(str(number), f"text {number}") for number in range(512))))
     embedder = Gated(concurrency=4, dimensions=DIMENSIONS)
-    dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
-    pool = Pool(target.dsn, SCHEMA, 1)
-    loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
-    async with running(loop, dispatcher, pool):
+    async with embedding(embedder, index, target):
         await embedder.next_call(4)
         assert len(embedder.calls[0]) == 128 / 4  # its share of the first window
         ended = 0
@@ -103,10 +107,7 @@ async def test_live_changes_beside_a_load_share_the_calls_as_if_they_were_alone(
 ) -> None:
     await index.apply(changes(*(document(str(number), f"load {number}", lane=BACKFILL) for number in range(640))))
     embedder = Gated(concurrency=4, dimensions=DIMENSIONS)
-    dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
-    pool = Pool(target.dsn, SCHEMA, 1)
-    loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
-    async with running(loop, dispatcher, pool):
+    async with embedding(embedder, index, target) as loop:
         await embedder.next_call(4)
         await index.apply(changes(*(document(str(number), f"live {number}") for number in range(1000, 1064))))
         loop.notify(live=True)
@@ -246,10 +247,7 @@ async def test_no_more_suspects_are_kept_than_a_window_has_and_the_others_are_fo
     monkeypatch.setattr(calls, "QUICK_S", 0.0)
     await index.apply(changes(*(document(str(number), f"text {number}") for number in range(SUSPECTED))))
     embedder = Stuck()
-    dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
-    pool = Pool(target.dsn, SCHEMA, 1)
-    loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
-    async with running(loop, dispatcher, pool):
+    async with embedding(embedder, index, target) as loop:
         await embedder.all_seen.wait()
         assert len(loop._apart) <= 2 * 4
         embedder.let.set()
