@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import structlog
 from hypothesis import settings
-from psycopg import conninfo, sql
+from psycopg import conninfo
 
 from cdcsync.demo.cluster import Cluster
 from cdcsync.postgres.sessions import Connection, connect
@@ -37,7 +37,7 @@ from tests.support.relations import create
 from tests.support.roles import Roles
 from tests.support.scenes import MakeScene, scene
 from tests.support.searching import CARRIED, filled_with_rows
-from tests.support.servers import Database, Server, container, docker_answers, fresh_database, with_template
+from tests.support.servers import Database, Server, Shared, container, docker_answers, fresh_database, with_template
 from tests.support.serving import Office, office, served_in_a_thread
 from tests.support.sessions import SLOT, SPECS
 from tests.support.sessions import Pipeline as Locked
@@ -203,17 +203,17 @@ def make_scene(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="session")
-def index_server(server: Server) -> Iterator[Database]:
-    """One database for all tests that need little more than our schema: making one takes longer than most of them."""
-    with fresh_database(server) as database:
-        yield database
+def shared(server: Server) -> Iterator[Shared]:
+    """The database of all tests that need little more than our schema."""
+    with contextlib.closing(Shared(server)) as shared:
+        yield shared
 
 
 @pytest.fixture
-def target(index_server: Database) -> Iterator[Database]:
-    """A database with pgvector; whatever a test makes in the schema `cdcsync` goes after it."""
-    yield index_server
-    index_server.execute(sql.SQL("DROP SCHEMA IF EXISTS {} CASCADE").format(sql.Identifier(SCHEMA)))
+def target(shared: Shared) -> Iterator[Database]:
+    """A database with pgvector; whatever a test makes in it goes after it."""
+    with shared.lent() as database:
+        yield database
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from psycopg import pq
 
-from tests.support.servers import Database, Server, fresh_database
+from tests.support.servers import Database, Server, Shared, fresh_database
 
 pytestmark = pytest.mark.server
 
@@ -51,3 +51,37 @@ def test_a_database_goes_with_its_slots_transactions_and_clients(server: Server)
             assert slots.fetchall() == []
         with pytest.raises(psycopg.OperationalError):
             client.execute("SELECT 1")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE SCHEMA other",
+        "CREATE TABLE t ()",
+        "CREATE TYPE mood AS ENUM ('calm')",
+        "CREATE FUNCTION f() RETURNS int LANGUAGE sql RETURN 1",
+        "CREATE EXTENSION hstore",
+        "CREATE PUBLICATION p",
+        "CREATE TEXT SEARCH CONFIGURATION words (COPY = simple)",
+        "REVOKE USAGE ON SCHEMA public FROM public",
+        "ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO public",
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET work_mem = 64', current_database()); END $$",
+        "SELECT pg_create_logical_replication_slot(current_database()::text, 'pgoutput')",
+        "DROP EXTENSION vector",
+    ],
+)
+def test_what_a_test_leaves_goes_with_its_database(server: Server, statement: str) -> None:
+    with contextlib.closing(Shared(server)) as shared:
+        with shared.lent() as first:
+            first.execute(statement)
+        with shared.lent() as second:
+            assert second.name != first.name
+
+
+def test_the_next_test_has_the_same_database_without_the_schema_of_indexes(server: Server) -> None:
+    with contextlib.closing(Shared(server)) as shared:
+        with shared.lent() as first:
+            first.execute("CREATE SCHEMA cdcsync CREATE TABLE t (id int PRIMARY KEY, embedding vector(3))")
+        with shared.lent() as second:
+            assert second.name == first.name
+            assert second.execute("SELECT to_regnamespace('cdcsync')") == [(None,)]
