@@ -237,8 +237,10 @@ class History:
                 f' FROM cdcsync."{stem}_chunks" AS c JOIN cdcsync."{stem}_vectors_{generation}" AS v'
                 " USING (chunk_id, content_hash)"
             )
-            for text, chunk, applied_at in self.execute(self.target, statement):
-                yield text, (stem, chunk, applied_at)
+            # The worker makes a generation's tables after it was asked for, and removes them after it was dropped.
+            with contextlib.suppress(psycopg.errors.UndefinedTable):
+                for text, chunk, applied_at in self.execute(self.target, statement):
+                    yield text, (stem, chunk, applied_at)
 
     def writer_finishes(self) -> None:
         """End the prepared transactions, whose locks would be in the way for ever."""
