@@ -25,6 +25,7 @@ from cdcsync import logs
 from cdcsync.config import Config
 from cdcsync.config.differences import differences as differing
 from cdcsync.errors import ConfigError
+from cdcsync.process.stopping import PutOff
 from cdcsync.worker.systemd import ServiceManager
 
 log = structlog.get_logger()
@@ -67,12 +68,15 @@ async def reload_on_signal(
     *,
     task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Read the configuration again at each SIGHUP, until cancelled.
+    """Read the configuration again at each SIGHUP, until cancelled; at once if one was put off during the start.
 
     :param reread: reads the file; a `ConfigError` of it is logged.
     """
+    before = signal.getsignal(signal.SIGHUP)
     with anyio.open_signal_receiver(signal.SIGHUP) as signals:
         task_status.started()
+        if isinstance(before, PutOff) and before.came:
+            signal.raise_signal(signal.SIGHUP)
         async for _ in signals:
             if manager is not None:
                 manager.reloading()

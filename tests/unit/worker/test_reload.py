@@ -19,6 +19,7 @@ import structlog
 from cdcsync import logs
 from cdcsync.config import Config, Worker, parse
 from cdcsync.errors import ConfigError
+from cdcsync.process.stopping import PutOff
 from cdcsync.worker.reload import LIVE, differences, merged, reload, reload_on_signal
 from tests import ROOT
 
@@ -146,6 +147,23 @@ async def test_the_signal_has_it_read_again_however_often(logged: Callable[[], l
                 await running.told.wait()
                 assert running.config.worker.batch_rows == rows
             tasks.cancel_scope.cancel()
+
+
+async def test_a_signal_that_came_during_the_start_is_obeyed_after_it(
+    logged: Callable[[], list[dict[str, Any]]],
+) -> None:
+    before = signal.signal(signal.SIGHUP, PutOff())
+    try:
+        signal.raise_signal(signal.SIGHUP)
+        running = Running(config())
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as tasks:
+                await tasks.start(reload_on_signal, running, lambda: config("batch_rows = 7"), None)
+                await running.told.wait()
+                tasks.cancel_scope.cancel()
+        assert running.config.worker.batch_rows == 7
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_no_page_says_of_another_key_that_a_signal_has_it_read_again() -> None:
