@@ -38,7 +38,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from cdcsync.process.stopping import end_before_the_start
+from cdcsync.process.stopping import take_signals_before_the_start
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     :param arguments: without the program's name; the process's own by default.
     """
     if arguments is None and "run" in sys.argv:
-        # A service manager may end the worker while it still imports what it needs.
-        signal.signal(signal.SIGTERM, end_before_the_start)
+        # A service manager may end or reload the worker while it still imports what it needs.
+        take_signals_before_the_start()
     try:
         from cdcsync.cli.entry import main as run_command
     except KeyboardInterrupt:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from enum import StrEnum
@@ -247,6 +246,7 @@ def run(context: typer.Context, config: ConfigOption = None) -> None:
     from cdcsync.config.embedders import HashEmbedder, RayEmbedder, RemoteEmbedder
     from cdcsync.process import collector
     from cdcsync.process.memory import share_arena
+    from cdcsync.process.stopping import ends_with_its_terminal
 
     collector.own()
     configuration = _load(context, config)
@@ -266,17 +266,8 @@ def run(context: typer.Context, config: ConfigOption = None) -> None:
     from cdcsync.worker import run as worker
 
     # From a terminal, SIGHUP says that the terminal is gone, and ends the worker as it ends everything there.
-    reread = None if _ends_with_its_terminal() else lambda: _load(context, config)
+    reread = None if ends_with_its_terminal() else lambda: _load(context, config)
     _wait_for(lambda: worker.run(configuration, reread=reread, shown=shown))
-
-
-def _ends_with_its_terminal() -> bool:
-    """Say whether this process belongs to a terminal, wherever its output goes, and was not started by nohup."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
-        return False
-    return signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
 
 
 @commands.command(

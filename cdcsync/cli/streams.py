@@ -7,9 +7,11 @@ is about its work and not the work, which continues without it.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import io
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -96,6 +98,12 @@ class _Diagnostics(_Stream):
             self.give_up()
 
 
+def _numbered(error: UnicodeError) -> tuple[str, int]:
+    r"""Write what an encoding lacks by its number, as `\u2713`: in JSON and TOML that is still the same text."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
     """Run a block with both streams as above.
@@ -105,10 +113,12 @@ def guarded() -> Iterator[None]:
     # Or the next file or connection would take the number of one that was closed, and what a library prints go there.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 # for as long as the process lives
-    # A terminal that is not of Unicode gets the number of what it cannot show, as it does on standard error.
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 # for as long as the process lives
+    codecs.register_error("numbered", _numbered)
+    for stream in (sys.stdout, sys.stderr):
+        # In the C locale, standard output has "surrogateescape"; any other answer is one that somebody asked for.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape", "backslashreplace"):
+            stream.reconfigure(errors="numbered")
     output, diagnostics = _Output(sys.stdout), _Diagnostics(sys.stderr)
     with (
         contextlib.redirect_stdout(cast("TextIO", output)),

@@ -18,10 +18,12 @@ from cdcsync.config.shape import Section
 from cdcsync.config.values import (
     MAX_DURATION_S,
     SEARCH_COLUMN,
+    SHORTEST_INTERVAL_S,
     Address,
     BatchBytes,
     Dsn,
     EmbedderName,
+    Every,
     FunctionPath,
     IndexName,
     MemorySize,
@@ -35,6 +37,7 @@ from cdcsync.config.values import (
     SlotName,
     SpoolBytes,
     TablePattern,
+    interval,
     parse_address,
 )
 from cdcsync.errors import UsageError
@@ -70,8 +73,8 @@ class Source(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     streaming: bool = True
     spool_directory: str = ""
     spool_bytes: SpoolBytes = 10 * 1024**3
-    feedback_every_s: Annotated[float, Meta(ge=0.1, le=MAX_DURATION_S)] = 10.0
-    heartbeat_every_s: Annotated[float, Meta(ge=0, le=10**9)] = 0.0
+    feedback_every_s: Annotated[float, Meta(ge=SHORTEST_INTERVAL_S, le=MAX_DURATION_S)] = 10.0
+    heartbeat_every_s: Annotated[float, interval(MAX_DURATION_S)] = 0.0
     failover: bool = True
     on_gap: Literal["stop", "resync"] = "stop"
 
@@ -140,8 +143,8 @@ class Worker(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     backfill_max_rows_per_s: Annotated[int, Meta(ge=0, le=10**9)] = 0
     live_wait_ms: Annotated[float, Meta(ge=10, le=600_000)] = 500.0
     audit_max_rows_per_s: Annotated[int, Meta(ge=0, le=10**9)] = 1_000
-    verify_every_s: Annotated[float, Meta(ge=0, le=10**9)] = 0.0
-    evaluate_every_s: Annotated[float, Meta(ge=0, le=10**9)] = 0.0
+    verify_every_s: Every = 0.0
+    evaluate_every_s: Every = 0.0
     settle_connections: Annotated[int, Meta(ge=0, le=16)] = 2
     settle_share: Annotated[float, Meta(gt=0, le=1)] = 0.25
     settle_after_s: Annotated[float, Meta(ge=0, le=10**9)] = 30.0

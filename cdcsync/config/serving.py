@@ -8,7 +8,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from cdcsync.config.shape import Section
-from cdcsync.config.values import Address, Dsn, Name, is_loopback, parse_address
+from cdcsync.config.values import SHORTEST_S, Address, Dsn, Name, is_loopback, parse_address
 
 
 class Tenant(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -69,7 +69,7 @@ class Serve(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     max_k: Annotated[int, Meta(ge=1, le=1_000)] = 50
     max_query_characters: Annotated[int, Meta(ge=1, le=100_000)] = 4_000
     max_body_bytes: Annotated[int, Meta(ge=1_000, le=10**8)] = 65_536
-    deadline_s: Annotated[float, Meta(gt=0, le=600)] = 10.0
+    deadline_s: Annotated[float, Meta(ge=SHORTEST_S, le=600)] = 10.0
     requests_per_s: Annotated[float, Meta(gt=0, le=10**6)] = 20.0
     burst: Annotated[int, Meta(ge=1, le=10**6)] = 40
     concurrency: Annotated[int, Meta(ge=1, le=10_000)] = 4

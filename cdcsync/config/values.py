@@ -30,6 +30,15 @@ RULE = "rule"
 MAX_DURATION_S = 86_400
 """A day. Nothing in this program waits longer by intent: a larger number was meant in milliseconds."""
 
+SHORTEST_S = 0.01
+"""The least time that is given to anything: a shorter one is over before a request has reached another machine."""
+
+SHORTEST_INTERVAL_S = 0.1
+"""What is repeated more often than this does little else, and writes or reads as much each time."""
+
+MONTH_S = 31 * MAX_DURATION_S
+"""The most between two repetitions of what reads whole indexes."""
+
 _ADDRESS = re.compile(r"(?:\[(?P<v6>[^]]+)\]|(?P<host>[A-Za-z0-9._-]+)):(?P<port>[0-9]{1,5})")
 _VISIBLE = re.compile(r"[!-~]+")
 """ASCII without spaces and control characters."""
@@ -175,6 +184,18 @@ def _read_searched(text: str) -> object:
     return text if SEARCH_COLUMN.fullmatch(text) else QualifiedName.parse(text)
 
 
+def interval(most_s: int) -> Meta:
+    """Ask of a number that it is an interval in seconds, up to `most_s`, or 0 for what is not to be repeated."""
+
+    def fault(value: float) -> str | None:
+        if value == 0 or SHORTEST_INTERVAL_S <= value <= most_s:
+            return None
+        return f"expected 0, or a number of at least {SHORTEST_INTERVAL_S} and at most {most_s}, got {value:.15g}"
+
+    bounds = {"type": "number", "minimum": SHORTEST_INTERVAL_S, "maximum": most_s}
+    return Meta(extra={RULE: fault}, extra_json_schema={"anyOf": [{"enum": [0]}, bounds]})
+
+
 Text = Annotated[str, _checked_by(_blank_fault)]
 Expression = Annotated[str, _checked_by(_expression_fault)]
 HeaderName = Annotated[str, _checked_by(_header_name_fault)]
@@ -228,7 +249,8 @@ EmbedderName = Annotated[
     _matching("^[A-Za-z0-9_-]{1,40}$", "at most 40 letters, digits, underscores or hyphens"),
 ]
 Share = Annotated[float, Meta(ge=0, le=10_000)]
-Seconds = Annotated[float, Meta(gt=0, le=MAX_DURATION_S)]
+Seconds = Annotated[float, Meta(ge=SHORTEST_S, le=MAX_DURATION_S)]
+Every = Annotated[float, interval(MONTH_S)]
 Milliseconds = Annotated[float, Meta(ge=0, le=MAX_DURATION_S * 1000)]
 Rows = Annotated[int, Meta(ge=1, le=100_000)]
 SpoolBytes = Annotated[int, Meta(ge=1024**2, le=1024**5)]

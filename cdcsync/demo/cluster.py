@@ -169,7 +169,7 @@ class Cluster:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=not self._temporary)
         if any(self.directory.iterdir()):
             raise SetupError("the directory is not empty", where=str(self.directory), hint="name another one")
-        self._lock = (self.directory / "owner.lock").open("x")
+        self._lock = (self.directory / "owner.lock").open("x", encoding="utf-8")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.programs = self.programs.able_to_serve(self.directory / "server")
         self.programs.give(self.directory)
@@ -177,7 +177,7 @@ class Cluster:
             self._initdb()
         else:
             self._basebackup(*self._primary)
-        with (self.data / "postgresql.conf").open("a") as conf:
+        with (self.data / "postgresql.conf").open("a", encoding="utf-8") as conf:
             conf.write("include_if_exists = 'cdcsync.conf'\n")
         if self._temporary:
             self._remove_stale()
@@ -305,7 +305,9 @@ class Cluster:
 
     def log_tail(self, lines: int = 15) -> str:
         """Return the last lines of the server's log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
+        return (
+            "\n".join(self.log.read_text("utf-8", errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
+        )
 
     def _initdb(self) -> None:
         """Fill the data directory; C.UTF-8 where the system has it, since C alone knows no letters beyond ASCII."""
@@ -325,7 +327,8 @@ class Cluster:
     def _spawn(self) -> None:
         """Start the watchdog, then the server."""
         settings = {**DEFAULT_SETTINGS, **self.settings, "port": str(self.port)}
-        (self.data / "cdcsync.conf").write_text("".join(f"{k} = {_quoted(v)}\n" for k, v in settings.items()))
+        lines = [f"{k} = {_quoted(v)}\n" for k, v in settings.items()]
+        (self.data / "cdcsync.conf").write_text("".join(lines), encoding="utf-8")
         self.programs.give(self.data / "cdcsync.conf")
         self._dismiss_watchdog()
         self._watchdog = subprocess.Popen(
@@ -363,7 +366,7 @@ class Cluster:
     def _status(self) -> str:
         """Return what our server says of itself in the eighth line of its pid file: `starting` or `ready`."""
         with contextlib.suppress(FileNotFoundError):
-            lines = (self.data / "postmaster.pid").read_text().splitlines()
+            lines = (self.data / "postmaster.pid").read_text("utf-8").splitlines()
             if len(lines) >= 8 and self._process is not None and int(lines[0]) == self._process.pid:
                 return lines[7].strip()
         return ""

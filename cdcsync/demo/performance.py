@@ -89,9 +89,10 @@ async def _running(console: Console, model: str, rows: int) -> AsyncIterator[Sta
         # Torch makes a directory for compiled kernels when it is imported, in /tmp unless told otherwise.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cluster.directory / "torch"))
         config_path = cluster.directory / "cdcsync.toml"
-        config_path.write_text(CONFIG.format(dsn=cluster.dsn(), directory=cluster.directory, model=model))
+        text = CONFIG.format(dsn=cluster.dsn(), directory=cluster.directory, model=model)
+        config_path.write_text(text, encoding="utf-8")
         config = load(config_path, os.environ)
-        with (cluster.directory / "worker.log").open("w") as log:
+        with (cluster.directory / "worker.log").open("w", encoding="utf-8") as log:
             logs.configure(config.worker.log_level, "json", log)
             async with await connect(cluster.dsn(), "target", application_name="cdcsync demo") as connection:
                 entries = await anyio.to_thread.run_sync(read_entries, rows)
@@ -113,7 +114,7 @@ async def _running(console: Console, model: str, rows: int) -> AsyncIterator[Sta
 
 def _show_log(console: Console, log: Path) -> None:
     """Print the end of the worker's log, which goes with its directory."""
-    if log.exists() and (lines := log.read_text().splitlines()[-LOG_LINES:]):
+    if log.exists() and (lines := log.read_text("utf-8", errors="replace").splitlines()[-LOG_LINES:]):
         console.print("The worker's log ends with:", *lines, sep="\n", markup=False, soft_wrap=True)
 
 

@@ -308,7 +308,7 @@ class Provider:
         if not path:
             return self._settings.api_key
         try:
-            key = Path(path).read_text().strip()
+            key = Path(path).read_text("utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             problem = error.strerror if isinstance(error, OSError) else "it is not text"
             raise EmbedderSetupError(

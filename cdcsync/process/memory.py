@@ -67,14 +67,14 @@ def memory(groups: Path = GROUPS, own: Path = OWN) -> int:
 def control_groups(name: str, groups: Path = GROUPS, own: Path = OWN) -> list[str]:
     """Return what a file of the control groups says, for each group that this process is in."""
     try:
-        lines = own.read_text().splitlines()
+        lines = own.read_text("utf-8").splitlines()
     except OSError:
         return []
     found = []
     for path in [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]:
         for group in [groups / path, *(groups / path).parents]:
             try:
-                found.append((group / name).read_text().strip())
+                found.append((group / name).read_text("utf-8").strip())
             except OSError:
                 continue
     return found

@@ -1,4 +1,4 @@
-"""Ctrl-C: once for an orderly end, with a word at once; twice to end without waiting for anything.
+"""Signals: Ctrl-C once for an orderly end, with a word at once; twice to end without waiting for anything.
 
 Ending at once is safe at any moment, as a crash is: what is committed stays, and what is not is done again.
 """
@@ -23,6 +23,39 @@ def end_at_once(number: int, frame: FrameType | None) -> NoReturn:
     if os.isatty(2):
         os.write(2, SHOW_CURSOR)
     os._exit(128 + number)
+
+
+def take_signals_before_the_start() -> None:
+    """Take a worker's signals from its first moment on; by their own actions they would end it.
+
+    The worker takes them over once its checks have passed. SIGTERM ends it, with status 0, and SIGHUP is put off.
+    """
+    signal.signal(signal.SIGTERM, end_before_the_start)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL and not ends_with_its_terminal():
+        signal.signal(signal.SIGHUP, PutOff())
+
+
+class PutOff:
+    """The handler of a signal that nobody can act on yet.
+
+    :ivar came: whether there was one.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Note that the signal came."""
+        self.came = True
+
+
+def ends_with_its_terminal() -> bool:
+    """Say whether this process belongs to a terminal, wherever its output goes, and was not started by nohup."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
 
 
 def end_before_the_start(number: int, frame: FrameType | None) -> NoReturn:

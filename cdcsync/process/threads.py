@@ -1,4 +1,4 @@
-"""Threads that load a model or run it, and that nobody has to wait for.
+"""Threads that load a model or run it, or read a file, and that nobody has to wait for.
 
 A thread cannot be stopped. A caller that is cancelled while its thread works therefore leaves the thread behind. A load
 that was left behind is joined by the next caller instead of being done a second time; a call keeps its place among
@@ -27,7 +27,7 @@ _under_way: set[object] = set()
 
 
 class Calls:
-    """Calls of a model, each in a thread, and only so many at a time.
+    """Calls, as of a model, each in a thread, and only so many at a time.
 
     :param at_a_time: how many may run at the same time. The others wait, in the order in which they came.
     """
@@ -44,7 +44,7 @@ class Calls:
         :raises BaseException: whatever `call` raises.
         """
         if self._threads is None:
-            self._threads = ThreadPoolExecutor(self.at_a_time, thread_name_prefix="model")
+            self._threads = ThreadPoolExecutor(self.at_a_time, thread_name_prefix="call")
         return await asyncio.wrap_future(self._threads.submit(contextvars.copy_context().run, _counted, call))
 
     def close(self) -> None:

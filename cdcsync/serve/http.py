@@ -31,10 +31,10 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cdcsync.config.values import is_loopback
 from cdcsync.errors import CdcsyncError, Unavailable, leading
@@ -163,7 +163,7 @@ def make_app(service: Service, *, more: Sequence[BaseRoute] = ()) -> Starlette:
                 expose_headers=["ETag", "Retry-After"],
             )
         )
-    middleware.append(Middleware(Gate, service=service))
+    middleware += [Middleware(Gate, service=service), Middleware(WithItsClient)]
     app = Starlette(
         routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_problem, Exception: _broken}
     )
@@ -192,6 +192,34 @@ class Gate:
         await self._app(scope, receive, send)
 
 
+class WithItsClient:
+    """Ends a request when its client goes away, whichever route answers it: nobody takes the answer any more."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # With room for the only message of a request without a body, which not every route takes.
+        arrived, messages = anyio.create_memory_object_stream[Message](1)
+
+        async def listen(ended: anyio.CancelScope) -> None:
+            while (message := await receive())["type"] != "http.disconnect":
+                await arrived.send(message)
+            ended.cancel()
+
+        try:
+            async with arrived, messages, anyio.create_task_group() as tasks:
+                tasks.start_soon(listen, tasks.cancel_scope)
+                await self._app(scope, messages.receive, send)
+                tasks.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise leading(group) from None
+
+
 _OF_INDEX = re.compile(r"/v1/indexes/([^/]+)/(search$|documents/)")
 _TOOLS: dict[str, Tool] = {"/v1/indexes": "list_indexes", "/v1/embed": "embed", "/mcp": "mcp"}
 
@@ -209,46 +237,23 @@ class Unreadable(Problem):
 
 
 def _guarded(endpoint: Endpoint, service: Service) -> Callable[[Request], Awaitable[Response]]:
-    """Read the body, answer problems, and end the work of a client that went away."""
+    """Read the body, and answer problems."""
 
     async def guarded(request: Request) -> Response:
-        response = Response(status_code=499)
         try:
-            body = await _read(request, service.serve.max_body_bytes)
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(_cancel_on_disconnect, request, tasks.cancel_scope)
-                response = await _answered(endpoint, service, request, body)
-                tasks.cancel_scope.cancel()
+            return await endpoint(request, await _read(request, service.serve.max_body_bytes))
         except Unreadable as unreadable:
-            response = _problem(await _counted(service, request, unreadable))
-        except ClientDisconnect:
-            pass
-        except BaseExceptionGroup as group:
-            raise leading(group) from None
-        return response
+            return _problem(await _counted(service, request, unreadable))
+        except Problem as problem:
+            return _problem(problem)
 
     return guarded
-
-
-async def _answered(endpoint: Endpoint, service: Service, request: Request, body: bytes) -> Response:
-    try:
-        return await endpoint(request, body)
-    except Unreadable as unreadable:
-        return _problem(await _counted(service, request, unreadable))
-    except Problem as problem:
-        return _problem(problem)
 
 
 async def _counted(service: Service, request: Request, unreadable: Unreadable) -> Problem:
     """Return what to tell of a request that cannot be read: strangers, and those beyond their share, learn no more."""
     called = _called(request.url.path)
     return unreadable if called is None else await service.unreadable(caller_of(request.headers), *called, unreadable)
-
-
-async def _cancel_on_disconnect(request: Request, scope: anyio.CancelScope) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel()
 
 
 async def _read(request: Request, most: int) -> bytes:

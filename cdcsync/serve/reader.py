@@ -108,8 +108,12 @@ class Offered(Index):
         """
         _refuse_costly(request, self.serve)
         assert request.after_lsn is not None
-        if not await self.wait_for(request.after_lsn, timeout_s=self.serve.deadline_s / 2):
-            raise _not_yet()
+        try:
+            reached = await self.wait_for(request.after_lsn, timeout_s=self.serve.deadline_s / 2)
+        except SetupError as error:
+            raise await self._unreached(error) from error
+        if not reached:
+            raise await self._unreached(None)
 
     async def answer(self, who: Principal, request: SearchRequest) -> Answer:
         """Search for a caller.
@@ -148,12 +152,30 @@ class Offered(Index):
                 wait_s=self.serve.deadline_s / 4,
             )
         except NotReached:  # the session that was to answer is with a server that is behind
-            raise _not_yet() from None
+            raise await self._unreached(None) from None
+        except SetupError as error:
+            if request.after_lsn is None:
+                raise
+            raise await self._unreached(error) from error
         found = [self._found(hit) for hit in hits]
         fresh, warning = hits._freshness or Freshness(), hits.warning
         if fresh.warning is not None and fresh.warning not in (warning or ""):  # the search may have said so itself
             warning = "; ".join(filter(None, [warning, fresh.warning]))
         return Answer(self.name, found, fresh.lsn, fresh.lag_s, warning, generation=hits.generation)
+
+    async def _unreached(self, error: SetupError | None) -> Exception:
+        """Return what to say of an index that does not hold a position: why no position is known, if that is so.
+
+        :param error: what was raised instead of an answer; an exception raised in SQL may be that of `wait_for`.
+        """
+        if error is not None and not isinstance(error.__cause__, psycopg.errors.RaiseException):
+            return error
+        why = (await self._as_it_is(self._fresh_now)).warning
+        if why is not None:
+            return Problem(503, "Not yet", why, "call without after_lsn, or again once the index follows its source")
+        return error or Problem(
+            503, "Not yet", "the index has not reached after_lsn", "call again, or without it", retry_after_s=1
+        )
 
     async def embed_queries(self, texts: Sequence[str]) -> tuple[Vectors, int]:
         """Return the vectors of queries, and the generation of the index's vectors that they can be compared with.
@@ -276,12 +298,7 @@ class Offered(Index):
         return info
 
     async def _info(self, who: Principal, *, examples: bool) -> IndexInfo:
-        async def now(connection: Connection) -> Freshness:
-            spec = (await self._read_facts(connection)).spec
-            await self._refuse_switched(connection, spec)
-            return await self._freshness(connection, spec, None)
-
-        fresh = await self._as_it_is(lambda: self._with_connection(now))
+        fresh = await self._as_it_is(self._fresh_now)
         values = await self._as_it_is(lambda: self._examples(who)) if examples else {}
         known = await self._facts()
         spec = known.spec
@@ -301,6 +318,14 @@ class Offered(Index):
             fresh.lag_s,
             fresh.warning,
         )
+
+    async def _fresh_now(self) -> Freshness:
+        async def now(connection: Connection) -> Freshness:
+            spec = (await self._read_facts(connection)).spec
+            await self._refuse_switched(connection, spec)
+            return await self._freshness(connection, spec, None)
+
+        return await self._with_connection(now)
 
     def _found(self, hit: Hit) -> Found:
         key, columns = (
@@ -471,10 +496,6 @@ class Offered(Index):
                 if value not in seen[name] and len(seen[name]) < EXAMPLES:
                     seen[name].append(value)
         return {name: [shortened(value, EXAMPLE_CHARACTERS) for value in values] for name, values in seen.items()}
-
-
-def _not_yet() -> Problem:
-    return Problem(503, "Not yet", "the index has not reached after_lsn", "call again, or without it", retry_after_s=1)
 
 
 def _dimensions(spec: IndexSpec, generation: int | None) -> int | None:

@@ -25,6 +25,8 @@ from cdcsync import logs
 from cdcsync.config import Config
 from cdcsync.config.differences import differences as differing
 from cdcsync.errors import ConfigError
+from cdcsync.process.stopping import PutOff
+from cdcsync.process.threads import Calls
 from cdcsync.worker.systemd import ServiceManager
 
 log = structlog.get_logger()
@@ -67,27 +69,36 @@ async def reload_on_signal(
     *,
     task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Read the configuration again at each SIGHUP, until cancelled.
+    """Read the configuration again at each SIGHUP, until cancelled; at once if one was put off during the start.
 
     :param reread: reads the file; a `ConfigError` of it is logged.
     """
+    before = signal.getsignal(signal.SIGHUP)
     with anyio.open_signal_receiver(signal.SIGHUP) as signals:
         task_status.started()
+        if isinstance(before, PutOff) and before.came:
+            signal.raise_signal(signal.SIGHUP)
         async for _ in signals:
             if manager is not None:
                 manager.reloading()
-            reload(worker, reread)
+            await reload(worker, reread)
             if manager is not None:
                 manager.reloaded()
 
 
-def reload(worker: Reconfigurable, reread: Callable[[], Config]) -> None:
-    """Read the configuration again and take over what may change live."""
+async def reload(worker: Reconfigurable, reread: Callable[[], Config]) -> None:
+    """Read the configuration again and take over what may change live.
+
+    It is read in a thread: a file system that does not answer keeps neither changes nor the worker's end waiting.
+    """
+    reading = Calls(1)
     try:
-        new = reread()
+        new = await reading.run(reread)
     except ConfigError as error:
         log.error("reload_failed", error=error.message, where=error.where, fix=error.hint)
         return
+    finally:
+        reading.close()
     changed = list(differences(worker.config, new))
     live = {f"worker.{key}" for key in LIVE}
     taken = [key for key in changed if key in live]

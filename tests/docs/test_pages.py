@@ -137,9 +137,9 @@ def test_every_page_is_in_the_sites_table_of_contents() -> None:
 def test_the_reference_names_no_bound_that_is_refused() -> None:
     from docs.reference import PAGES as made
 
-    with pytest.raises(ConfigError, match="expected a number above 0 and at most 86400, got 0"):
-        parse(configuration("dbname=nowhere", worker_lines="stop_timeout_s = 0"), {}, where="the test")
-    assert "| `stop_timeout_s` | number above 0, to 86,400 |" in made["configuration.md"]()
+    with pytest.raises(ConfigError, match="expected a number above 0 and at most 1, got 0"):
+        parse(configuration("dbname=nowhere", worker_lines="settle_share = 0"), {}, where="the test")
+    assert "| `settle_share` | number above 0, to 1 |" in made["configuration.md"]()
 
 
 def test_the_reference_is_what_the_code_says() -> None:

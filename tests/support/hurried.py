@@ -6,15 +6,14 @@ Only for what would take minutes, or gigabytes, by design, such as how long an i
 from __future__ import annotations
 
 import importlib
-import signal
 import sys
 
-from cdcsync.process.stopping import end_before_the_start
+from cdcsync.process.stopping import take_signals_before_the_start
 
 
 def main() -> None:
     """Set the constants, then run the command."""
-    signal.signal(signal.SIGTERM, end_before_the_start)
+    take_signals_before_the_start()
     settings, arguments = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
     for setting in settings:
         name, _, number = setting.partition("=")

@@ -126,6 +126,23 @@ def test_what_others_wrote_is_read_with_one_list_of_what_that_may_raise() -> Non
     assert not found
 
 
+def test_files_of_text_are_opened_in_an_encoding_that_is_named() -> None:
+    unnamed = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            name = getattr(call.func, "attr", getattr(call.func, "id", None))
+            texts = [one.value for one in call.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+            modes = [one for one in texts if re.fullmatch("[rwaxbt+]{1,3}", one)]
+            opens = name in ("open", "fdopen") and (bool(modes) or isinstance(call.func, ast.Name))
+            whole = name in ("read_text", "write_text")
+            named = any(one.arg == "encoding" for one in call.keywords) or any(one.startswith("utf-8") for one in texts)
+            if (whole or opens) and not named and not any("b" in one for one in modes):
+                unnamed.append(f"{path.relative_to(PACKAGE)}:{call.lineno}")
+    assert unnamed == []
+
+
 def test_each_module_has_a_test_file_of_its_name_or_a_word_about_where_it_runs() -> None:
     section = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Find your way")[1].split("\n## ")[0]
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]

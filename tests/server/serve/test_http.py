@@ -14,6 +14,7 @@ import anyio.to_thread
 import httpx2
 import jwt
 import msgspec
+import psycopg
 import pytest
 import structlog
 import structlog.testing
@@ -620,11 +621,29 @@ async def test_a_page_of_a_known_origin_may_send_the_headers_of_the_api_and_of_m
         assert header.lower() in answer.headers["access-control-allow-headers"].lower()
 
 
-async def test_the_statement_of_a_client_that_left_is_cancelled(tickets: Office) -> None:
+CALL_OF_SEARCH = {
+    "jsonrpc": "2.0",
+    "id": 1,
+    "method": "tools/call",
+    "params": {"name": "search", "arguments": {"index": "tickets", "query": "printer", "mode": "text"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "waits_for"),
+    [
+        (SEARCH, {"query": "a", "after_lsn": "FFFFFFFF/0"}, "a position"),
+        (SEARCH, {"query": "printer", "mode": "text"}, "a transaction"),
+        ("/mcp", CALL_OF_SEARCH, "a transaction"),
+    ],
+)
+async def test_the_statement_of_a_client_that_left_is_cancelled(
+    tickets: Office, path: str, body: dict[str, Any], waits_for: str
+) -> None:
     config = tickets.serving(anonymous=True, deadline_s=120.0)
     running = (
         "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'cdcsync serve' AND state = 'active'"
-        " AND query LIKE '%wait_for%'"
+        " AND (query LIKE '%wait_for%' OR wait_event_type = 'Lock')"
     )
     async with served(config) as client:
 
@@ -632,12 +651,15 @@ async def test_the_statement_of_a_client_that_left_is_cancelled(tickets: Office)
             counted = partial(until, lambda: tickets.database.execute(running) == [(count,)], f"{count} statements")
             await anyio.to_thread.run_sync(counted)
 
-        async with anyio.create_task_group() as tasks:
-            body = {"query": "a", "after_lsn": "FFFFFFFF/0"}
-            tasks.start_soon(partial(client.post, SEARCH, json=body, timeout=120))
-            await statements(1)
-            tasks.cancel_scope.cancel()
-        await statements(0)
+        with psycopg.connect(tickets.database.dsn) as other:
+            if waits_for == "a transaction":
+                other.execute("LOCK TABLE cdcsync.tickets_chunks")
+            async with anyio.create_task_group() as tasks:
+                accepted = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": "2025-06-18"}
+                tasks.start_soon(partial(client.post, path, json=body, headers=accepted, timeout=120))
+                await statements(1)
+                tasks.cancel_scope.cancel()
+            await statements(0)
 
 
 # -- the record -------------------------------------------------------------------------------------------------

@@ -296,7 +296,7 @@ async def test_the_position_of_an_index_that_is_not_kept_in_step_is_null_and_the
 ) -> None:
     names = ("of_text", "of_uuid")
     execute = kinds.database.execute
-    async with served(kinds.serving(anonymous=True, indexes=names)) as client:
+    async with served(kinds.serving(anonymous=True, indexes=names, deadline_s=2.0)) as client:
         try:
             if said in NOT_IN_STEP:
                 execute(f"UPDATE cdcsync.indexes SET {NOT_IN_STEP[said]} WHERE name = 'of_text'")
@@ -307,6 +307,8 @@ async def test_the_position_of_an_index_that_is_not_kept_in_step_is_null_and_the
             found, beside = [
                 (await client.post(f"/v1/indexes/{name}/search", json={"query": "note"})).json() for name in names
             ]
+            wanted = {"query": "note", "after_lsn": "FFFFFFFF/0"}
+            refused = await client.post("/v1/indexes/of_text/search", json=wanted)
             listed = (await client.get("/v1/indexes")).json()["indexes"]
         finally:
             execute(
@@ -319,6 +321,7 @@ async def test_the_position_of_an_index_that_is_not_kept_in_step_is_null_and_the
         assert answer["warning"].count("of_text") == 1
         assert "row 7" not in answer["warning"]
     assert len(found["hits"]) == 6
+    assert (refused.status_code, refused.json()["detail"]) == (503, listed[0]["warning"])
     for answer in (beside, listed[1]):
         assert answer["as_of_lsn"]
         assert answer["lag_seconds"] >= 0

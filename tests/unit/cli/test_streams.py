@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import NoReturn
 
@@ -107,6 +109,23 @@ def test_a_terminal_that_is_not_of_unicode_gets_the_numbers_of_what_it_lacks(enc
     assert done.returncode == 2
     assert r"\u2717 source (" in done.stdout
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["config", "show"], ["check", "--json"], ["run"]], ids=" ".join)
+def test_in_a_locale_that_lacks_characters_programs_read_the_same_text(tmp_path: Path, arguments: list[str]) -> None:
+    text = NO_SERVER.replace("127.0.0.1:1/db", "127.0.0.1:1/größe✓")
+    text += '[worker]\nstart_timeout_s = 0\nlog_format = "json"\n'
+    (tmp_path / "cdcsync.toml").write_text(text, "utf-8")
+    done = run('LC_ALL=C PYTHONUTF8=0 exec "$@"', *arguments)
+    assert "this should not happen" not in done.stderr
+    match arguments[0]:
+        case "config":
+            read = tomllib.loads(done.stdout)["source"]["dsn"]
+        case "check":
+            read = str(json.loads(done.stdout)["findings"])
+        case _:
+            read = str([json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")])
+    assert "größe✓" in read
 
 
 def test_a_full_disk_elsewhere_is_not_taken_for_lost_output(

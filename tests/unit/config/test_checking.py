@@ -66,15 +66,31 @@ def test_an_empty_text_is_none_where_none_is_allowed() -> None:
         ),
         (
             "[worker]\nstop_timeout_s = 0",
-            "worker.stop_timeout_s: expected a number above 0 and at most 86400, got 0",
+            "worker.stop_timeout_s: expected a number of at least 0.01 and at most 86400, got 0",
         ),
         (
             "[worker]\nstop_timeout_s = nan",
-            "worker.stop_timeout_s: expected a number above 0 and at most 86400, got nan",
+            "worker.stop_timeout_s: expected a number of at least 0.01 and at most 86400, got nan",
         ),
         (
             "[worker]\nready_max_lag_s = inf",
-            "worker.ready_max_lag_s: expected a number above 0 and at most 86400, got inf",
+            "worker.ready_max_lag_s: expected a number of at least 0.01 and at most 86400, got inf",
+        ),
+        (
+            "[source]\nheartbeat_every_s = 0.0001",
+            "source.heartbeat_every_s: expected 0, or a number of at least 0.1 and at most 86400, got 0.0001",
+        ),
+        (
+            "[worker]\nverify_every_s = 3_600_000",
+            "worker.verify_every_s: expected 0, or a number of at least 0.1 and at most 2678400, got 3600000",
+        ),
+        (
+            "[worker]\nevaluate_every_s = nan",
+            "worker.evaluate_every_s: expected 0, or a number of at least 0.1 and at most 2678400, got nan",
+        ),
+        (
+            "[serve]\ndeadline_s = 0.0001",
+            "serve.deadline_s: expected a number of at least 0.01 and at most 600, got 0.0001",
         ),
         ("[source]\non_gap = 'go'", 'source.on_gap: expected "resync" or "stop", got "go"'),
         ("[source]\non_gap = ['stop']", 'source.on_gap: expected "resync" or "stop", got a list'),

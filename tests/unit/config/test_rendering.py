@@ -33,7 +33,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 SCHEMAS = NAMES.filter(lambda name: "%" not in name and not name.startswith("pg_") and name != "information_schema")
 RELATIONS = st.builds(QualifiedName, NAMES, NAMES).map(str)
 PAIRS = st.dictionaries(NAMES | st.sampled_from(["key", "token_id", "password"]), NAMES, min_size=1, max_size=2)
-SECONDS = st.floats(min_value=0, max_value=86_400, exclude_min=True)
+SECONDS = st.floats(min_value=0.01, max_value=86_400)
 CONFIGS = st.builds(
     Config,
     source=st.builds(Source, streaming=st.booleans(), feedback_every_s=st.floats(0.1, 86_400), publication=NAMES),

@@ -68,8 +68,11 @@ def test_the_second_interrupt_ends_at_once_what_does_not_stop() -> None:
     assert (process.returncode, output, said) == (130, "", "")
 
 
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGHUP, signal.SIGTERM]])
 @pytest.mark.parametrize("moment", ["while it imports", "while it waits for a server"])
-def test_a_worker_that_is_told_to_stop_before_its_start_says_so_and_ends_well(tmp_path: Path, moment: str) -> None:
+def test_before_its_start_a_worker_that_is_told_to_stop_says_so_and_ends_well_and_a_reload_ends_nothing(
+    tmp_path: Path, moment: str, signals: list[signal.Signals]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         dsn = f"postgresql://nobody@127.0.0.1:{silent.getsockname()[1]}/nothing"
         configuration = tmp_path / "cdcsync.toml"
@@ -83,6 +86,7 @@ def test_a_worker_that_is_told_to_stop_before_its_start_says_so_and_ends_well(tm
             env={**os.environ, "PYTHONPATH": str(Path(cdcsync.__file__).parents[1])},
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # without a terminal, with which it would end at SIGHUP
         ) as process:
             assert process.stderr is not None
             with contextlib.ExitStack() as stack:
@@ -91,7 +95,8 @@ def test_a_worker_that_is_told_to_stop_before_its_start_says_so_and_ends_well(tm
                         pass
                 else:
                     stack.enter_context(silent.accept()[0])
-                process.send_signal(signal.SIGTERM)
+                for one in signals:
+                    process.send_signal(one)
                 said = process.stderr.read()
                 assert process.wait(timeout=30) == 0
     assert "told to stop before the start" in said

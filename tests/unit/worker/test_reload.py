@@ -6,12 +6,14 @@ import json
 import logging
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from io import StringIO
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import anyio
+import anyio.to_thread
 import msgspec
 import pytest
 import structlog
@@ -19,6 +21,7 @@ import structlog
 from cdcsync import logs
 from cdcsync.config import Config, Worker, parse
 from cdcsync.errors import ConfigError
+from cdcsync.process.stopping import PutOff
 from cdcsync.worker.reload import LIVE, differences, merged, reload, reload_on_signal
 from tests import ROOT
 
@@ -92,11 +95,11 @@ def test_only_live_keys_are_taken_over() -> None:
     assert taken.source == config().source
 
 
-def test_the_log_names_what_took_effect_and_what_needs_a_restart_and_no_values(
+async def test_the_log_names_what_took_effect_and_what_needs_a_restart_and_no_values(
     logged: Callable[[], list[dict[str, Any]]],
 ) -> None:
     running = Running(config())
-    reload(running, lambda: config("batch_rows = 7\nverify_every_s = 60", password="hunter2"))
+    await reload(running, lambda: config("batch_rows = 7\nverify_every_s = 60", password="hunter2"))
     assert running.config.worker.batch_rows == 7
     assert running.config.worker.verify_every_s == 0
     assert events(logged()) == [
@@ -106,28 +109,28 @@ def test_the_log_names_what_took_effect_and_what_needs_a_restart_and_no_values(
     assert "hunter2" not in str(logged())
 
 
-def test_what_needs_a_restart_is_named_each_time_until_then(logged: Callable[[], list[dict[str, Any]]]) -> None:
+async def test_what_needs_a_restart_is_named_each_time_until_then(logged: Callable[[], list[dict[str, Any]]]) -> None:
     running = Running(config())
     for _ in range(2):
-        reload(running, lambda: config("verify_every_s = 60"))
+        await reload(running, lambda: config("verify_every_s = 60"))
     assert events(logged()) == [("reloaded", []), ("restart_needed", ["worker.verify_every_s"])] * 2
 
 
-def test_a_new_level_holds_for_the_next_line(logged: Callable[[], list[dict[str, Any]]]) -> None:
+async def test_a_new_level_holds_for_the_next_line(logged: Callable[[], list[dict[str, Any]]]) -> None:
     running = Running(config())
-    reload(running, lambda: config('log_level = "error"'))
+    await reload(running, lambda: config('log_level = "error"'))
     structlog.get_logger().warning("unheard")
-    reload(running, lambda: config('log_level = "debug"'))
+    await reload(running, lambda: config('log_level = "debug"'))
     structlog.get_logger().debug("heard")
     assert [line["event"] for line in logged()] == ["reloaded", "heard"]
 
 
-def test_a_wrong_configuration_changes_nothing_and_is_told(logged: Callable[[], list[dict[str, Any]]]) -> None:
+async def test_a_wrong_configuration_changes_nothing_and_is_told(logged: Callable[[], list[dict[str, Any]]]) -> None:
     def wrong() -> NoReturn:
         raise ConfigError("unknown key worker.batchrows", where="cdcsync.toml", hint="did you mean batch_rows?")
 
     running = Running(config())
-    reload(running, wrong)
+    await reload(running, wrong)
     (line,) = logged()
     assert (line["event"], line["level"]) == ("reload_failed", "error")
     assert (line["where"], line["fix"]) == ("cdcsync.toml", "did you mean batch_rows?")
@@ -146,6 +149,45 @@ async def test_the_signal_has_it_read_again_however_often(logged: Callable[[], l
                 await running.told.wait()
                 assert running.config.worker.batch_rows == rows
             tasks.cancel_scope.cancel()
+
+
+async def test_a_signal_that_came_during_the_start_is_obeyed_after_it(
+    logged: Callable[[], list[dict[str, Any]]],
+) -> None:
+    before = signal.signal(signal.SIGHUP, PutOff())
+    try:
+        signal.raise_signal(signal.SIGHUP)
+        running = Running(config())
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as tasks:
+                await tasks.start(reload_on_signal, running, lambda: config("batch_rows = 7"), None)
+                await running.told.wait()
+                tasks.cancel_scope.cancel()
+        assert running.config.worker.batch_rows == 7
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+async def test_a_file_that_cannot_be_read_now_keeps_neither_the_worker_nor_its_end_waiting(
+    logged: Callable[[], list[dict[str, Any]]],
+) -> None:
+    asked, answers = threading.Event(), threading.Event()
+
+    def stalled() -> Config:
+        asked.set()
+        assert answers.wait(10), "the worker waits for the file"
+        return config("batch_rows = 7")
+
+    running = Running(config())
+    try:
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(reload_on_signal, running, stalled, None)
+            signal.raise_signal(signal.SIGHUP)
+            await anyio.to_thread.run_sync(asked.wait)
+            tasks.cancel_scope.cancel()
+        assert running.config == config()
+    finally:
+        answers.set()
 
 
 def test_no_page_says_of_another_key_that_a_signal_has_it_read_again() -> None:
