@@ -6,7 +6,7 @@ Source: pgvector's README (operators, operator classes).
 from __future__ import annotations
 
 import hashlib
-from typing import cast
+from typing import LiteralString, cast
 
 from psycopg import sql
 
@@ -17,6 +17,14 @@ from cdcsync.postgres.sessions import Connection
 
 OPERATORS: dict[Distance, str] = {"cosine": "<=>", "l2": "<->", "inner_product": "<#>"}
 """pgvector's distance operator for each distance; all order by nearest first."""
+
+PATH: LiteralString = "pg_catalog, pg_temp"
+"""The search_path of each function: a list of names, so it follows SET search_path = without quotes.
+
+The server looks in a session's temporary schema first unless the path names it. As the last name, it cannot hide the
+server's own relations and types behind a caller's temporary ones, which would run the caller's code as whoever the
+function runs as. Source: PostgreSQL, "CREATE FUNCTION" (Writing SECURITY DEFINER Functions Safely)."""
+
 MAX_ATTEMPTS = 8
 """After so many failures a chunk waits for an operator; with the delays between them that is about ten minutes."""
 

@@ -35,7 +35,7 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.building import build_settings, frugally, hnsw_method
 from cdcsync.target.ddl.grants import grants_of, guarded, succeed
-from cdcsync.target.ddl.names import SETTLED, Names
+from cdcsync.target.ddl.names import PATH, SETTLED, Names
 from cdcsync.target.ddl.tiers import COLUMN_NAMES, describe_vectors
 
 log = get_logger()
@@ -126,6 +126,7 @@ class Rebuild:
             "copy": sql.Identifier(schema, bare),
             "changed": sql.Identifier(schema, f"{bare}_changed"),
             "note": sql.Identifier(schema, f"{bare}_note"),
+            "path": sql.SQL(PATH),
             "trigger": sql.Identifier("cdcsync_rebuild"),
             "key": sql.Identifier(f"{bare}_pkey"),
             "hash": sql.Identifier(f"{bare}_hash"),
@@ -220,7 +221,7 @@ class Rebuild:
                 # A vacuum of what is about to be dropped would only be in the way.
                 " ALTER TABLE {settled} SET (autovacuum_enabled = off);"
                 " COMMENT ON TABLE {copy} IS {marker}; COMMENT ON TABLE {changed} IS {marker};"
-                " CREATE FUNCTION {note}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = ''"
+                " CREATE FUNCTION {note}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = {path}"
                 " AS $body$ BEGIN INSERT INTO {changed} VALUES (coalesce(OLD.chunk_id, NEW.chunk_id)); RETURN NULL;"
                 " END $body$; COMMENT ON FUNCTION {note}() IS {marker};"
                 " CREATE TRIGGER {trigger} AFTER UPDATE OR DELETE ON {fresh} FOR EACH ROW EXECUTE FUNCTION {note}();"

@@ -19,7 +19,7 @@ from cdcsync.target.ddl.filters import OF_THE_SERVER, read_columns
 from cdcsync.target.ddl.hits import attribute_of, wanted_attributes
 from cdcsync.target.ddl.hits import attributes as present_attributes
 from cdcsync.target.ddl.languages import headline, searched
-from cdcsync.target.ddl.names import Names, function_name, hit_name, pgvector_version, vector_schema, words_name
+from cdcsync.target.ddl.names import PATH, Names, function_name, hit_name, pgvector_version, vector_schema, words_name
 from cdcsync.target.ddl.nearness import (
     DEPTH,
     EF_SEARCH,
@@ -127,7 +127,7 @@ class Variant(msgspec.Struct, frozen=True):
     """
 
     where: str | None = None
-    path: str = "pg_catalog, pg_temp"
+    path: str = PATH
     explain: bool = False
 
 
@@ -183,8 +183,7 @@ async def _parts(
         "extension": sql.Identifier(extension),
         "volatility": sql.SQL("VOLATILE" if own.explain else "STABLE"),
         "settings": sql.SQL(" ").join(
-            sql.SQL("SET {} = {}").format(sql.SQL(name), sql.Literal(value))
-            for name, value in _settings(iterative).items()
+            sql.SQL("SET {} = {}").format(sql.SQL(name), value) for name, value in _settings(iterative).items()
         ),
         "index_comment": sql.SQL(spec.searched_as),
         "chunks": names.chunks,
@@ -219,7 +218,7 @@ async def _parts(
         "lexemes": by_language.lexemes,
         "phrases": by_language.phrases,
         "sample": _text(
-            sql.SQL("SELECT count(*) FROM {} AS c TABLESAMPLE SYSTEM (%s) REPEATABLE (1) WHERE %s").format(
+            sql.SQL("SELECT pg_catalog.count(*) FROM {} AS c TABLESAMPLE SYSTEM (%s) REPEATABLE (1) WHERE %s").format(
                 names.chunks
             ),
             connection,
@@ -237,7 +236,7 @@ async def _parts(
         "bm25_leg": _text(best_by_words(schema, spec), connection),
         "explain_bm25": _explaining(own, "keyword leg", "bare, depth"),
         "enter_condition": _path_change(own, own.path),
-        "leave_condition": _path_change(own, "pg_catalog, pg_temp"),
+        "leave_condition": _path_change(own, PATH),
         "explain_vector": _explaining(own, "vector leg", "embedding, depth"),
         "explain_words": _explaining(own, "keyword leg", "one, room"),
     }
@@ -361,16 +360,16 @@ def _results(
     )
 
 
-def _settings(iterative: bool) -> dict[str, str]:
-    """Return what holds while the function runs."""
-    return {
-        "search_path": "pg_catalog, pg_temp",
+def _settings(iterative: bool) -> dict[str, sql.Composable]:
+    """Return what holds while the function runs, as SQL."""
+    ours = {
         "standard_conforming_strings": "on",
         # The server's NOTICE that a query consists of stop words helps nobody.
         "client_min_messages": "warning",
         # The body sets it again; named here, it is the caller's own again afterwards.
         "hnsw.ef_search": str(EF_SEARCH),
     } | settings(iterative=iterative)
+    return {"search_path": sql.SQL(PATH)} | {name: sql.Literal(value) for name, value in ours.items()}
 
 
 def _path_change(variant: Variant, path: str) -> sql.Composable:

@@ -18,7 +18,7 @@ from cdcsync.config.names import BESIDE
 from cdcsync.logs import get_logger
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target import approvals, audits, calls, entries, generations, version
-from cdcsync.target.ddl.names import MAX_ATTEMPTS
+from cdcsync.target.ddl.names import MAX_ATTEMPTS, PATH
 from cdcsync.target.pipelines import waiters_lock
 from cdcsync.target.requests import tables as requests
 
@@ -32,7 +32,11 @@ async def create_shared(connection: Connection, schema: str) -> None:
 
     :raises SetupError: the tables are of a version that this cdcsync does not know.
     """
-    names: dict[str, sql.Composable] = {"schema": sql.Identifier(schema), "literal": sql.Literal(schema)}
+    names: dict[str, sql.Composable] = {
+        "schema": sql.Identifier(schema),
+        "literal": sql.Literal(schema),
+        "path": sql.SQL(PATH),
+    }
     wait_for = sql.SQL(WAIT_FOR).format(
         **names,
         indexes=sql.Literal(sql.Identifier(schema, entries.TABLE).as_string(connection)),
@@ -120,7 +124,7 @@ WAIT_FOR: LiteralString = """
     CREATE OR REPLACE FUNCTION {schema}.wait_for(
         index_name text, lsn pg_lsn, timeout interval DEFAULT '10 s', vectors boolean DEFAULT false)
     RETURNS boolean LANGUAGE plpgsql VOLATILE STRICT SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp SET row_security = off AS $body$
+    SET search_path = {path} SET row_security = off AS $body$
     DECLARE
         deadline timestamptz := clock_timestamp() + timeout;
         began timestamptz;
@@ -240,7 +244,7 @@ _STANDING: tuple[LiteralString, ...] = (
     """
     CREATE OR REPLACE FUNCTION {schema}.standing(index_name text, generation int)
     RETURNS text LANGUAGE sql STABLE STRICT SECURITY DEFINER
-    SET search_path = pg_catalog, pg_temp SET row_security = off AS $body$
+    SET search_path = {path} SET row_security = off AS $body$
         SELECT CASE
             WHEN i.unfollowed_at IS NOT NULL
                 THEN o.whole || ' is no longer followed since ' || i.unfollowed_at::text || ', and is as it was then'
