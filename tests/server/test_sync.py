@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
 
@@ -129,6 +129,24 @@ async def test_an_index_that_was_opened_before_a_fork_says_so_and_serves_its_own
             raised = in_a_child(lambda: in_a_thread(again))
             assert raised.startswith("UsageError: cdcsync.Index: it was opened before this process was forked"), raised
             assert keys(await articles.search("dog house", k=1)) == [2]
+
+
+async def test_an_index_of_another_event_loop_says_so_and_serves_its_own(database: Database) -> None:
+    async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles") as articles:
+        calls: list[Callable[[cdcsync.Index], Awaitable[object]]] = [
+            lambda index: index.search("dog", timeout_s=5),
+            lambda index: index.search("dog", after_lsn="0/0"),
+            lambda index: index.rerank("dog", []),
+            lambda index: index.embed(["dog"]),
+            lambda index: index.wait_for("0/0"),
+            lambda index: index.__aenter__(),
+        ]
+        for index in (articles, articles.beside("articles")):
+            for call in calls:
+                with pytest.raises(UsageError, match="belongs to another event loop") as raised:
+                    await anyio.to_thread.run_sync(anyio.run, call, index)
+                assert "cdcsync.sync.Index" in str(raised.value.hint)
+            assert keys(await index.search("dog house", k=1)) == [2]
 
 
 def in_a_thread(use: Callable[[], None]) -> None:
