@@ -151,7 +151,8 @@ class Index:
     """An index of the configuration, searched by any number of tasks of one event loop.
 
     Use it in an `async with` block. It needs no worker in the same process. It keeps a few connections and the model
-    open, so open it once, at the start of the application, and not for each request.
+    open, so open it once, at the start of the application, and not for each request. Code that runs in several event
+    loops, such as `asgiref`'s `async_to_sync`, uses `cdcsync.sync.Index`: this one refuses any loop but its first.
     """
 
     _for_json = False
@@ -204,7 +205,9 @@ class Index:
 
         :raises SetupError: the target does not hold it, or its model cannot be used as configured.
         :raises TargetUnavailable: the target does not answer now.
+        :raises UsageError: it was used in another event loop, or before a fork.
         """
+        self._resources.pool.admit()  # before anything that would close what others use
         try:
             spec = await self._with_connection(self._spec)
             with suppress(EmbedError):  # searches go by words, and say so
@@ -405,6 +408,7 @@ class Index:
 
         :raises UsageError: the index has no reranker, or an argument cannot be used.
         """
+        self._resources.pool.admit()
         check_text(text, "rerank", hint=_QUOTED)
         given: object = hits
         if not isinstance(given, Sequence) or not all(isinstance(hit, Hit) for hit in given):

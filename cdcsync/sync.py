@@ -55,6 +55,11 @@ class Index:
         self._loop: AbstractContextManager[BlockingPortal] | None = None
         self._entered: AbstractContextManager[asynchronous.Index] | None = None
 
+    @property
+    def name(self) -> str:
+        """The index's name."""
+        return self._index.name
+
     @classmethod
     def open(
         cls,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -26,17 +27,33 @@ class Pool:
         self._closed = False
         self._process: int | None = None
         """The process that has used it: a copy of that, by a fork, has its sockets, and must not write to them."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """The event loop that has used it: a task of another one that waits here for its turn would never wake."""
+
+    def admit(self) -> None:
+        """See that the caller is of the process and the event loop that first used what an index keeps open.
+
+        :raises UsageError: it is not.
+        """
+        if self._inherited():
+            raise used_before_fork("cdcsync.Index")
+        loop = asyncio.get_running_loop()
+        if self._loop not in (None, loop):
+            raise UsageError(
+                "it belongs to another event loop",
+                where="cdcsync.Index",
+                hint="open one in each event loop, or use cdcsync.sync.Index, which any thread may call",
+            )
+        self._process, self._loop = os.getpid(), loop
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """Lend a connection in autocommit; waits while all are lent.
 
         :raises SourceUnavailable, TargetUnavailable, SetupError: a new one cannot be opened.
-        :raises UsageError: the pool is closed, or was used before a fork.
+        :raises UsageError: the pool is closed, or was used before a fork or in another event loop.
         """
-        if self._inherited():
-            raise used_before_fork("cdcsync.Index")
-        self._process = os.getpid()
+        self.admit()
         async with self._room:
             if self._closed:
                 raise UsageError("it is closed", where="cdcsync.Index", hint="use it inside of its `with` block")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 
 import anyio
 import pytest
 
 import cdcsync
 import cdcsync.sync
+from cdcsync.config import Config, HashEmbedder, Source, Target
 from cdcsync.errors import UsageError
+from tests.support.indexes import make_spec
 from tests.support.misuses import CALLS
 from tests.support.searched import Model, indexed, keys
 from tests.support.servers import Database
@@ -28,12 +30,19 @@ def _model(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Model, name, value)
 
 
-def test_the_twin_has_the_same_methods_with_the_same_parameters() -> None:
-    def public(kind: type) -> dict[str, list[str]]:
-        found = {name: inspect.signature(value) for name, value in vars(kind).items() if callable(value)}
-        return {name: list(signature.parameters) for name, signature in found.items() if not name.startswith("_")}
+def test_the_twin_has_the_same_attributes_and_its_methods_the_same_parameters() -> None:
+    config = Config(
+        source=Source(dsn="dbname=articles"),
+        target=Target(dsn="dbname=articles"),
+        embedders={"hash": HashEmbedder()},
+        indexes={"articles": make_spec().config},
+    )
 
-    assert public(cdcsync.sync.Index) == public(cdcsync.Index)
+    def public(index: object) -> dict[str, object]:
+        found = {name: getattr(index, name) for name in dir(index) if not name.startswith("_")}
+        return {name: list(signature(one).parameters) if callable(one) else one for name, one in found.items()}
+
+    assert public(cdcsync.sync.Index.open(config, "articles")) == public(cdcsync.Index.open(config, "articles"))
     assert cdcsync.sync.Index.search.__doc__ == cdcsync.Index.search.__doc__
 
 
@@ -120,6 +129,24 @@ async def test_an_index_that_was_opened_before_a_fork_says_so_and_serves_its_own
             raised = in_a_child(lambda: in_a_thread(again))
             assert raised.startswith("UsageError: cdcsync.Index: it was opened before this process was forked"), raised
             assert keys(await articles.search("dog house", k=1)) == [2]
+
+
+async def test_an_index_of_another_event_loop_says_so_and_serves_its_own(database: Database) -> None:
+    async with indexed(database) as (_, config), cdcsync.Index.open(config, "articles") as articles:
+        calls: list[Callable[[cdcsync.Index], Awaitable[object]]] = [
+            lambda index: index.search("dog", timeout_s=5),
+            lambda index: index.search("dog", after_lsn="0/0"),
+            lambda index: index.rerank("dog", []),
+            lambda index: index.embed(["dog"]),
+            lambda index: index.wait_for("0/0"),
+            lambda index: index.__aenter__(),
+        ]
+        for index in (articles, articles.beside("articles")):
+            for call in calls:
+                with pytest.raises(UsageError, match="belongs to another event loop") as raised:
+                    await anyio.to_thread.run_sync(anyio.run, call, index)
+                assert "cdcsync.sync.Index" in str(raised.value.hint)
+            assert keys(await index.search("dog house", k=1)) == [2]
 
 
 def in_a_thread(use: Callable[[], None]) -> None:
