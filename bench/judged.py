@@ -135,7 +135,8 @@ def compare_ways(directory: Path) -> None:
             ours, base = modes[mode]["scores"][MEASURE], runs[BASE][mode]["scores"][MEASURE]
             over = difference([ours[question] for question in base], list(base.values()))
             mean = modes[mode]["figures"][MEASURE]["mean"]
-            cells += [f"{mean:.3f}", "" if name == BASE else f"{over.mean:+.3f} ({over.low:+.3f} to {over.high:+.3f})"]
+            ends = "" if over.interval is None else " ({:+.3f} to {:+.3f})".format(*over.interval)
+            cells += [f"{mean:.3f}", "" if name == BASE else f"{over.mean:+.3f}{ends}"]
             figures |= {f"{name}_{mode}_{MEASURE}": mean, f"{name}_{mode}_over_base": over.mean}
             if mode == "vector":
                 cells.append(f"{modes[mode]['figures']['R@100']['mean']:.3f}")

@@ -76,6 +76,7 @@ def print_answers(run: Run, number: int | None, not_stored: str | None, verdicts
     from rich.text import Text
 
     from cdcsync.cli.printing import console, plain
+    from cdcsync.flows.evaluate.intervals import FEWEST
 
     out = console(wrap=True)
     first, *others = run.measures
@@ -93,6 +94,8 @@ def print_answers(run: Run, number: int | None, not_stored: str | None, verdicts
             f"{one.mean_ms:.1f}",
         )
     out.print(table)
+    if any(one.figures[first].interval is None for one in run.modes.values()):
+        out.print(f"too few questions to tell what is chance: an interval of 95 % takes {FEWEST}", markup=False)
     if run.weights:
         best = max(run.weights, key=lambda one: one.figures[first].mean)
         weights = _table("weight of words", first, "")
@@ -108,5 +111,8 @@ def print_answers(run: Run, number: int | None, not_stored: str | None, verdicts
 
 
 def _half(figure: Figure) -> str:
-    """Return half the width of the interval; --json has both ends."""
-    return f"±{(figure.high - figure.low) / 2:.3f}"
+    """Return half the width of the interval, if there is one; --json has both ends."""
+    if figure.interval is None:
+        return ""
+    low, high = figure.interval
+    return f"±{(high - low) / 2:.3f}"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cdcsync.flows.migrate.present import Started
     from cdcsync.status.generations import GenerationStatus
     from cdcsync.target.generations import Generation
-    from cdcsync.target.judged_runs import Run
+    from cdcsync.target.judged_runs import Figure, Run
 
 T = TypeVar("T")
 
@@ -420,6 +420,13 @@ def _size(amount: float) -> str:
     return f"{amount:,.1f} TB"
 
 
+def _with_interval(figure: Figure) -> str:
+    if figure.interval is None:
+        return f"{figure.mean:.3f}"
+    low, high = figure.interval
+    return f"{figure.mean:.3f} ({low:.3f} to {high:.3f})"
+
+
 def _print_outcome(outcome: _Outcome) -> None:
     from rich.text import Text
 
@@ -435,7 +442,7 @@ def _print_outcome(outcome: _Outcome) -> None:
         out.print(text, markup=False, highlight=False)
     for run in outcome.runs or ():
         own = run.modes[run.own_mode].figures
-        shown = ", ".join(f"{name} {one.mean:.3f} ({one.low:.3f} to {one.high:.3f})" for name, one in own.items())
+        shown = ", ".join(f"{name} {_with_interval(one)}" for name, one in own.items())
         out.print(plain(f"generation {run.generation}, {run.own_mode}: {shown}"), markup=False, highlight=False)
     for verdict in outcome.verdicts:
         mark, style = ("✓", "green") if verdict.passed else ("✗", "red")

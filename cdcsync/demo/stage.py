@@ -149,10 +149,8 @@ class Stage:
         )
         for mode, one in run.modes.items():
             figure = one.figures["nDCG@10"]
-            self._console.print(
-                f"  {mode:<8} nDCG@10 {figure.mean:.3f} (95 %: {figure.low:.3f} to {figure.high:.3f})"
-                f"  {one.mean_ms:.1f} ms a search"
-            )
+            ends = "" if figure.interval is None else " (95 %: {:.3f} to {:.3f})".format(*figure.interval)
+            self._console.print(f"  {mode:<8} nDCG@10 {figure.mean:.3f}{ends}  {one.mean_ms:.1f} ms a search")
 
     def say_how_to_look_around(self) -> None:
         """Print where everything is."""

@@ -29,11 +29,16 @@ MODES: tuple[JudgedMode, ...] = ("text", "vector", "hybrid", "reranked")
 
 
 class Figure(msgspec.Struct, frozen=True):
-    """A mean over questions, with its interval of 95 % confidence."""
+    """A mean over questions, with its interval of 95 % confidence; `low` and `high` are None for too few questions."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Both ends of the interval, if there is one."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
 
 class ModeRun(msgspec.Struct, frozen=True):

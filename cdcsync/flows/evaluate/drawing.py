@@ -1,7 +1,7 @@
 """Measurements as a picture: what is drawn, and where.
 
 recall against latency     a point for each ef_search, and the exact search
-modes                      a bar for each mode of search, with its interval
+modes                      a bar for each mode of search, with its interval if there is one
 weights                    hybrid search by weight of the words
 """
 
@@ -49,7 +49,8 @@ def _recall(found: Evaluation) -> Iterator[Shape]:
 
 def _modes(run: Run) -> Iterator[Shape]:
     measure = run.measures[0]
-    most = max(one.figures[measure].high for one in run.modes.values()) or 1
+    figures = [one.figures[measure] for one in run.modes.values()]
+    most = max(max(figure.interval or (figure.mean,)) for figure in figures) or 1
     across, _ = _scales((0, most), (0, 1))
     yield _text(16, 26, f"{run.index}: {measure}, {run.queries} questions of {run.collection}", "start", "title")
     room = (HEIGHT - TOP - BOTTOM) / len(run.modes)
@@ -58,10 +59,13 @@ def _modes(run: Run) -> Iterator[Shape]:
         half = min(16, room / 3)
         yield _text(LEFT - 8, middle + 4, mode, "end")
         yield Shape("box", "bar", ((LEFT, middle - half), (across(figure.mean), middle + half)))
-        yield Shape("line", "whisker", ((across(figure.low), middle), (across(figure.high), middle)))
+        if figure.interval is not None:
+            low, high = figure.interval
+            yield Shape("line", "whisker", ((across(low), middle), (across(high), middle)))
         yield _text(LEFT + 6, middle + 4, f"{figure.mean:.3f}", "start")
         yield _text(WIDTH - RIGHT, middle - half - 4, f"{one.mean_ms:.1f} ms", "end", "quiet")
-    yield _text(LEFT, HEIGHT - 16, "lines: 95 % confidence", "start", "quiet")
+    if any(figure.interval is not None for figure in figures):
+        yield _text(LEFT, HEIGHT - 16, "lines: 95 % confidence", "start", "quiet")
 
 
 def _weights(run: Run) -> Iterator[Shape]:

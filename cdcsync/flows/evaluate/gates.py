@@ -2,7 +2,8 @@
 
 --min "nDCG@10=0.40"           the mean of the index's own search
 --min "text nDCG@10=0.32"      of another mode
---against LAST                 no mode is worse than in an earlier run, as far as the paired interval can tell
+--against LAST                 no mode is worse than in an earlier run, as far as the paired interval can tell; a gate
+                               that has too few questions for an interval passes, and says so
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import msgspec
 
 from cdcsync.errors import UsageError
 from cdcsync.flows.evaluate.collection import Collection, read_collection
-from cdcsync.flows.evaluate.intervals import difference
+from cdcsync.flows.evaluate.intervals import FEWEST, difference
 from cdcsync.flows.evaluate.judged import MEASURES, parse_measures
 from cdcsync.target.judged_runs import MODES, Figure, JudgedMode, Run
 
@@ -131,8 +132,13 @@ def judge(run: Run, floors: Sequence[Floor], earlier: Run | None) -> list[Verdic
     if earlier is not None:
         measure = run.measures[0]
         for mode, gain in gains(run, earlier, measure).items():
-            text = f"{mode} {measure} differs by {gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
-            verdicts.append(Verdict(gain.high >= 0, f"{text} from the run of {earlier.evaluated_at:%Y-%m-%d %H:%M}"))
+            text = f"{mode} {measure} differs by {gain.mean:+.4f}"
+            since = f"from the run of {earlier.evaluated_at:%Y-%m-%d %H:%M}"
+            if gain.interval is None:
+                verdicts.append(Verdict(True, f"{text} {since}: too few questions to tell, it takes {FEWEST}"))
+            else:
+                low, high = gain.interval
+                verdicts.append(Verdict(high >= 0, f"{text} [{low:+.4f}, {high:+.4f}] {since}"))
     return verdicts
 
 

@@ -16,10 +16,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime
 from itertools import count
-from subprocess import CalledProcessError
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +44,6 @@ if TYPE_CHECKING:
 DEPTH = 100
 """Documents that each search returns: as deep as the deepest usual measure looks (R@100)."""
 
-DEEPEST = 1_000_000
-"""The most documents that a measure looks at; beyond the range of a C integer trec_eval ends the process."""
-
 MEASURES = ("nDCG@10", "R@100", "RR@10")
 """The measures taken by default; the first decides."""
 
@@ -61,7 +57,8 @@ def parse_measures(names: Sequence[str]) -> list[ir_measures.Measure]:
     """Return the measures of these names, each once.
 
     :raises SetupError: ir-measures is not installed.
-    :raises UsageError: there is no such measure, or it cannot be taken from ranks and grades.
+    :raises UsageError: there is no such measure, it cannot be taken from ranks and grades, or it looks deeper than
+        searches do.
     """
     try:
         import ir_measures
@@ -71,15 +68,23 @@ def parse_measures(names: Sequence[str]) -> list[ir_measures.Measure]:
     for name in names:
         try:
             measure = ir_measures.parse_measure(name)
-            if not 1 <= measure.params.get("cutoff", 1) <= DEEPEST:
+            if (cutoff := measure.params.get("cutoff", 1)) < 1:
                 raise ValueError
-            ir_measures.evaluator([measure], [ir_measures.Qrel("q", "d", 1)])
-        except (NameError, ValueError, TypeError, OverflowError, RuntimeError, AssertionError):
+            # A cutoff beyond the range of a C integer would end the process.
+            if cutoff <= DEPTH:
+                ir_measures.evaluator([measure], [ir_measures.Qrel("q", "d", 1)])
+        except Exception:
             raise UsageError(
                 f"{name} is not a measure that can be taken",
                 where="--measure",
                 hint="give one of ir-measures, such as nDCG@10, R@100, RR@10, P@5, AP or Success@1",
             ) from None
+        if cutoff > DEPTH:
+            raise UsageError(
+                f"{name} looks at {cutoff} documents, and searches return {DEPTH}",
+                where="--measure",
+                hint=f"give {measure @ DEPTH}, or another of at most {DEPTH} documents",
+            )
         found[str(measure)] = measure
     return list(found.values())
 
@@ -307,14 +312,12 @@ def _fused(answers: Mapping[JudgedMode, Mapping[str, Sequence[str]]], weight: fl
 def _measure(
     measures: Sequence[ir_measures.Measure], collection: Collection, found: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, float]]:
-    """Return by measure each question's score; 0 where nothing was found.
+    """Return by measure each question's score.
 
     Questions and documents are numbered for it: programs that ir-measures calls take no other ids.
 
-    :raises UsageError: such a program refuses the grades.
+    :raises UsageError: a measure cannot be taken from these answers and grades.
     """
-    import ir_measures
-
     queries = {str(number): query for number, query in enumerate(collection.queries)}
     numbers: defaultdict[str, str] = defaultdict(map(str, count()).__next__)
     judged = {
@@ -325,17 +328,35 @@ def _measure(
         number: {numbers[id_]: float(-place) for place, id_ in enumerate(found[query])}
         for number, query in queries.items()
     }
-    scores = {str(measure): dict.fromkeys(collection.queries, 0.0) for measure in measures}
-    try:
-        for metric in ir_measures.iter_calc(measures, judged, ranked):
-            scores[str(metric.measure)][queries[metric.query_id]] = round(metric.value, 6)
-    except CalledProcessError:
-        raise UsageError(
-            f"one of {', '.join(scores)} cannot be taken from the grades of {collection.name}",
-            where="--measure",
-            hint="ERR, and nDCG with dcg='exp-log2', take grades up to 4; leave them out, or grade from 0 to 4",
-        ) from None
+    scores: dict[str, dict[str, float]] = {}
+    for measure in measures:
+        name = str(measure)
+        try:
+            taken = _take(measure, judged, ranked)
+        except Exception as error:
+            raise UsageError(
+                f"{name} cannot be taken from the answers and grades of {collection.name}: ir-measures fails with"
+                f" {type(error).__name__}",
+                where="--measure",
+                hint="leave it out. ERR, and nDCG with dcg='exp-log2', take grades from 0 to 4 only",
+            ) from None
+        scores[name] = {query: round(taken.get(number, 0.0), 6) for number, query in queries.items()}
     return scores
+
+
+def _take(
+    measure: ir_measures.Measure, judged: dict[str, dict[str, int]], ranked: dict[str, dict[str, float]]
+) -> dict[str, float]:
+    """Return a measure of each question, also of those for which nothing was found.
+
+    A provider of ir-measures that divides by the number of documents found is not asked about these: they have the
+    measure's default.
+    """
+    if not all(ranked.values()):
+        with suppress(ArithmeticError):
+            return {metric.query_id: metric.value for metric in measure.iter_calc(judged, ranked)}
+        ranked = {number: found for number, found in ranked.items() if found}
+    return {metric.query_id: metric.value for metric in measure.iter_calc(judged, ranked)}
 
 
 def _figures(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Figure]:

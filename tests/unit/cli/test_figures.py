@@ -80,6 +80,20 @@ def test_judged_modes_have_intervals_and_their_gain_over_vectors(capsys: pytest.
     assert printed.endswith("stored as run 7")
 
 
+def test_figures_of_too_few_questions_have_no_interval_and_say_why(capsys: pytest.CaptureFixture[str]) -> None:
+    few = Figure(0.4, None, None)
+    mode = ModeRun(dict.fromkeys(("nDCG@10", "R@100"), few), {"nDCG@10": few}, 3.0, 4.0, {})
+    print_answers(
+        msgspec.structs.replace(RUN, modes={"text": mode}, weights=[Weighed(0.3, {"nDCG@10": few})]), 7, None, []
+    )
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "text 0.4000 +0.4000 0.4000 3.0 too few questions to tell what is chance: an interval of 95 % takes 6"
+        in printed
+    )
+    assert "±" not in printed
+
+
 @pytest.mark.parametrize(("ungraded", "asked"), [(0, False), (3, True)])
 def test_whoever_gathers_questions_is_told_to_grade_what_is_not(
     ungraded: int, asked: bool, capsys: pytest.CaptureFixture[str]

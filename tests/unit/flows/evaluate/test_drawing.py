@@ -12,7 +12,8 @@ from cdcsync.flows.evaluate.drawing import HEIGHT, WIDTH, draw
 from cdcsync.flows.evaluate.judged import evaluate_judged
 from cdcsync.flows.evaluate.pictures import Shape, svg
 from cdcsync.target.evaluations import Evaluation, Measured
-from tests.support.judging import COLLECTION, HALF, PERFECT, answers
+from cdcsync.target.judged_runs import Figure
+from tests.support.judging import COLLECTION, HALF, PERFECT, answers, run_of
 
 pytestmark = pytest.mark.anyio
 
@@ -58,6 +59,21 @@ async def test_a_judged_run_has_a_bar_for_each_mode_and_a_panel_of_weights() -> 
     assert root.attrib["width"] == str(3 * WIDTH)
     assert len(list(root.iter(f"{SVG}rect"))) == len(run.modes)
     assert "pets: RR by weight of the words" in words(root)
+    assert "lines: 95 % confidence" not in words(root)
+
+
+async def test_an_interval_is_drawn_where_there_is_one() -> None:
+    run = await run_of(vector=PERFECT)
+    (mode,) = run.modes.values()
+    known = msgspec.structs.replace(mode, figures={"nDCG@10": Figure(0.5, 0.4, 0.6)})
+    without, with_interval = (
+        read(draw(None, msgspec.structs.replace(run, modes={"vector": one}))) for one in (mode, known)
+    )
+    lines = [
+        len(list(root.iter(f"{SVG}polyline"))) + len(list(root.iter(f"{SVG}line"))) for root in (without, with_interval)
+    ]
+    assert lines[1] == lines[0] + 1
+    assert "lines: 95 % confidence" in words(with_interval)
 
 
 async def test_figures_that_are_all_zero_are_drawn() -> None:

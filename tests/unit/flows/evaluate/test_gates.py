@@ -56,6 +56,35 @@ async def test_a_run_that_is_surely_worse_than_an_earlier_one_fails() -> None:
 
 
 @pytest.mark.parametrize(
+    ("questions", "worse", "passed"),
+    [
+        *((few, few, True) for few in range(1, 6)),  # every one of them, and yet 1 in 16 by chance
+        (6, 6, False),
+        *((100, few, True) for few in range(6)),  # questions that do not change tell nothing, however many they are
+        (100, 7, False),
+    ],
+)
+async def test_a_run_fails_by_no_fewer_worse_answers_than_chance_would_explain(
+    questions: int, worse: int, passed: bool
+) -> None:
+    ids = [str(number) for number in range(questions)]
+    collection = Collection("some", dict.fromkeys(ids, ""), {id_: {"a": 1} for id_ in ids})
+
+    async def first(query: str) -> list[str]:
+        return ["a"]
+
+    async def second(query: str) -> list[str]:
+        return ["x", "a"] if int(query) < worse else ["a"]
+
+    then, now = [
+        await evaluate_judged("pets", 1, collection, {"text": find}, measures=["RR"]) for find in (first, second)
+    ]
+    (verdict,) = judge(now, [], then)
+    assert verdict.passed is passed
+    assert ("too few questions to tell" in verdict.text) == (questions < 6)
+
+
+@pytest.mark.parametrize(
     ("text", "weights"),
     [("0:1:0.25", [0, 0.25, 0.5, 0.75, 1]), ("0:1:0.1", [n / 10 for n in range(11)]), ("0.3:0.3:1", [0.3])],
 )

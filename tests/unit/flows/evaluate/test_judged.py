@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from shutil import which
@@ -10,6 +11,7 @@ from uuid import UUID
 import msgspec
 import numpy as np
 import pytest
+from ir_measures.measures import registry
 
 from cdcsync.errors import UsageError
 from cdcsync.flows.evaluate.collection import Collection
@@ -72,15 +74,43 @@ async def test_a_measure_of_another_program_takes_any_ids_and_says_which_grades_
     assert run.modes["text"].scores["ERR@10"] == {"q1": 0.0625, "q2": pytest.approx(0.2129, abs=1e-3)}
     assert run.modes["text"].scores["RR"] == {"q1": 1, "q2": 1}
     high = Collection("cats", {"q1": "one"}, {"q1": {"a": 5}})
-    with pytest.raises(UsageError, match="ERR@10 cannot be taken from the grades of cats"):
+    with pytest.raises(UsageError, match="ERR@10 cannot be taken from the answers and grades of cats"):
         await evaluate_judged("pets", 1, high, {"text": PERFECT}, measures=["ERR@10"])
+
+
+def measures_that_can_be_taken() -> list[str]:
+    """Return every measure that ir-measures offers here, with a cutoff and without."""
+    found = []
+    for name in (f"{name}{cutoff}" for name in sorted(registry) for cutoff in ("", "@10")):
+        with suppress(UsageError):
+            found.append(str(parse_measures([name])[0]))
+    return list(dict.fromkeys(found))
+
+
+OF_JUDGEMENTS = {"NumQ": 1, "NumRel": 2}
+"""Measures that do not look at what was found, of a question with two answers."""
+
+
+@pytest.mark.parametrize("name", measures_that_can_be_taken())
+async def test_a_question_for_which_nothing_is_found_scores_zero_by_each_measure(name: str) -> None:
+    # `Accuracy` divides by the number of wrong documents.
+    some = answers({"q1": ["a", "x", "y"]})
+    run = await evaluate_judged("pets", 1, COLLECTION, {"text": answers({}), "vector": some}, measures=[name])
+    expected = OF_JUDGEMENTS.get(name.partition("@")[0], 0)
+    assert {mode: run.modes[mode].scores[name]["q2"] for mode in run.modes} == {"text": expected, "vector": expected}
+    assert run.modes["vector"].scores[name]["q1"] > 0
+
+
+async def test_a_provider_that_fails_names_its_measure() -> None:
+    with pytest.raises(UsageError, match=r"Accuracy@10 cannot be taken .*: ir-measures fails with ZeroDiv"):
+        await evaluate_judged("pets", 1, COLLECTION, {"text": PERFECT}, measures=["RR", "Accuracy@10"])
 
 
 @pytest.mark.parametrize(
     "name",
     [
         *("nonsense", "nDCG@x", "import os", "P"),
-        *("P@0", "nDCG@-1", "P@1000001", "R@99999999999999999999", "nDCG@99999999999999999999"),
+        *("P@0", "nDCG@-1", "P@1.5", "P@x", "P@'x'"),
         "R(rel=99999999999999999999)@10",
     ],
 )
@@ -88,3 +118,10 @@ def test_a_measure_that_cannot_be_taken_is_a_wrong_argument(name: str) -> None:
     with pytest.raises(UsageError, match="is not a measure that can be taken") as refused:
         parse_measures([name])
     assert "nDCG@10" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("name", ["P@101", "R(rel=2)@1000", "R@99999999999999999999", "nDCG@99999999999999999999"])
+def test_a_measure_that_looks_deeper_than_searches_is_a_wrong_argument(name: str) -> None:
+    with pytest.raises(UsageError, match="documents, and searches return 100") as refused:
+        parse_measures(["RR@100", name])
+    assert f"give {name.partition('@')[0]}@100" in str(refused.value.hint)
