@@ -275,12 +275,24 @@ def make_related(
     :param where: the config section, for errors.
     :raises ConfigError: a template cannot be read, or uses what is not there.
     """
-    return _make(related, used, listed, (), where)
+    place = f"{where}.document_columns" if listed else f"{where}.text"
+    return _make(related, used, listed, (), where, place)
 
 
 def _make(
-    related: Mapping[str, Related], used: Sequence[str], listed: Sequence[str], path: tuple[str, ...], where: str
+    related: Mapping[str, Related],
+    used: Sequence[str],
+    listed: Sequence[str],
+    path: tuple[str, ...],
+    where: str,
+    place: str,
+    besides: str = "",
 ) -> tuple[RelatedRows, ...]:
+    """Read the relations of one table.
+
+    :param place: the key that is to name them: a text, or a list of columns.
+    :param besides: what else has to be so that what is named there is read.
+    """
     made = []
     for name, config in related.items():
         section = f"{where}.related.{name}"
@@ -289,6 +301,14 @@ def _make(
                 "is within a section of the same name", where=section, hint="give one of them another name"
             )
         values = [one.split(ONE, 1)[1] for one in (*used, *listed) if one.startswith(f"{name}{ONE}")]
+        for value in values:
+            inner, dot, column = value.partition(ONE)
+            if dot and inner in config.related:
+                raise ConfigError(
+                    f"{{{name}{ONE}{value}}} is used, and a template reads the rows of its own table's sections alone",
+                    where=section,
+                    hint=f"use {{{inner}{ONE}{column}}} in {section}.text, and {{{name}}} in its place",
+                )
         text = None
         if config.text:
             text = Template.parse(config.text, where=f"{section}.text")
@@ -311,7 +331,7 @@ def _make(
             raise ConfigError(
                 "no template uses this section",
                 where=section,
-                hint=f"use {{{name}}} or {{{name}.COLUMN}}, or remove the section",
+                hint=f"{_use(name, place)}{besides}, or remove the section",
             )
         for column in values:
             if len(f"{name}{ONE}{column}".encode()) > MAX_NAME_BYTES:
@@ -337,10 +357,28 @@ def _make(
                 limit=config.limit,
                 separator=config.separator,
                 where=config.where,
-                related=_make(config.related, below, (), (*path, name), section),
+                related=_make(
+                    config.related,
+                    below,
+                    (),
+                    (*path, name),
+                    section,
+                    f"{section}.{'columns' if config.columns and columns else 'text'}",
+                    "" if columns or name in used else f", and {_named(name, place)} in {place}{besides}",
+                ),
             )
         )
     return tuple(made)
+
+
+def _use(name: str, place: str) -> str:
+    value = f" or {_named(f'{name}{ONE}COLUMN', place)}"
+    return f"use {_named(name, place)}{value} in {place}"
+
+
+def _named(name: str, place: str) -> str:
+    """Return a name as a text or a list of columns has it."""
+    return f'"{name}"' if place.endswith("columns") else f"{{{name}}}"
 
 
 def own_rows(table: QualifiedName, *, inheritable: bool) -> str:

@@ -187,10 +187,18 @@ REFUSALS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLim
 """The errors by which a server refuses a value."""
 
 
+_OF_AN_ENTRY = ("nbt", "indextuple", "gin", "gist", "spg", "hash", "brin")
+"""How the names of the server's files begin that raise 54000 if an entry of an index would be too long."""
+
+_OF_A_ROW = ("hio", "rewriteheap")
+"""The same if a row would be, whose long values lie elsewhere already."""
+
+
 def fault_of(index: str, error: psycopg.Error, side: Side, *, where: str | None = None) -> SchemaChanged:
     """Return the error of a statement for one index as the reason why that index, and only that one, is paused.
 
-    The server's words about a value hold the value, so of those only the kind of error is passed on.
+    The server's words about a value hold the value, so of those only the kind of error is passed on; those about a size
+    hold none.
     """
     where = where or f"index {index}"
     if not isinstance(error, REFUSALS):
@@ -198,10 +206,16 @@ def fault_of(index: str, error: psycopg.Error, side: Side, *, where: str | None 
         return SchemaChanged(f"the {side} says: {without_values(error)}", index=index, where=where, hint=hint)
     what = f"the {side} refuses a value: {type(error).__name__} ({error.sqlstate})"
     hint = "compare the types of the table's key and carried columns with those of the chunks table"
-    if isinstance(error, psycopg.errors.ProgramLimitExceeded):
-        # A value of more than 8 kB after compression is refused before the server says for which index.
-        what += f", too long for the index {error.diag.constraint_name or 'of a key or column'}"
-        hint = 'docs/operations.md, "What is followed, and what pauses", says how long it may be, and what to do'
+    if isinstance(error, psycopg.errors.ProgramLimitExceeded) and not chosen(error):
+        file = error.diag.source_file or ""
+        if file.startswith(_OF_AN_ENTRY):
+            # A value of more than 8 kB after compression is refused before the server says for which index.
+            what += f", too long for the index {error.diag.constraint_name or 'of a key or column'}"
+        elif file.startswith(_OF_A_ROW):
+            what += ", in a row too wide for a page"
+        # The server's words about a limit hold sizes, and the names of types and indexes.
+        what += f": {without_values(error)}"
+        hint = 'docs/operations.md, "What is followed, and what pauses", says what the limits are, and what to do'
     return SchemaChanged(what, index=index, where=where, hint=hint)
 
 

@@ -47,9 +47,9 @@ def following_findings(
         *(publication_faults(publication) if publication is not None else ()),
         # First, because another key may make other faults, which are not the cause.
         *(key_faults(plan.name, stored, table) if stored is not None else ()),
-        *table_faults(plan.name, plan.index, plan.documents, table, catalog.role),
+        *table_faults(plan.name, plan.index, plan.documents, table, catalog.role, stored),
         *sending_findings(table, needed, catalog, wanted),
-        *related_findings(plan, table, catalog, wanted, stored.oids if stored is not None else {}),
+        *related_findings(plan, table, catalog, wanted, stored),
     ]
 
 

@@ -260,6 +260,8 @@ async def make_spec(
     types = await choose_types(
         connection, schema, plan.name, columns_known, findings, stem=stem, paused=paused, shared=shared
     )
+    indexed = {types[column] for column in index.indexed if column in types}
+    unsorted = {one for one in indexed if not await sortable(connection, one)}
     findings += [
         Finding.error(
             f"indexes.{plan.name}.indexed",
@@ -267,7 +269,7 @@ async def make_spec(
             f'remove "{column}" from indexes.{plan.name}.indexed',
         )
         for column in index.indexed
-        if column in types and not await sortable(connection, types[column])
+        if types.get(column) in unsorted
     ]
     if index.search_column is not None and not types.get(index.search_column, "").startswith(TEXT_TYPES):
         found = types.get(index.search_column)

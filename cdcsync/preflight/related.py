@@ -7,7 +7,7 @@ Source: PostgreSQL, "ALTER TABLE" (REPLICA IDENTITY), "CREATE INDEX" (CONCURRENT
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import msgspec
 import psycopg
@@ -21,25 +21,34 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, nearest
 from cdcsync.preflight.indexes import Plan
 from cdcsync.preflight.sending import sending_findings
-from cdcsync.preflight.tables import incomparable, kind_faults, named_back, read_faults, unsent_faults, unsent_leaves
+from cdcsync.preflight.tables import (
+    incomparable,
+    kind_faults,
+    named_back,
+    no_column,
+    read_faults,
+    unsent_faults,
+    unsent_leaves,
+)
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.columns import Column
 from cdcsync.source.conditions import Refused, examine_condition, examine_order
 from cdcsync.source.relations import Table
 from cdcsync.source.tables import SourceTable
 from cdcsync.source.unreadable import of_no_trial
+from cdcsync.target.entries import Entry
 
 LARGE_ROWS = 1_000
 """Tables with fewer rows by the planner's estimate are looked through quickly enough without an index."""
 
 
 def related_findings(
-    plan: Plan, table: Table, catalog: Catalog, wanted: Collection[QualifiedName], oids: Mapping[str, int]
+    plan: Plan, table: Table, catalog: Catalog, wanted: Collection[QualifiedName], stored: Entry | None
 ) -> Iterator[Finding]:
     """Return everything that is to be said of the tables that are related to an index's own.
 
     :param wanted: the tables of all indexes.
-    :param oids: of the tables as the index has known them, by name.
+    :param stored: the index as it exists, if it does.
     """
     related = plan.documents.related if plan.documents is not None else ()
     for one in related:
@@ -49,7 +58,7 @@ def related_findings(
                 f"{table.name} has a column of the same name, so {{{one.name}}} could be either",
                 "give the section another name",
             )
-        yield from _one_relation(f"indexes.{plan.name}", one, table, catalog, oids)
+        yield from _one_relation(f"indexes.{plan.name}", one, table, catalog, stored)
     read = columns_read(related)
     for name, columns in read.items():
         other = catalog.tables.get(name)
@@ -64,7 +73,7 @@ def related_findings(
 
 
 def _one_relation(
-    where: str, one: RelatedRows, parent: Table, catalog: Catalog, oids: Mapping[str, int]
+    where: str, one: RelatedRows, parent: Table, catalog: Catalog, stored: Entry | None
 ) -> Iterator[Finding]:
     """Say what is wrong with a relation, and with those within it."""
     where = f"{where}.related.{one.name}"
@@ -74,13 +83,13 @@ def _one_relation(
         place = f"{where}.via" if between else where
         table = catalog.tables.get(step.table)
         if table is None:
-            yield _missing_table(f"{place}.table", step.table, catalog, oids)
+            yield _missing_table(f"{place}.table", step.table, catalog, stored)
             return
         if faults := kind_faults(f"{place}.table", table):
             yield from faults
             return
         mine, theirs = [column for column, _ in step.on], [column for _, column in step.on]
-        missing = [*_missing(f"{place}.on", table, mine), *_missing(f"{place}.on", before, theirs)]
+        missing = [*_missing(f"{place}.on", table, mine, stored), *_missing(f"{place}.on", before, theirs, stored)]
         yield from missing
         if not missing:
             yield from _collation_faults(f"{place}.on", table, before, step.on)
@@ -92,7 +101,7 @@ def _one_relation(
         before = table
     used = [*(one.text.columns if one.text is not None else ()), *one.listed, *one.values]
     below = {name for inner in one.related for name in inner.computed}
-    yield from _missing(where, before, [column for column in used if column not in below])
+    yield from _missing(where, before, [column for column in used if column not in below], stored)
     if one.values and one.limit > 1 and (len(one.steps) > 1 or not _unique(before, one.steps[-1].columns)):
         yield Finding.error(
             where,
@@ -101,12 +110,12 @@ def _one_relation(
             f"set {where}.limit = 1, and order_by to say which one; or use {{{one.name}}} for all of them",
         )
     for inner in one.related:
-        yield from _one_relation(where, inner, before, catalog, oids)
+        yield from _one_relation(where, inner, before, catalog, stored)
 
 
-def _missing_table(where: str, name: QualifiedName, catalog: Catalog, oids: Mapping[str, int]) -> Finding:
+def _missing_table(where: str, name: QualifiedName, catalog: Catalog, stored: Entry | None) -> Finding:
     """Say what became of a related table, as far as the index has known it."""
-    oid = oids.get(str(name))
+    oid = stored.oids.get(str(name)) if stored is not None else None
     called = None if oid is None else catalog.called.get(oid)
     if called is not None:
         return Finding.error(
@@ -121,12 +130,12 @@ def _missing_table(where: str, name: QualifiedName, catalog: Catalog, oids: Mapp
     )
 
 
-def _missing(where: str, table: Table, columns: Sequence[str]) -> Iterator[Finding]:
+def _missing(where: str, table: Table, columns: Sequence[str], stored: Entry | None) -> Iterator[Finding]:
     for column in dict.fromkeys(columns):
         if column not in table.columns:
             close = nearest(column, table.columns)
             hint = f'did you mean "{close}"?' if close else f"its columns are {named(table.columns)}"
-            yield Finding.error(where, f"{table.name} has no column {quote(column)}", hint)
+            yield no_column(where, table, column, hint, stored)
 
 
 def _collation_faults(where: str, table: Table, before: Table, on: Sequence[tuple[str, str]]) -> Iterator[Finding]:

@@ -25,6 +25,7 @@ from cdcsync.source.conditions import Refused, examine_condition
 from cdcsync.source.publications import GENERATED_COLUMNS_VERSION, Published
 from cdcsync.source.relations import Partition, Table, TableIndex, similar_tables
 from cdcsync.target.ddl.relations import RESERVED
+from cdcsync.target.entries import Entry
 
 SYSTEM_SCHEMAS = ("pg_catalog", "information_schema", "pg_toast")
 """Schemas that PostgreSQL never publishes."""
@@ -141,16 +142,39 @@ def needed_columns(index: Index, documents: Documents | None, table: Table) -> l
     return [table.columns[column] for column in dict.fromkeys(used) if column in table.columns]
 
 
-def table_faults(name: str, index: Index, documents: Documents | None, table: Table, role: str) -> list[Finding]:
-    """Say what the index needs and the table lacks, independently of the publication."""
+def table_faults(
+    name: str, index: Index, documents: Documents | None, table: Table, role: str, stored: Entry | None
+) -> list[Finding]:
+    """Say what the index needs and the table lacks, independently of the publication.
+
+    :param stored: the index as it exists, if it does.
+    """
     return [
-        *column_faults(name, index, documents, table),
+        *column_faults(name, index, documents, table, stored),
         *read_faults(table, needed_columns(index, documents, table), role),
-        *(named_key_faults(name, table) if table.named else key_faults(table)),
+        *(named_key_faults(name, table, stored) if table.named else key_faults(table)),
     ]
 
 
-def column_faults(name: str, index: Index, documents: Documents | None, table: Table) -> Iterator[Finding]:
+def no_column(where: str, table: Table, column: str, meant: str, stored: Entry | None) -> Finding:
+    """Say that a table has no such column.
+
+    :param meant: the fix if it was misspelled, which is not so if the index has read it before.
+    """
+    message = f"{table.name} has no column {quote(column)}"
+    known = stored.numbers.get((str(table.name), column)) if stored is not None else None
+    if known is None:
+        return Finding.error(where, message, meant)
+    called = next((quote(one.name) for one in table.columns.values() if (table.oid, one.number) == known), None)
+    if called is None:
+        return Finding.error(where, message, f"add the column again, or take it out of {where}")
+    rename = f"ALTER TABLE {table.name} RENAME COLUMN {called} TO {quote(column)}"
+    return Finding.error(where, f"{message}: it is called {called} now", f"{rename}, or name {called} in {where}")
+
+
+def column_faults(
+    name: str, index: Index, documents: Documents | None, table: Table, stored: Entry | None = None
+) -> Iterator[Finding]:
     """Say which columns are missing, named twice, or named like ours."""
     read = () if documents is None else documents.body.columns
     named = "text" if index.documents is None else "document_columns"
@@ -161,11 +185,9 @@ def column_faults(name: str, index: Index, documents: Documents | None, table: T
             # Of a section that cannot be read it is unknown what it makes.
             unread = documents is None and column.partition(ONE)[0] in index.related
             if column not in table.columns and column not in computed and not unread:
-                yield Finding.error(
-                    f"indexes.{name}.{key}",
-                    f"{table.name} has no column {quote(column)}",
-                    _related_meant(name, index, column, table) or _meant(column, table.columns, "its columns are"),
-                )
+                of_related = _related_meant(name, index, column, table)
+                meant = of_related or _meant(column, table.columns, "its columns are")
+                yield no_column(f"indexes.{name}.{key}", table, column, meant, stored)
     for column in dict.fromkeys(index.columns):
         if column in table.key:
             yield Finding.error(
@@ -325,13 +347,12 @@ def _over_enum(types: Mapping[int, Type], oid: int) -> bool:
     return of is not None and of.kind == "e"
 
 
-def named_key_faults(name: str, table: Table) -> Iterator[Finding]:
+def named_key_faults(name: str, table: Table, stored: Entry | None) -> Iterator[Finding]:
     """Say why the key that an index names does not tell its rows apart, or does not come with their changes."""
     where = f"indexes.{name}.key"
     if missing := [column for column in table.named if column not in table.columns]:
         for column in missing:
-            meant = _meant(column, table.columns, "its columns are")
-            yield Finding.error(where, f"{table.name} has no column {quote(column)}", meant)
+            yield no_column(where, table, column, _meant(column, table.columns, "its columns are"), stored)
         return
     key = ", ".join(map(quote, table.key))
     yield from _null_faults(where, table)

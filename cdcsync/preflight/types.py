@@ -14,7 +14,7 @@ Source: PostgreSQL, "Object Identifier Types" (to_regtype), "Operator Classes an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import psycopg
@@ -35,6 +35,18 @@ NAMING = frozenset(
 )
 """Types whose values are names of what the source's database, or its server, has: another one takes only names of its
 own, and would call those something else once they are renamed."""
+
+
+class _Type(msgspec.Struct, frozen=True):
+    """A type of the target.
+
+    :ivar labels: an enum's.
+    :ivar strangers: the owners of the type and of the database; None if the type's owner is trusted there.
+    """
+
+    oid: int
+    labels: tuple[str, ...]
+    strangers: tuple[str, str] | None
 
 
 class _Choice(msgspec.Struct, frozen=True):
@@ -63,9 +75,12 @@ async def choose_types(
     :param shared: whether source and target are one database.
     """
     stored = await stored_types(connection, schema, stem or name)
+    # A table may have a thousand columns, of a few types.
+    asked = dict.fromkeys(one for column in columns for one in (column.base_type, column.type) if one is not None)
+    there = {one: await _read_type(connection, one) for one in asked}
     chosen = {}
     for column in columns:
-        best = await _best_type(connection, column, shared=shared)
+        best = _best_type(column, there, shared=shared)
         type_ = best.type
         kept = stored.get(column.name)
         if paused and (column.base_type is not None or _names_objects(column)) and kept == column.type:
@@ -107,27 +122,59 @@ async def stored_types(connection: Connection, schema: str, stem: str) -> dict[s
     return dict(await cursor.fetchall())
 
 
-async def _best_type(connection: Connection, column: Column, *, shared: bool) -> _Choice:
-    """Return the nearest type that the target has."""
+async def _read_type(connection: Connection, type_: str) -> _Type | None:
+    """Return a type of the target, as format_type prints it; None if it is not there.
+
+    Trusted are superusers, the owners of the database and of the type's schema, and roles that the worker's is a member
+    of.
+    """
+    try:
+        cursor = await connection.execute(
+            """
+            SELECT t.oid::int8, ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = t.oid),
+                   r.rolsuper OR r.oid = d.datdba OR pg_has_role(r.oid, n.nspowner, 'USAGE')
+                       OR (NOT me.rolsuper AND pg_has_role(r.oid, 'USAGE')),
+                   r.rolname, pg_get_userbyid(d.datdba)
+            FROM pg_type AS t JOIN pg_roles AS r ON r.oid = t.typowner JOIN pg_namespace AS n ON n.oid = t.typnamespace
+            JOIN pg_database AS d ON d.datname = current_database() JOIN pg_roles AS me ON me.rolname = current_user
+            WHERE t.oid = to_regtype(%s)
+            """,
+            [type_],
+        )
+    except psycopg.errors.SyntaxError:
+        # A type of this name that takes no modifier is another one.
+        return None
+    row = await cursor.fetchone()
+    if row is None:
+        return None
+    oid, labels, trusted, owner, of_database = row
+    return _Type(oid, tuple(labels), None if trusted else (owner, of_database))
+
+
+def _best_type(column: Column, there: Mapping[str, _Type | None], *, shared: bool) -> _Choice:
+    """Return the nearest type that the target has.
+
+    The type of a table in the same database is the table's own: its owner is trusted as the table's is.
+
+    :param there: the types of the target.
+    """
     if _names_objects(column) and not shared:
         return _Choice(
             FALLBACK,
             f"a {column.value_type} names something in the source's database",
             "filter by the name, as the source writes it",
         )
-    if column.base_type is not None and await _exists(connection, column.base_type):
+    if column.base_type is not None and there[column.base_type] is not None:
         return _Choice(column.base_type)
     create = f"create the type {column.type} in the target before the worker first starts, or leave it as text"
-    if not await _exists(connection, column.type):
+    found = there[column.type]
+    if found is None:
         return _Choice(FALLBACK, f"its type {column.type} does not exist in the target", create)
-    cursor = await connection.execute(
-        "SELECT unnest(%s::text[]) EXCEPT SELECT enumlabel FROM pg_enum WHERE enumtypid = to_regtype(%s)",
-        [list(column.labels), column.type],
-    )
-    if missing := sorted(row[0] for row in await cursor.fetchall()):
+    if missing := sorted(set(column.labels) - set(found.labels)):
         return _Choice(FALLBACK, f"its type {column.type} lacks {named(map(repr, missing))} in the target", create)
-    if (owners := await _strangers(connection, column, shared=shared)) is not None:
-        owner, of_database = map(quote, owners)
+    # In another database, somebody may have made a type with the OID of the column's.
+    if found.strangers is not None and not (shared and found.oid == column.wire_type[0]):
+        owner, of_database = map(quote, found.strangers)
         return _Choice(
             FALLBACK,
             f"its type {column.type} belongs to {owner} in the target, who could have it run code as the worker's role",
@@ -137,39 +184,8 @@ async def _best_type(connection: Connection, column: Column, *, shared: bool) ->
     return _Choice(column.type)
 
 
-async def _strangers(connection: Connection, column: Column, *, shared: bool) -> tuple[str, str] | None:
-    """Return the owners of a column's type and of the target's database; None if the type's owner is trusted there.
-
-    Trusted are superusers, the owners of the database and of the type's schema, and roles that the worker's is a member
-    of. The type of a table in the same database is the table's own: its owner is trusted as the table's is.
-    """
-    cursor = await connection.execute(
-        """
-        SELECT r.rolname, pg_get_userbyid(d.datdba)
-        FROM pg_type AS t JOIN pg_roles AS r ON r.oid = t.typowner JOIN pg_namespace AS n ON n.oid = t.typnamespace
-        JOIN pg_database AS d ON d.datname = current_database() JOIN pg_roles AS me ON me.rolname = current_user
-        WHERE t.oid = to_regtype(%s) AND t.oid <> %s::int8::oid AND NOT (
-            r.rolsuper OR r.oid = d.datdba OR pg_has_role(r.oid, n.nspowner, 'USAGE')
-            OR (NOT me.rolsuper AND pg_has_role(r.oid, 'USAGE')))
-        """,
-        # In another database, somebody may have made a type with the OID of the column's.
-        [column.type, column.wire_type[0] if shared else 0],
-    )
-    return await cursor.fetchone()
-
-
 def _names_objects(column: Column) -> bool:
     return column.value_type.removesuffix("[]") in NAMING
-
-
-async def _exists(connection: Connection, type_: str) -> bool:
-    try:
-        cursor = await connection.execute("SELECT to_regtype(%s) IS NOT NULL", [type_])
-    except psycopg.errors.SyntaxError:
-        # A type of this name that takes no modifier is another one.
-        return False
-    row = await cursor.fetchone()
-    return row is not None and bool(row[0])
 
 
 async def sortable(connection: Connection, type_: str) -> bool:

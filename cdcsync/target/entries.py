@@ -191,6 +191,16 @@ class Entry(msgspec.Struct, frozen=True):
         return {name: values["oid"] for name, values in read.items()} | own
 
     @property
+    def numbers(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """The columns that it has read, by table and name: the table's OID, and the column's number there."""
+        read = self.made_of["tables"] if self.made_of is not None else {}
+        return {
+            (table, column): (values["oid"], facts[0])
+            for table, values in read.items()
+            for column, facts in values["columns"].items()
+        }
+
+    @property
     def members(self) -> tuple[str, ...]:
         """The tables that an index over many equal tables is made of."""
         return tuple(sorted(self.sent_by["tables"])) if self.sent_by is not None else ()

@@ -10,12 +10,13 @@ import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
-from cdcsync.errors import Unavailable
+from cdcsync.errors import SchemaChanged, Unavailable
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.postgres.settings import Side
 from tests.support.disks import LACK_MEMORY, tight_disk_or_skip
 from tests.support.indexes import until
+from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -123,3 +124,51 @@ async def test_what_a_function_raises_is_its_indexs_with_whatever_code(
             found = await failing(connection, side, f"SELECT public.raising('{code}')")
             assert (found.index, found.sqlstate) == ("articles", code)
             assert "correct the function" in str(found.hint)
+
+
+LONG = "(SELECT string_agg(md5(i::text), '') FROM generate_series(1, {}) i)"
+"""Text that hardly becomes smaller: so many times 32 bytes."""
+
+LIMITS = {
+    "an entry of a b-tree": (
+        f"INSERT INTO public.narrow VALUES ({LONG.format(200)})",
+        "too long for the index narrow_pkey: index row size",
+    ),
+    "an entry of any index": (
+        f"INSERT INTO public.narrow VALUES ({LONG.format(500)})",
+        "too long for the index of a key or column: index row requires",
+    ),
+    "a row": (
+        f"CREATE TABLE public.wider AS SELECT {', '.join(f'1::bigint AS c{at}' for at in range(1_018))}",
+        "in a row too wide for a page: row is too big: size",
+    ),
+    "a row that is rewritten": (
+        "ALTER TABLE public.wide ALTER c0 TYPE bigint",
+        "in a row too wide for a page: row is too big: size",
+    ),
+    "a value": (
+        "SELECT to_tsvector('simple', string_agg(md5(i::text), ' ')) FROM generate_series(1, 100000) i",
+        "(54000): string is too long for tsvector",
+    ),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+async def test_what_is_too_large_for_a_limit_of_the_server_says_for_which(database: Database, limit: str) -> None:
+    columns = ", ".join(f"c{at} {'int' if at < 2 else 'bigint'}" for at in range(1_018))
+    database.execute(f"CREATE TABLE narrow (key text PRIMARY KEY); CREATE TABLE wide ({columns})")
+    database.execute(f"INSERT INTO wide VALUES ({', '.join(['1'] * 1_018)})")
+    statement, told = LIMITS[limit]
+    async with Session(database.dsn, "target", application_name="cdcsync test") as session:
+        with pytest.raises(SchemaChanged) as caught, speaking_of("target", index="articles"):
+            await (await session.connection()).execute(statement.encode())
+    assert told in str(caught.value)
+
+
+async def test_the_words_that_a_function_chose_for_a_limit_are_not_passed_on(database: Database) -> None:
+    database.execute(RAISING)
+    async with Session(database.dsn, "target", application_name="cdcsync test") as session:
+        with pytest.raises(SchemaChanged) as caught, speaking_of("target", index="articles"):
+            await (await session.connection()).execute("SELECT public.raising('54000')")
+    assert "ProgramLimitExceeded (54000)" in str(caught.value)
+    assert "no" not in str(caught.value).split()

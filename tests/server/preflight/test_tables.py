@@ -8,8 +8,9 @@ import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
+from cdcsync.preflight.findings import Finding
 from tests.support.clusters import OTHER_VERSIONS
-from tests.support.preflight import ARTICLES, Role, configured, examined, the_error
+from tests.support.preflight import ARTICLES, SLOT, Role, configured, examined, follow, the_error
 from tests.support.servers import Database
 
 pytestmark = pytest.mark.server
@@ -334,6 +335,43 @@ async def test_a_named_key_that_the_table_does_not_prove_is_refused(
     assert len(errors) == 1, errors
     assert why in errors[0].message
     assert fix in str(errors[0].hint)
+
+
+COLUMNS = {
+    "carried": ('text = "{body}"\ncolumns = ["label"]', "t", "label"),
+    "in the text": ('text = "{body} {label}"', "t", "label"),
+    "around chunks": ('text = "{body}"\nchunk_text = "{label} {chunk}"', "t", "label"),
+    "in the key": ('text = "{body}"\nkey = ["label"]', "t", "label"),
+    "of a related row": (
+        'text = "{body} {notes}"\nrelated.notes = { table = "notes", on = { of = "a" }, text = "{note}" }',
+        "notes",
+        "note",
+    ),
+}
+
+
+@pytest.mark.parametrize("read", COLUMNS)
+async def test_a_column_that_an_index_has_read_is_told_as_dropped_or_renamed_and_not_as_misspelled(
+    database: Database, read: str
+) -> None:
+    lines, table, column = COLUMNS[read]
+    database.execute("CREATE TABLE t (a int PRIMARY KEY, body text, label int NOT NULL UNIQUE, lable text)")
+    database.execute("CREATE TABLE notes (of int PRIMARY KEY, note text, notes text)")
+    database.execute("ALTER TABLE t REPLICA IDENTITY FULL; ALTER TABLE notes REPLICA IDENTITY FULL")
+    config = configured(database.dsn, slot=SLOT, t=f'table = "t"\n{lines}')
+    await follow(database, config)
+
+    async def told() -> Finding:
+        report = await examined(config)
+        (found,) = [one for one in report.findings if f"has no column {column}" in one.message]
+        return found
+
+    database.execute(f"ALTER TABLE {table} RENAME {column} TO tag")
+    renamed = await told()
+    assert f"has no column {column}: it is called tag now" in renamed.message
+    assert str(renamed.hint).startswith(f"ALTER TABLE public.{table} RENAME COLUMN tag TO {column}, or name tag in ")
+    database.execute(f"ALTER TABLE {table} DROP tag")
+    assert str((await told()).hint).startswith("add the column again, or take it out of indexes.t.")
 
 
 KINDS = (

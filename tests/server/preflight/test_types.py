@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-from psycopg import conninfo, sql
+from psycopg import AsyncConnection, conninfo, sql
+from psycopg.abc import Query
 
 from cdcsync.postgres.sessions import connect
 from cdcsync.preflight import Finding
@@ -102,6 +104,34 @@ async def test_a_b_tree_on_what_cannot_be_sorted_is_refused(database: Database) 
         'remove "facts" from indexes.articles.indexed',
         'remove "spot" from indexes.articles.indexed',
     ]
+
+
+async def test_an_examination_asks_once_for_each_type_however_many_columns_have_it(
+    make_database: Callable[[], Database], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = make_database(), make_database()
+    for database in (source, target):
+        database.execute("CREATE TYPE mood AS ENUM ('calm'); CREATE DOMAIN label AS varchar(9)")
+    types = ("bigint", "numeric(8,2)", "mood", "label", "text")
+    columns = [f"c{at}" for at in range(100)]
+    defined = ", ".join(f"{column} {types[at % len(types)]}" for at, column in enumerate(columns))
+    source.execute(f"CREATE TABLE t (id int PRIMARY KEY, body text, {defined})")
+    executed: list[object] = []
+    execute = AsyncConnection.execute
+
+    async def counted(connection: AsyncConnection, query: Query, *args: Any, **options: Any) -> Any:
+        executed.append(query)
+        return await execute(connection, query, *args, **options)
+
+    monkeypatch.setattr(AsyncConnection, "execute", counted)
+
+    async def statements(carried: list[str]) -> int:
+        executed.clear()
+        lines = f'table = "t"\ntext = "{{body}}"\ncolumns = {carried}\nindexed = {carried}'
+        assert (await examined(configured(source.dsn, target.dsn, t=lines))).errors == []
+        return len(executed)
+
+    assert await statements(columns) == await statements(columns[: len(types)])
 
 
 async def test_a_column_that_grew_in_the_source_is_warned_of_and_followed(database: Database) -> None:

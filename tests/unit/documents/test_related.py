@@ -108,6 +108,40 @@ def test_whatever_decides_the_text_is_part_of_the_definition() -> None:
     assert len({definition(**one) for one in changes}) == len(changes)
 
 
+REGION = {"region": relation(table="regions", on={"id": "region_id"}, text="{name}")}
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "used", "listed", "fix", "typed"),
+    [
+        ("{name}", [], ["customer"], [], "or {region.COLUMN} in W.text", ("{name} {region}", [], ["customer"])),
+        ("", [], ["customer.name"], [], "and {customer} in indexes.posts.text", ("{region}", [], ["customer"])),
+        ("{name}", [], ["customer.region.name"], [], "{region.name} in W.text", ("{region.name}", [], ["customer"])),
+        ("", ["name"], [], ["customer"], 'use "region" or "region.COLUMN" in W.columns', ("", ["name", "region"], [])),
+        ("{name}", [], [], ["customer"], "or {region.COLUMN} in W.text", ("{region}", [], [])),
+    ],
+    ids=["not in the text above", "no text above", "named through it", "not in the columns above", "a function"],
+)  # fmt: skip
+def test_the_remedy_for_a_section_within_a_section_names_the_text_that_it_belongs_into(
+    text: str, columns: list[str], used: list[str], listed: list[str], fix: str, typed: tuple[str, list[str], list[str]]
+) -> None:
+    def make(text: str, columns: list[str], used: list[str]) -> None:
+        customer = relation(table="customers", text=text, columns=columns, related=REGION)
+        make_related({"customer": customer}, used, listed, where=WHERE)
+
+    with pytest.raises(ConfigError) as caught:
+        make(text, columns, used)
+    assert fix.replace("W.", "indexes.posts.related.customer.") in str(caught.value.hint)
+    make(*typed)
+
+
+def test_the_remedy_for_a_section_of_an_index_names_what_the_index_has() -> None:
+    for listed, key in (([], "text"), (["subject"], "document_columns")):
+        with pytest.raises(ConfigError) as caught:
+            make_related({"tags": TAGS}, [], listed, where=WHERE)
+        assert f"in indexes.posts.{key}, or remove the section" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize(
     ("related", "used", "listed", "where", "message"),
     [
