@@ -174,7 +174,7 @@ BEGIN
         IF NOT facts ? column_name THEN
             RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
                 MESSAGE = format('the filter names a column that the index does not have: %I', column_name),
-                HINT = 'The columns are ' || (SELECT string_agg(quote_ident(f), ', ' ORDER BY f)
+                HINT = 'The columns are ' || (SELECT string_agg(f, ', ' ORDER BY f)
                                               FROM jsonb_object_keys(facts) AS f) || '.';
         END IF;
         of_type := format('The column is of the type %s%s.', facts -> column_name ->> 'shown', CASE

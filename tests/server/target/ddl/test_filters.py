@@ -11,6 +11,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from cdcsync.cli.search import parse_filters
+from cdcsync.config.names import quote
 from cdcsync.target.search import search
 from tests.support.indexes import SCHEMA, LiveIndex, live_index, make_spec
 from tests.support.searching import filled, find
@@ -140,6 +142,21 @@ async def test_an_array_is_compared_whole(target: Database, wanted: Wanted, foun
     async with live_index(target, make_spec(carried={"tags": "text[]"})) as index:
         await filled(index, ["a page"] * 4, [("{a}",), ("{a,b}",), ("{b}",), (None,)])
         assert sorted(await find(index.connection, "page", mode="text", filter=wanted)) == list(found)
+
+
+async def test_the_columns_that_an_error_lists_are_what_a_filter_takes(target: Database) -> None:
+    names = ["author.name", "Größe", "net price", 'say "hi"', "a=b", "select"]
+    async with live_index(target, make_spec(carried=dict.fromkeys(names, "text"))) as index:
+        await filled(index, ["a page"], [tuple(names)])
+        with pytest.raises(psycopg.errors.InvalidParameterValue) as refused:
+            await find(index.connection, "page", filter={"nothing": 3})
+        listed = (refused.value.diag.message_hint or "").removeprefix("The columns are ").removesuffix(".").split(", ")
+        assert sorted(listed) == sorted([*names, "id"])
+        for name in names:
+            assert await find(index.connection, "page", mode="text", filter={name: name}) == ["1"]
+            assert await find(
+                index.connection, "page", mode="text", filter=parse_filters([f"{quote(name)}={name}"])
+            ) == ["1"]
 
 
 @pytest.mark.parametrize("type_", ["double precision", "real", "numeric"])
