@@ -40,8 +40,10 @@ EPILOG = """By meaning and by words: `cdcsync search articles "how do I reset my
 HEADLINE = f"StartSel={MARKS[0]}, StopSel={MARKS[1]}, MaxFragments=2, MaxWords=30, MinWords=12"
 
 _OPERATORS = {"!=": "ne", "<>": "ne", "<": "lt", "<=": "lte", ">": "gt", ">=": "gte", "~": "like"}
-_FILTER = re.compile(r"([^=<>!~]+?)\s*(!=|<>|<=|>=|==?|<|>|~)\s*(.*)", re.DOTALL)
-_NULL = re.compile(r"([^\s=<>!~]+)\s+is\s+(not\s+)?null", re.IGNORECASE)
+_QUOTED = r'"(?:[^"]|"")+"'
+_COLUMN = rf"({_QUOTED}|[^=<>!~]+?)"
+_FILTER = re.compile(_COLUMN + r"\s*(!=|<>|<=|>=|==?|<|>|~)\s*(.*)", re.DOTALL)
+_NULL = re.compile(_COLUMN + r"\s+is\s+(not\s+)?null", re.IGNORECASE)
 
 
 class Found(NamedTuple):
@@ -152,9 +154,10 @@ def parse_filters(given: Sequence[str]) -> dict[str, Any]:
     parsed: dict[str, Any] = {}
     for one in given:
         if (null := _NULL.fullmatch(one.strip())) is not None:
-            if parsed.setdefault(null[1], {}).setdefault("null", null[2] is None) is not (null[2] is None):
+            column = _unquoted(null[1])
+            if parsed.setdefault(column, {}).setdefault("null", null[2] is None) is not (null[2] is None):
                 raise UsageError(
-                    f"{null[1]} cannot be both null and not null", where=f"--filter {one}", hint="leave one of them out"
+                    f"{column} cannot be both null and not null", where=f"--filter {one}", hint="leave one of them out"
                 )
             continue
         match = _FILTER.fullmatch(one.strip())
@@ -165,7 +168,7 @@ def parse_filters(given: Sequence[str]) -> dict[str, Any]:
                 hint='write tenant=3, "created_at>=2026-01-01", "title~%login%" or "closed_at is null";'
                 " for any of several values, give the option several times",
             )
-        column, sign, value = match.groups()
+        column, sign, value = _unquoted(match[1]), match[2], match[3]
         operators = parsed.setdefault(column, {})
         if sign in ("=", "=="):
             operators.setdefault("in", []).append(value)
@@ -174,6 +177,11 @@ def parse_filters(given: Sequence[str]) -> dict[str, Any]:
         else:
             operators[_OPERATORS[sign]] = value
     return parsed
+
+
+def _unquoted(column: str) -> str:
+    """Return the name of a column that may be in double quotes, as SQL has it."""
+    return column[1:-1].replace('""', '"') if re.fullmatch(_QUOTED, column) else column
 
 
 async def find(

@@ -14,6 +14,7 @@ from cdcsync.config.sections import Hnsw
 from cdcsync.postgres.sessions import connect
 from cdcsync.target.ddl import search_function
 from cdcsync.target.ddl.rebuilding import Rebuild
+from cdcsync.target.ddl.searching import search_outdated
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.search import search
 from tests.support.indexes import (
@@ -183,6 +184,8 @@ async def test_a_function_whose_path_is_one_quoted_name_is_replaced_at_the_next_
         earlier.setattr(search_function, "PATH", '"pg_catalog, pg_temp"')
         async with live_index(database, make_spec()) as index:
             [(before,)] = await index.rows(path)
+            earlier.undo()
+            assert await search_outdated(index.connection, SCHEMA, index.spec)  # which a start and the watch ask
     assert before.startswith('search_path="pg_catalog, pg_temp"')
     async with live_index(database, make_spec()) as index:
         [(now,)] = await index.rows(path)

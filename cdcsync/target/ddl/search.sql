@@ -42,6 +42,7 @@ DECLARE
     filtered boolean := {filtered};
     configurations regconfig[] := {configurations};
     column_name text;
+    of_type text;
     wish jsonb;
     operator_name text;
     value jsonb;
@@ -173,9 +174,13 @@ BEGIN
         IF NOT facts ? column_name THEN
             RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
                 MESSAGE = format('the filter names a column that the index does not have: %I', column_name),
-                HINT = 'The columns are ' || (SELECT string_agg(quote_ident(f), ', ' ORDER BY f)
+                HINT = 'The columns are ' || (SELECT string_agg(f, ', ' ORDER BY f)
                                               FROM jsonb_object_keys(facts) AS f) || '.';
         END IF;
+        of_type := format('The column is of the type %s%s.', facts -> column_name ->> 'shown', CASE
+            WHEN (facts -> column_name -> 'array')::boolean THEN ': write an array as text, such as "{{1,2}}"'
+            WHEN facts -> column_name ->> 'type' = 'pg_catalog.jsonb' THEN ': write JSON as text, such as "{{\"a\": 1}}"'
+            ELSE '' END);
         wish := CASE jsonb_typeof(wish) WHEN 'object' THEN wish
                     WHEN 'array' THEN jsonb_build_object('in', wish)
                     WHEN 'null' THEN '{{"null": true}}' ELSE jsonb_build_object('eq', wish) END;
@@ -186,7 +191,7 @@ BEGIN
                     MESSAGE = format('the filter on %I has no operator %L', column_name, operator_name),
                     HINT = 'The operators are ' || (
                         SELECT string_agg(o, ', ' ORDER BY array_position('{operators}', o))
-                        FROM jsonb_object_keys(facts -> column_name -> 'operators') AS o) || '.';
+                        FROM jsonb_object_keys(facts -> column_name -> 'operators') AS o) || '. ' || of_type;
             END IF;
             IF jsonb_typeof(value) <> (CASE operator_name WHEN 'null' THEN 'boolean' WHEN 'in' THEN 'array'
                                        WHEN 'like' THEN 'string' ELSE jsonb_typeof(value) END)
@@ -197,7 +202,7 @@ BEGIN
                 RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
                     MESSAGE = format('the filter on %I: %s cannot take %s', column_name, operator_name, value),
                     HINT = 'null takes true or false, in takes a list of values, like takes a string,'
-                           ' and the others take one value.';
+                           ' and the others take one value. ' || of_type;
             END IF;
             literals := '{{}}';
             FOR literal IN SELECT v #>> '{{}}' FROM jsonb_array_elements(
@@ -214,7 +219,7 @@ BEGIN
                         END IF;
                         RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
                             MESSAGE = format('the filter on %I: %s', column_name, SQLERRM),
-                            HINT = format('The column is of the type %s.', facts -> column_name ->> 'shown');
+                            HINT = of_type;
                     END;
                 END IF;
                 IF operator_name = 'like' AND mod(length(substring(literal FROM '\\*$')), 2) = 1 THEN

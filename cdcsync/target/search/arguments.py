@@ -86,13 +86,8 @@ def check_arguments(
         raise UsageError(f"the settings are {_shown(settings)}", where="settings", hint=HINTS["settings"])
     for name, given in (("settings", settings), ("filter", plain_filter(filter))):
         for value in _within(given):
-            match value:
-                case str():
-                    check_text(value, name, hint=HINTS[name])
-                case float() if not math.isfinite(value):
-                    raise UsageError(
-                        f"the filter compares with {value}", where=name, hint="compare with a number, or with a text"
-                    )
+            if isinstance(value, str):
+                check_text(value, name, hint=HINTS[name])
 
 
 def check_opening(config: object, *, connections: int, model_timeout_s: float, application_name: str) -> None:
@@ -198,12 +193,13 @@ def _plain(column: str, value: object, within: int = 0) -> object:
         case int():
             return int(value)
         case float():
-            return float(value)
+            return float(value) if math.isfinite(value) else str(float(value))
         case Mapping() | list() | tuple() | set() | frozenset() if within == NESTED:
             raise UsageError(
                 f"the filter on {column} has lists or objects that are too deep in one another",
                 where="filter",
-                hint='give a value, a list of values, or either by operator, such as {"in": [1, 2]}',
+                hint='give a value, a list of values, or either by operator, such as {"in": [1, 2]};'
+                " write an array or JSON as text",
             )
         case Mapping():
             return {name: _plain(column, one, within + 1) for name, one in value.items()}

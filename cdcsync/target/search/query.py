@@ -17,6 +17,7 @@ import msgspec
 import psycopg
 from psycopg import sql
 
+from cdcsync.config.names import quote
 from cdcsync.errors import CdcsyncError, ModelChanged, SetupError, UsageError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import first_line, passing, speaking_of, translate, unavailable, without_values
@@ -374,7 +375,7 @@ def refusal(error: psycopg.Error | UnicodeError, spec: IndexSpec, where: str | N
     reads_only = error.sqlstate == "25006"
     if where is None or error.sqlstate is None or (passing(error) and not reads_only):
         return translate(error, "target", where=f"index {spec.name}")
-    columns = ", ".join([*spec.shape.key, *spec.shape.carried])
+    columns = ", ".join(map(quote, spec.shape.key + spec.shape.carried))
     hint = f"a condition may only read; the index has the columns {columns}"
     return UsageError(first_line(error), where=f"--where {where}", hint=error.diag.message_hint or hint)
 

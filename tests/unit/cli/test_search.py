@@ -30,6 +30,11 @@ def make_hit(**more: Any) -> Hit:
         (["name="], {"name": {"in": [""]}}),
         (["n<>4", "tenant==3"], {"n": {"ne": "4"}, "tenant": {"in": ["3"]}}),
         (["closed is null", "opened IS NOT NULL"], {"closed": {"null": True}, "opened": {"null": False}}),
+        (["author.name=Ann", "net price<4"], {"author.name": {"in": ["Ann"]}, "net price": {"lt": "4"}}),
+        (["net price is null", "a b is not null"], {"net price": {"null": True}, "a b": {"null": False}}),
+        (['"author.name"=Ann', '"author.name" = "Bob"'], {"author.name": {"in": ["Ann", '"Bob"']}}),
+        (['"a <= ""b""" <= 4', '"a b" is null'], {'a <= "b"': {"lte": "4"}, "a b": {"null": True}}),
+        (['say "hi"=4'], {'say "hi"': {"in": ["4"]}}),
         (
             ["title=this is null", "body~%this is not null"],
             {"title": {"in": ["this is null"]}, "body": {"like": "%this is not null"}},

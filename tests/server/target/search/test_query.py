@@ -281,6 +281,13 @@ async def test_a_wrong_condition_is_a_usage_error_that_names_it(database: Databa
     assert database.execute("SELECT is_called FROM counter") == [(False,)]
 
 
+async def test_the_columns_that_a_wrong_condition_lists_are_what_sql_takes(database: Database) -> None:
+    async with indexed(database, COMPASS) as (connection, spec):
+        with pytest.raises(UsageError) as refused:
+            await search(connection, SCHEMA, spec, text="up", vector=NORTH, where="nosuch = 1")
+    assert (refused.value.hint or "").endswith('the index has the columns id, "tenant %"')
+
+
 @pytest.mark.parametrize("vector", [(1, 0, 0, 0), ()])
 async def test_a_vector_of_another_model_is_refused_before_the_server_sees_it(
     database: Database, vector: Sequence[float]
