@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import unicodedata
 from collections.abc import Collection
 from enum import StrEnum
 from itertools import chain, count
@@ -193,11 +194,19 @@ def _split(names: str | None) -> list[str] | None:
     return [] if names.strip() == "-" else [name.strip() for name in names.split(",") if name.strip()]
 
 
+_LATIN = str.maketrans({"æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d", "þ": "th", "ł": "l", "ı": "i", "ŋ": "n"})
+"""Letters that Unicode does not decompose, after `casefold`, which makes ss of ß."""
+
+
 def _index_name(table: str) -> str:
-    """Return the table's name as an index's may be: lower case, digits and underscores, at most 40."""
-    last = re.sub(r"^.*\.(?=[^.]+$)", "", table).strip('"').lower()
-    plain = re.sub(r"[^a-z0-9_]", "_", last)[:40]
-    return plain if plain[:1].isalpha() or plain[:1] == "_" else f"_{plain}"[:40]
+    """Return the table's name as an index's may be: lower case, digits and single underscores, at most 40.
+
+    Letters lose their accents; a name in a script without Latin letters is no help, and the index is `documents`.
+    """
+    last = re.sub(r"^.*\.(?=[^.]+$)", "", table).strip('"')
+    latin = unicodedata.normalize("NFKD", last).casefold().translate(_LATIN)
+    plain = re.sub(r"[^a-z0-9]+", "_", re.sub(r"[\u0300-\u036f]", "", latin))[:40].strip("_") or "documents"
+    return plain if plain[0].isalpha() else f"_{plain}"[:40]
 
 
 def _named(name: str) -> str:

@@ -156,10 +156,13 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def print_hits(hits: Sequence[Hit], *, indexes: Sequence[str] | None = None, explain: bool = False) -> None:
+def print_hits(
+    hits: Sequence[Hit], *, indexes: Sequence[str] | None = None, first: int = 1, explain: bool = False
+) -> None:
     """Print hits, the best first, with the part of their text that matches, or its beginning.
 
     :param indexes: the index that each hit is of, where there are several.
+    :param first: the place of the first of them, after those that were skipped.
     :param explain: also print the places in both legs and how well the words match.
     """
     from rich.text import Text
@@ -167,10 +170,10 @@ def print_hits(hits: Sequence[Hit], *, indexes: Sequence[str] | None = None, exp
     out = console()
     if not hits:
         out.print("nothing was found")
-    for place, hit in enumerate(hits, 1):
+    for at, hit in enumerate(hits):
         key = ", ".join(f"{name}={plain(str(value))}" for name, value in hit.key.items())
         if indexes is not None:
-            key = f"{indexes[place - 1]} {key}"
+            key = f"{indexes[at]} {key}"
         figures = [f"score {hit.score:.4f}"]
         if hit.distance is not None:
             figures.append(f"distance {hit.distance:.4f}")
@@ -183,7 +186,7 @@ def print_hits(hits: Sequence[Hit], *, indexes: Sequence[str] | None = None, exp
         carried = [f"{name}={plain(str(value))}" for name, value in hit.carried.items()]
         out.print(
             Text.assemble(
-                f"{place:>3}  ",
+                f"{first + at:>3}  ",
                 (key, "bold"),
                 f"  chunk {hit.chunk_no}  " if hit.chunk_no else "  ",
                 ("  ".join(figures), "cyan"),

@@ -139,6 +139,7 @@ def search(
     printing.print_hits(
         [one.hit for one in answer.found],
         indexes=[one.name for one in answer.found] if len(names) > 1 else None,
+        first=skip + 1,
         explain=explain,
     )
     for name, plans_ in answer.plans.items():

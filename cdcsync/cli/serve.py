@@ -91,7 +91,7 @@ def list_(context: typer.Context, config: ConfigOption = None, as_json: JsonOpti
         return
     for one in tokens:
         until = "revoked" if one.revoked else f"until {one.expires:%Y-%m-%d}" if one.expires else "does not expire"
-        print_line(one.subject, json.dumps(one.claims), until)
+        print_line(one.subject, json.dumps(one.claims, ensure_ascii=False), until)
 
 
 @token_commands.command()

@@ -155,7 +155,7 @@ def parse_key(text: str, spec: IndexSpec) -> Key:
     names = spec.shape.key
     if len(names) == 1:
         return (text,)
-    example = json.dumps([f"<{name}>" for name in names])
+    example = json.dumps([f"<{name}>" for name in names], ensure_ascii=False)
     hint = f"the key is ({', '.join(map(quote, names))}): give a JSON array such as '{example}'"
     try:
         values = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)

@@ -9,14 +9,14 @@ Source: PostgreSQL, "System Catalogs" (pg_index), "ALTER TABLE" (REPLICA IDENTIT
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import msgspec
 import psycopg
 from psycopg import sql
 
 from cdcsync.config import QualifiedName
-from cdcsync.config.names import quote
+from cdcsync.config.names import named, quote
 from cdcsync.errors import SetupError, UsageError
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.tables import key_faults, kind_faults, no_such_table
@@ -168,15 +168,7 @@ def propose(
     if not key:
         fault = next(key_faults(table))
         raise SetupError(fault.message, where=fault.where, hint=fault.hint)
-    prose = [column.name for column in table.columns.values() if column.name not in key and _is_prose(column, seen)]
-    prose.sort(key=lambda name: (_rank(name), table.columns[name].number))
-    if text is None and not prose:
-        raise UsageError(
-            f"no column of {table.name} looks like text to search",
-            where="--text",
-            hint="name columns in a template, such as --text '{title}'",
-        )
-    template = "\n\n".join(f"{{{name}}}" for name in prose) if text is None else text
+    template = _template(seen, key) if text is None else text
     used = set(re.findall(r"\{([^{}]+)\}", template))
     carried = [
         column.name
@@ -190,16 +182,41 @@ def propose(
     return Proposal(template, columns, tuple(indexed), key, seen.identity_index)
 
 
+def _template(seen: Look, key: Collection[str]) -> str:
+    """Return the text to search: the columns of prose, or else the only column of text if no row tells what it holds.
+
+    :raises UsageError: there is none.
+    """
+    columns = [column for column in seen.table.columns.values() if _may_be_text(column, seen)]
+    others = [column for column in columns if column.name not in key]
+    chosen = [column for column in others if _is_prose(column, seen)]
+    if not chosen and len(others) == 1 and others[0].name not in seen.sampled:
+        chosen = others
+    if not chosen:
+        names = [column.name for column in columns]
+        some = names or [name for name in seen.table.columns if _TEMPLATE_NAME.fullmatch(name)]
+        hint = f"name columns in a template, such as --text '{{{some[0] if some else 'title'}}}'"
+        raise UsageError(
+            f"no column of {seen.table.name} looks like text to search",
+            where="--text",
+            hint=f"{hint}; its columns of text are {named(map(quote, names))}" if names else hint,
+        )
+    chosen.sort(key=lambda column: (_rank(column.name), column.number))
+    return "\n\n".join(f"{{{column.name}}}" for column in chosen)
+
+
 def _is_text(column: Column) -> bool:
     return bool(_TEXT_TYPES.match(column.base_type or column.type))
 
 
+def _may_be_text(column: Column, seen: Look) -> bool:
+    """Say whether people could want to search a column."""
+    named = _TEMPLATE_NAME.fullmatch(column.name) and not _PRIVATE.search(column.name)
+    return bool(named) and _is_text(column) and column.readable and seen.sent(column)
+
+
 def _is_prose(column: Column, seen: Look) -> bool:
-    """Say whether a column holds text that people would search."""
-    if not _is_text(column) or _PRIVATE.search(column.name) or not _TEMPLATE_NAME.fullmatch(column.name):
-        return False
-    if not column.readable or not seen.sent(column):
-        return False
+    """Say whether a column, which may be, is text that people would search."""
     if column.name.lower() in (*_TITLES, *_BODIES):
         return True
     sampled = seen.sampled.get(column.name)

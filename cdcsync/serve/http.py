@@ -42,7 +42,7 @@ from cdcsync.http.headers import Secured, security_headers
 from cdcsync.malformed import MALFORMED
 from cdcsync.serve.messages import EmbedRequest, Indexes, SearchRequest
 from cdcsync.serve.openapi import describe
-from cdcsync.serve.problems import SEE_LOG, Problem
+from cdcsync.serve.problems import SEE_LOG, Problem, failed
 from cdcsync.serve.service import Service, Tool, caller_of
 
 log = structlog.get_logger()
@@ -295,8 +295,10 @@ def _matches(condition: str, etag: str) -> bool:
 def _decoded(request: Request, body: bytes, kind: type[T]) -> T:
     """Return a request's body as one of our structs.
 
-    :raises Unreadable: it is not JSON, or not of this form.
+    :raises Unreadable: it is compressed, not JSON, or not of this form.
     """
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise Unreadable(415, "Compressed", "the request has a Content-Encoding", "send JSON without compression")
     media = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media != "application/json":
         raise Unreadable(
@@ -340,6 +342,6 @@ async def _http_problem(_: Request, error: Exception) -> Response:
 
 async def _broken(_: Request, __: Exception) -> Response:
     # The server logs the exception; the middleware is not around this answer.
-    answer = _problem(Problem(500, "The call failed", "this should not happen; the server's log tells more"))
+    answer = _problem(failed())
     answer.headers.update(HEADERS)
     return answer

@@ -33,7 +33,7 @@ from cdcsync.errors import SetupError, UsageError
 from cdcsync.malformed import MALFORMED
 from cdcsync.postgres.texts import is_text
 from cdcsync.process.files import real, replace_file
-from cdcsync.serve.problems import Problem
+from cdcsync.serve.problems import AGAIN, Problem
 
 log = structlog.get_logger()
 
@@ -379,7 +379,7 @@ class _Keys:
         if name in self._keys:
             return self._keys[name]
         if not self._keys:
-            raise Problem(503, "Signed tokens cannot be checked", "the keys cannot be read", retry_after_s=5)
+            raise Problem(503, "Signed tokens cannot be checked", "the keys cannot be read", AGAIN, retry_after_s=5)
         raise jwt.InvalidKeyError("unknown key")
 
     def _due(self, name: str | None) -> bool:

@@ -21,7 +21,7 @@ PROBLEM: dict[str, Any] = {
         "detail": {"type": "string"},
         "fix": {"type": "string"},
     },
-    "required": ["title", "status", "detail"],
+    "required": ["title", "status", "detail", "fix"],
 }
 
 
@@ -54,6 +54,7 @@ def describe(serve: Serve) -> dict[str, Any]:
                 (404, "No such index or document"),
                 (409, "The index has vectors of another model now: embed the query again"),
                 (413, "Too large"),
+                (415, "Compressed, or of another Content-Type than application/json"),
                 (422, "The call cannot be answered; the problem says what to change"),
                 (429, "Too many calls"),
                 (503, "Away or busy"),

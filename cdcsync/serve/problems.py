@@ -22,6 +22,10 @@ from cdcsync.errors import (
 SEE_LOG = "the server's log says why, and what to do"
 """For what only the operator can change."""
 
+OPERATOR = f"tell the server's operator: {SEE_LOG}"
+
+AGAIN = "call again"
+
 
 _ABOUT_VALUES = ("22", "23", "P0")
 """Classes of SQLSTATEs whose messages are about values: data exceptions, constraints, and exceptions raised in SQL."""
@@ -33,13 +37,11 @@ class Problem(Exception):
     :param status: the HTTP status.
     :param title: the kind of problem, the same each time.
     :param detail: the fault of this call; holds nothing that identifies a person.
-    :param fix: the change that the caller can make, if any.
+    :param fix: what the caller can change or do.
     :param retry_after_s: when the same call may succeed.
     """
 
-    def __init__(
-        self, status: int, title: str, detail: str, fix: str | None = None, *, retry_after_s: float | None = None
-    ) -> None:
+    def __init__(self, status: int, title: str, detail: str, fix: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(detail)
         self.status = status
         self.title = title
@@ -69,14 +71,11 @@ class Problem(Exception):
     @property
     def body(self) -> dict[str, object]:
         """The members of the answer."""
-        body: dict[str, object] = {"title": self.title, "status": self.status, "detail": self.detail}
-        if self.fix is not None:
-            body["fix"] = self.fix
-        return body
+        return {"title": self.title, "status": self.status, "detail": self.detail, "fix": self.fix}
 
     def __str__(self) -> str:
         """Say all of it in sentences, for readers that do not see headers."""
-        sentences = [self.detail, self.fix[0].upper() + self.fix[1:]] if self.fix else [self.detail]
+        sentences = [self.detail, self.fix[0].upper() + self.fix[1:]]
         if self.retry_after_s is not None:
             sentences.append(f"Retry after {self._wait_s(self.retry_after_s)} s")
         return " ".join(one.rstrip(".") + "." for one in sentences)
@@ -104,7 +103,7 @@ def problem_of(error: CdcsyncError, *, candid: bool = False) -> Problem:
     """
     match error:
         case UsageError():
-            return Problem(422, "The call cannot be answered", error.message, error.hint)
+            return Problem(422, "The call cannot be answered", error.message, error.hint or "change what it names")
         case TextRejected():
             return Problem(422, "The query cannot be embedded", error.message, "search by words (mode text)")
         case EmbedderUnavailable():
@@ -112,9 +111,9 @@ def problem_of(error: CdcsyncError, *, candid: bool = False) -> Problem:
                 503, "The model is away", "the query could not be embedded", "search by words", retry_after_s=5
             )
         case Unavailable() if candid:
-            return Problem(503, "The index is away", str(error), error.hint, retry_after_s=2)
+            return Problem(503, "The index is away", str(error), error.hint or AGAIN, retry_after_s=2)
         case Unavailable():
-            return Problem(503, "The index is away", "the database does not answer now", retry_after_s=2)
+            return Problem(503, "The index is away", "the database does not answer now", AGAIN, retry_after_s=2)
         case ModelChanged():
             return Problem(
                 409,
@@ -123,8 +122,13 @@ def problem_of(error: CdcsyncError, *, candid: bool = False) -> Problem:
                 "embed the query again, or leave out the vector",
             )
         case SetupError() if candid:
-            return Problem(503, "The index cannot be searched", str(error), error.hint)
+            return Problem(503, "The index cannot be searched", str(error), error.hint or OPERATOR)
         case SetupError():
-            return Problem(503, "The index cannot be searched", f"it is not set up as this server needs it; {SEE_LOG}")
+            return Problem(503, "The index cannot be searched", "it is not set up as this server needs it", OPERATOR)
         case _:
-            return Problem(500, "The call failed", "this should not happen; the server's log tells more")
+            return failed()
+
+
+def failed() -> Problem:
+    """Return the answer to a call that met a fault of ours."""
+    return Problem(500, "The call failed", "this should not happen", OPERATOR)

@@ -209,7 +209,9 @@ class Offered(Index):
         :raises Problem: 404, there is none, or the caller may not see it; 403, the index does not have the tenants;
             422, it is too large for one answer and not to be cut.
         """
-        missing = Problem(404, "No such document", "the index has no document of this key")
+        missing = Problem(
+            404, "No such document", "the index has no document of this key", "give the key of a hit of a search"
+        )
         most = DOCUMENT_BYTES if cut_bytes is None else min(cut_bytes, DOCUMENT_BYTES)
         document = await self._as_it_is(lambda: self._document(who, key, missing, most))
         if document.left_out and cut_bytes is None:

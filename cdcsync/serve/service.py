@@ -184,7 +184,10 @@ class Service:
             limit = self.serve.max_query_characters
             if not 1 <= len(texts) <= MAX_TEXTS or any(len(one) > limit for one in texts):
                 raise Problem(
-                    422, "The call cannot be answered", f"send 1 to {MAX_TEXTS} texts of up to {limit} characters"
+                    422,
+                    "The call cannot be answered",
+                    "there are too few or too many texts, or one is too long",
+                    f"send 1 to {MAX_TEXTS} texts of up to {limit} characters",
                 )
             offered = self.reader.index(index)
             self.limits.count(who.account, len(texts) - 1)

@@ -129,4 +129,9 @@ class Visibility:
     def _refuse_undivided(self, spec: IndexSpec) -> None:
         """Refuse an index without the bound column: nobody can tell what is the caller's."""
         if not self.divides(spec):
-            raise Problem(403, "Not allowed", f"the index {spec.name} is not divided by tenants")
+            raise Problem(
+                403,
+                "Not allowed",
+                f"the index {spec.name} is not divided by tenants",
+                "search another index, or ask the server's operator for the tenants' column in this one",
+            )

@@ -40,10 +40,12 @@ Value = TypeVar("Value", str, int)
 
 _GRADE = re.compile(r"-?[0-9]{1,7}")
 
-HINT = "give a directory with queries.jsonl and qrels/test.tsv (BEIR), or queries.tsv and qrels.txt (TREC)"
-
-
 JUDGMENTS = "judgments.jsonl"
+
+HINT = (
+    "give a directory with queries.jsonl and qrels/test.tsv (BEIR), with queries.tsv and qrels.txt (TREC), or with the"
+    f" {JUDGMENTS} that --from-audit writes"
+)
 
 
 class Judgment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

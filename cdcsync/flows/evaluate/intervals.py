@@ -6,7 +6,7 @@ question: the interval of the mean difference says whether one is better.
 The means of all subsets of the questions divide the line into parts that hold the true mean with equal probability, so
 the interval holds as many of these parts as make 95 %. That is exact for any number of questions if values lie
 symmetrically about the mean, as the differences of two modes do that are equally good. Too few questions have too few
-subsets, and so no interval: five that all change for the worse are no proof (1 in 16 by chance), six are.
+subsets, and so no interval: chance alone changes five of five in the same direction once in 16 times, six once in 32.
 
 Source: Hartigan, "Using subsample values as typical values" (1969).
 """
@@ -14,6 +14,7 @@ Source: Hartigan, "Using subsample values as typical values" (1969).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,7 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Figure:
     return figure([one - other for one, other in zip(ours, theirs, strict=True)])
 
 
+@lru_cache(maxsize=1)  # the figures of a run are all of the same questions
 def _subsets(size: int) -> npt.NDArray[np.bool_]:
     """Return subsets that are not empty, bool[n, size]: all of them, or `SUBSETS` at random."""
     if 2**size <= SUBSETS:

@@ -18,6 +18,7 @@ import psycopg
 import pytest
 from psycopg import conninfo, pq, sql
 
+from cdcsync.cli.init import _index_name, _named
 from tests.support import forked
 from tests.support.servers import Database, Server
 from tests.support.workers import Pipeline
@@ -131,6 +132,24 @@ def test_what_cannot_be_indexed_is_refused_and_nothing_is_written(
     assert "fix:" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("table", "index"),
+    [
+        ("Größen-Tabelle", "grossen_tabelle"),
+        ('shop."Ærø & Þór"', "aero_thor"),
+        ("Łódź__Crème brûlée", "lodz_creme_brulee"),
+        ("ﬁ―№2", "fi_no2"),
+        ("2024-Ausgaben", "_2024_ausgaben"),
+        ("таблица", "documents"),
+        ("İstanbul-" + "x" * 60, "istanbul_" + "x" * 31),
+        ("x" * 39 + "-y", "x" * 39),
+    ],
+)
+def test_an_index_has_the_name_of_its_table_in_plain_letters(table: str, index: str) -> None:
+    assert _index_name(table) == index
+    assert _named(index) == index
 
 
 MANY = ", ".join(f"n{number} int" for number in range(58))

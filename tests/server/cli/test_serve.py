@@ -94,6 +94,14 @@ def test_a_call_is_one_line_in_which_nothing_acts_on_the_terminal(
     assert json.loads(as_json)[0][column] == text
 
 
+def test_claims_are_shown_as_they_are(tickets: Office, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = with_tokens_file(tickets, tmp_path)
+    stored = {"sha256": "aa", "subject": "Zoë", "claims": {"straße": "Größe"}}
+    (tmp_path / "tokens.json").write_text(json.dumps({"tokens": [stored]}))
+    assert tickets.command("token", "list", path=path) == 0
+    assert '{"straße": "Größe"}' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
 def test_a_token_is_one_line_in_which_nothing_acts_on_the_terminal(
     tickets: Office, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 
 from cdcsync.demo.cluster import Cluster
+from cdcsync.errors import UsageError
+from cdcsync.flows.replay import parse_key
 from tests.support.articles import TABLE, articles, fill, live_articles
 from tests.support.configs import NO_AUDIT, configuration
+from tests.support.indexes import make_spec
 from tests.support.migrations import loaded
 from tests.support.outages import MakeSimple, frozen, make_target
 from tests.support.servers import Database
@@ -441,3 +444,11 @@ def test_what_the_index_is_owed_is_read_in_another_way_if_its_request_fails(both
     last = "SELECT kind, state FROM cdcsync.backfills WHERE index_name = 'articles' ORDER BY id DESC LIMIT 1"
     until(lambda: both.target.execute(last).fetchone() == ("resync", "done"), both.tail)
     both.in_step("articles", "notes")
+
+
+def test_a_key_that_cannot_be_read_is_answered_with_the_columns_as_they_are_called() -> None:
+    spec = make_spec(key={"Schlüssel": "text", "näme": "text"})
+    with pytest.raises(UsageError) as refused:
+        parse_key("17", spec)
+    hint = str(refused.value.hint)
+    assert hint == 'the key is ("Schlüssel", "näme"): give a JSON array such as \'["<Schlüssel>", "<näme>"]\''

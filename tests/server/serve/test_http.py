@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -558,6 +559,9 @@ async def test_a_blank_query_finds_nothing(tickets: Office, text: str, mode: str
     assert (answer.status_code, answer.json()["hits"]) == (200, [])
 
 
+QUERY = b'{"query": "a"}'
+
+
 async def test_unknown_indexes_paths_and_methods_are_problems(tickets: Office) -> None:
     async with served(tickets.serving(anonymous=True)) as client:
         answers = [
@@ -566,9 +570,16 @@ async def test_unknown_indexes_paths_and_methods_are_problems(tickets: Office) -
             await client.get("/v2"),
             await client.get(SEARCH),
             await client.post(SEARCH, content=b"query=a", headers={"Content-Type": "text/plain"}),
+            await client.post(SEARCH, content=gzip.compress(QUERY), headers={"Content-Encoding": "gzip"}),
+            await client.get("/v1/indexes/tickets/documents/9999"),
+            await client.post("/v1/embed", json={"index": "tickets", "texts": []}),
         ]
-    assert [one.status_code for one in answers] == [404, 404, 404, 405, 415]
+        plain = await client.post(SEARCH, content=QUERY, headers={"Content-Encoding": "Identity"})
+    assert [one.status_code for one in answers] == [404, 404, 404, 405, 415, 415, 404, 422]
     assert all(one.headers["content-type"] == "application/problem+json" for one in answers)
+    assert all(one.json()["fix"] for one in answers)
+    assert "compression" in answers[5].json()["fix"]
+    assert plain.status_code == 200
 
 
 @pytest.mark.parametrize("depth", [10_000, 100_000])

@@ -111,6 +111,12 @@ def test_the_bar_goes_by_the_constant_that_the_score_is_made_with(monkeypatch: p
     assert [part for part in bar if isinstance(part, tuple)] == [("█" * 9, "blue"), ("▒", "magenta")]
 
 
+def test_hits_after_others_have_their_places(capsys: pytest.CaptureFixture[str]) -> None:
+    print_hits([make_hit(), make_hit()], indexes=["notes", "pages"], first=6)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "score" in line]
+    assert [line.split()[:2] for line in lines] == [["6", "notes"], ["7", "pages"]]
+
+
 def test_hits_of_several_indexes_say_which(capsys: pytest.CaptureFixture[str]) -> None:
     print_hits([make_hit(vector_rank=2, text_score=1.5)], indexes=["notes"], explain=True)
     assert capsys.readouterr().out.splitlines()[0] == "  1  notes id=7  score 0.0300  vector rank 2  text score 1.500"

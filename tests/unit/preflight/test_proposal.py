@@ -112,11 +112,30 @@ def test_what_is_given_goes_before_what_would_be_proposed() -> None:
     assert propose(seen, indexed=[]).indexed == ()
 
 
-def test_a_table_without_text_is_told_how_to_name_some() -> None:
+@pytest.mark.parametrize(
+    ("columns", "sampled", "hint"),
+    [
+        ({"size": "integer"}, {}, "such as --text '{id}'"),
+        ({"size": "integer", "Name": "text", "code": "text", "email": "text"}, {"code": LABEL}, None),
+        ({"status": "text"}, {"status": LABEL}, "such as --text '{status}'; its columns of text are status"),
+        ({"one": "text", "Two": "text"}, {}, "such as --text '{one}'; its columns of text are one, \"Two\""),
+        ({"code": "text", "email": "text"}, {"code": LABEL}, "such as --text '{code}'; its columns of text are code"),
+    ],
+)
+def test_a_table_without_prose_is_told_its_columns_of_text_and_how_to_name_some(
+    columns: dict[str, str], sampled: dict[str, Sampled], hint: str | None
+) -> None:
+    if hint is None:
+        assert propose(look(columns, sampled=sampled)).text == "{Name}"
+        return
     with pytest.raises(UsageError, match="looks like text") as refused:
-        propose(look({"size": "integer"}))
-    assert "--text" in str(refused.value.hint)
-    assert propose(look({"size": "integer"}), text="{size}").text == "{size}"
+        propose(look(columns, sampled=sampled))
+    assert str(refused.value.hint).endswith(hint)
+    assert propose(look(columns), text="{size}").text == "{size}"
+
+
+def test_the_only_column_of_text_is_chosen_while_no_row_tells_what_it_holds() -> None:
+    assert propose(look({"size": "integer", "remark": "text", "email": "text"})).text == "{remark}"
 
 
 def test_a_unique_index_stands_in_for_a_missing_key_once_it_is_the_identity() -> None:

@@ -153,7 +153,7 @@ def test_modes_are_measured_stored_compared_gated_and_drawn(
     assert re.search(r"✗ vector nDCG@10 differs by -0\.\d+ \[-\S+ -\S+\] from the run of", told)
     assert "stored as run 6" in told
 
-    # Five of the questions are no proof: that all of them lose their answers happens by chance once in sixteen times.
+    # Five of the questions are no proof: chance changes all of five in the same direction once in 16 times.
     (collection / "qrels" / "test.tsv").write_text(
         "\n".join(f"{query}\t{id_}\t1" for query in list(QUESTIONS)[:5] for id_ in GRADES[query])
     )

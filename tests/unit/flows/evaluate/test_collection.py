@@ -102,8 +102,10 @@ def test_a_faulty_collection_is_refused_with_file_and_line(
 
 
 def test_a_directory_that_is_not_there_is_a_wrong_argument(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no such directory"):
+    with pytest.raises(UsageError, match="there is no such directory") as refused:
         read_collection(tmp_path / "missing")
+    for file in ("queries.jsonl", "queries.tsv", "judgments.jsonl"):
+        assert file in str(refused.value.hint)
 
 
 LINE = '{"query": "q1", "text": "one", "document": "a", "content": "A", "grade": %s}\n'

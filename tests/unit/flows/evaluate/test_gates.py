@@ -58,7 +58,7 @@ async def test_a_run_that_is_surely_worse_than_an_earlier_one_fails() -> None:
 @pytest.mark.parametrize(
     ("questions", "worse", "passed"),
     [
-        *((few, few, True) for few in range(1, 6)),  # every one of them, and yet 1 in 16 by chance
+        *((few, few, True) for few in range(1, 6)),  # all in the same direction, which chance does once in 16 times
         (6, 6, False),
         *((100, few, True) for few in range(6)),  # questions that do not change tell nothing, however many they are
         (100, 7, False),
