@@ -8,6 +8,7 @@ import anyio
 import numpy as np
 import pytest
 
+from cdcsync.backoff import MAX_DELAY_S
 from cdcsync.documents.templates import hash_text
 from cdcsync.model.changeset import BACKFILL, LIVE
 from cdcsync.postgres.sessions import Connection
@@ -261,13 +262,14 @@ async def test_two_embed_loops_share_the_work(
 async def test_a_postponed_text_is_due_after_its_delay_and_keeps_its_error(index: LiveIndex) -> None:
     await index.apply(changes(document("1", "a"), document("2", "a"), document("3", "b")))
 
-    await index.backlog.postpone([hash_text("a")], "no such tongue", delay_s=3600)
+    await index.backlog.postpone([hash_text("a")], "no such tongue", delay_s=MAX_DELAY_S)
 
     assert await texts(index.backlog) == ["b"]
     assert (
         await index.rows(
-            "SELECT attempts, error, next_attempt_at - now() BETWEEN '59 min' AND '1 h' FROM {backlog}"
-            " WHERE error IS NOT NULL"
+            "SELECT attempts, error, next_attempt_at - now() BETWEEN '1 s' AND make_interval(secs => %s) FROM {backlog}"
+            " WHERE error IS NOT NULL",
+            MAX_DELAY_S,
         )
         == [(1, "no such tongue", True)] * 2
     )
@@ -277,6 +279,20 @@ async def test_a_postponed_text_is_due_after_its_delay_and_keeps_its_error(index
     assert [(one.text, one.attempts) for one in await index.backlog.window(10)] == [("a", 2), ("b", 0)]
     assert [one.text for one in await index.backlog.window(10, failed=False)] == ["b"]
     assert [one.text for one in await index.backlog.window(10, without=[hash_text("b")])] == ["a"]
+
+
+@pytest.mark.parametrize(("attempts", "ahead_s", "due"), [(0, 1, True), (1, MAX_DELAY_S / 2, False), (1, 3600, True)])
+async def test_a_text_waits_no_longer_than_the_longest_pause_though_the_clock_went_back(
+    index: LiveIndex, attempts: int, ahead_s: float, due: bool
+) -> None:
+    await index.apply(changes(document("1", "a")))
+    await index.rows(
+        "UPDATE {backlog} SET attempts = %s, next_attempt_at = now() + make_interval(secs => %s) RETURNING 1",
+        attempts,
+        ahead_s,
+    )
+    assert (await texts(index.backlog) == ["a"]) is due
+    assert await index.backlog.due() is due
 
 
 async def test_a_text_fails_for_good_after_so_many_attempts_or_at_once(index: LiveIndex) -> None:
