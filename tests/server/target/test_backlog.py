@@ -14,6 +14,7 @@ from cdcsync.model.changeset import BACKFILL, LIVE
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.backlog import ERROR_CHARACTERS, Backlog, BacklogCounts, Waiting
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS
+from tests.support.clocks import set_back
 from tests.support.indexes import (
     SCHEMA,
     LiveIndex,
@@ -26,6 +27,7 @@ from tests.support.indexes import (
     vector_of,
     vector_text,
 )
+from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -254,6 +256,18 @@ async def test_two_embed_loops_share_the_work(
         assert await index.embed() == 1
     assert await index.embedded() == {"b": [vector_text("b")]}
     assert await index.faults() == []
+
+
+async def test_a_transaction_from_before_the_clock_went_back_counts_as_open_for_a_while(
+    index: LiveIndex, target: Database, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    other = await connect_target()
+    async with other.transaction():
+        await other.execute("SELECT FROM cdcsync.articles_backlog FOR UPDATE")
+        await set_back(index.embedding, target)
+        held = await index.backlog.row_lockers()
+    assert held
+    assert all(f"pid {other.info.backend_pid}" in str(one) for one in held)
 
 
 # -- failures --------------------------------------------------------------------------------------------------------

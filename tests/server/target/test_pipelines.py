@@ -18,6 +18,7 @@ from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target import pipelines
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines, PipelineState
+from tests.support.clocks import set_back
 from tests.support.indexes import SCHEMA, until, until_blocked
 from tests.support.servers import Database
 
@@ -147,6 +148,24 @@ async def test_a_session_that_the_servers_clock_calls_silent_is_watched_before_i
                 async with connection.transaction() if within else nullcontext():
                     assert not await PIPELINES.end_silent(connection, 0.0)
         assert await PIPELINES.holder(connection) == holding.info.backend_pid
+
+
+async def test_a_session_that_was_last_heard_before_the_clock_went_back_is_ended_after_the_same_time(
+    connection: Connection, target: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def silent(seconds: float) -> None:
+        pass
+
+    async def ended() -> bool:
+        return await PIPELINES.end_silent(connection, 600.0)
+
+    async with await connect(target.dsn, "target", application_name="cdcsync apply slot") as holding:
+        assert await PIPELINES.try_lock(holding)
+        await set_back(connection, target)
+        with monkeypatch.context() as patched:
+            patched.setattr(pipelines, "anyio", SimpleNamespace(sleep=silent))
+            await until(ended)
+        assert await PIPELINES.holder(connection) is None
 
 
 # -- the fence -------------------------------------------------------------------------------------------------------
