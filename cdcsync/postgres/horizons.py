@@ -76,7 +76,9 @@ _SNAPSHOTS: LiteralString = (
     """
     + _READING
     + """
-        AND coalesce(clock_timestamp() - a.xact_start >= make_interval(secs => %(open_for_s)s), true)
+        -- What began ahead of now did so before the clock went back.
+        AND (a.xact_start BETWEEN clock_timestamp() - make_interval(secs => %(open_for_s)s) AND clock_timestamp())
+            IS NOT TRUE
         -- A newer snapshot may name an older transaction, if that is still open; a transaction may take new snapshots.
         AND coalesce(l.virtualtransaction = ANY (%(reading)s::text[]), true)
         AND coalesce(age(a.backend_xmin) > age(%(transaction)s::text::xid), true)

@@ -158,7 +158,9 @@ _EXCLUSIVE: LiteralString = """
     LEFT JOIN pg_prepared_xacts AS p ON l.virtualtransaction = '-1/' || p.transaction::text
     WHERE l.locktype = 'relation' AND l.mode = ANY(%s) AND l.pid IS DISTINCT FROM pg_backend_pid()
         AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-        AND coalesce(clock_timestamp() - coalesce(a.xact_start, p.prepared) >= make_interval(secs => %s), true)
+        -- What began ahead of now did so before the clock went back.
+        AND (coalesce(a.xact_start, p.prepared)
+            BETWEEN clock_timestamp() - make_interval(secs => %s) AND clock_timestamp()) IS NOT TRUE
     ORDER BY l.granted DESC, 1
 """
 

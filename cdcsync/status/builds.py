@@ -37,9 +37,9 @@ async def read_builds(target: Connection, schema: str) -> dict[str, Build]:
     Source: PostgreSQL, "CREATE INDEX Progress Reporting"; pgvector, "Indexing Progress".
     """
     cursor = await target.execute(
-        # When a transaction began may be hidden from our role: then it is told.
+        # When a transaction began may be hidden from our role, or lie ahead if the clock went back: then it is told.
         "SELECT c.relname, p.blocks_done, p.blocks_total, CASE WHEN starts_with(p.phase, 'waiting for ')"
-        " AND coalesce(clock_timestamp() - a.xact_start >= make_interval(secs => %s), true)"
+        " AND (a.xact_start BETWEEN clock_timestamp() - make_interval(secs => %s) AND clock_timestamp()) IS NOT TRUE"
         " THEN nullif(p.current_locker_pid, 0) END"
         " FROM pg_stat_progress_create_index AS p JOIN pg_class AS c ON c.oid = p.relid"
         " LEFT JOIN pg_stat_activity AS a ON a.pid = p.current_locker_pid"

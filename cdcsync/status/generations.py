@@ -142,7 +142,7 @@ async def _read(
     recall = None
     if evaluated:
         recall = (await evaluations.latest(connection, schema, {entry.name: number})).get(entry.name)
-    rate = vectors / seconds if one.state == "filling" and not live and vectors and seconds else None
+    rate = vectors / seconds if one.state == "filling" and not live and vectors and seconds > 0 else None
     return GenerationStatus(
         generation=number,
         state="live" if live else one.state,

@@ -298,7 +298,8 @@ async def _read_backfills(
         if not one.ended:
             rate = None
             if one.state == "running" and one.phase == "rows" and one.rows_done and one.started_at is not None:
-                rate = one.rows_done / max(1e-6, (now - one.started_at).total_seconds())
+                passed = (now - one.started_at).total_seconds()
+                rate = one.rows_done / passed if passed > 0 else None
             eta_s = max(0, one.rows_total - one.rows_done) / rate if rate and one.rows_total is not None else None
             found[one.index] = BackfillStatus(
                 *(one.id, one.kind, cast(BackfillState, one.state), one.phase, one.rows_done, one.rows_total),

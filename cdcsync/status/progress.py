@@ -41,7 +41,7 @@ class Paces:
 
     def _eta_s(self, name: str, part: Progress, at: datetime) -> float | None:
         seen = self._seen.setdefault((name, part.what), deque())
-        if seen and part.done < seen[-1][1]:  # another load
+        if seen and (part.done < seen[-1][1] or at < seen[-1][0]):  # another load, or a clock that went back
             seen.clear()
         seen.append((at, part.done))
         while len(seen) > 2 and (at - seen[1][0]).total_seconds() >= OVER_S:

@@ -189,7 +189,8 @@ def read_lag(
     """Return how far the index is behind the source.
 
     The end of the WAL is seldom the checkpoint itself: other databases write too, and so do we. So a worker that said
-    moments ago that nothing was left counts as caught up. Otherwise the lag is the time since it last said so.
+    moments ago that nothing was left counts as caught up. Otherwise the lag is the time since it last said so; if the
+    target's clock went back to before that, since the source committed the last transaction that was applied.
     """
     if end is None or state is None:
         return Lag()
@@ -197,8 +198,8 @@ def read_lag(
         return Lag(caught_up=False)
     behind = end.bytes_since(state.checkpoint)
     said = state.caught_up_at
-    nothing_left = said is not None and state.updated_at - said < SAME_WRITE and now - said < FRESH
+    nothing_left = said is not None and state.updated_at - said < SAME_WRITE and abs(now - said) < FRESH
     if behind == 0 or (worker.running and nothing_left):
         return Lag(behind, 0.0, True)
-    start = said or begun
+    start = (state.commit_time if said is not None and said > now else said) or begun
     return Lag(behind, None if start is None else round(max(0.0, (now - start).total_seconds()), 3), False)

@@ -117,7 +117,10 @@ class Audits:
             sql.SQL(
                 "UPDATE {} SET phase = %s, cursor = %s::text[], documents = documents + %s,"
                 " differences = differences + %s, undecided = %s,"
-                " found_at = CASE WHEN %s > 0 THEN clock_timestamp() ELSE found_at END WHERE index_name = %s"
+                " found_at = CASE WHEN %s > 0 THEN clock_timestamp() ELSE found_at END,"
+                # A time that is still to come was noted before the clock went back, and would look like a later proof.
+                " proven_at = CASE WHEN %s = 0 OR proven_at <= clock_timestamp() THEN proven_at END"
+                " WHERE index_name = %s"
             ).format(self._table),
             [
                 place.phase,
@@ -125,6 +128,7 @@ class Audits:
                 documents,
                 differences,
                 undecided,
+                differences,
                 differences,
                 index,
             ],
@@ -135,6 +139,7 @@ class Audits:
         await connection.execute(
             sql.SQL(
                 "UPDATE {} SET finished_at = statement_timestamp(),"
+                " found_at = CASE WHEN found_at <= statement_timestamp() THEN found_at END,"
                 " proven_at = CASE WHEN differences = 0 THEN statement_timestamp() ELSE proven_at END,"
                 " proven_without = CASE WHEN differences = 0 THEN undecided ELSE proven_without END"
                 " WHERE index_name = %s"

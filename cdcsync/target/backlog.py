@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from psycopg import sql
 
+from cdcsync.backoff import MAX_DELAY_S
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.locking import WRITERS_WAIT, Lock, exclusive_locks
 from cdcsync.postgres.queries import BY_INDEX, fetch_row
@@ -85,6 +86,11 @@ class Backlog:
             # An expression, which no index has: the one that serves is that of the other condition.
             "of_generation": sql.SQL("generation + 0 = {}").format(sql.Literal(spec.generation)),
             "attempts": sql.Literal(MAX_ATTEMPTS),
+            # A time further ahead than any wait was set before the target's clock went back, as by a failover.
+            "due": sql.SQL(
+                "(b.attempts = 0 OR b.next_attempt_at <= now()"
+                " OR b.next_attempt_at > now() + make_interval(secs => {}))"
+            ).format(sql.Literal(MAX_DELAY_S)),
             # Not the condition of the index of what is due either.
             "waits": sql.SQL("attempts + 0 < {}").format(sql.Literal(MAX_ATTEMPTS)),
             "discarded_attempts": sql.Literal(DISCARDED_ATTEMPTS),
@@ -127,7 +133,7 @@ class Backlog:
             " ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before FROM ("
             "SELECT b.content_hash, c.content, b.lane, b.attempts, b.chunk_id, c.commit_lsn, c.applied_at"
             " FROM {backlog} AS b JOIN {chunks} AS c USING (chunk_id)"
-            " WHERE b.generation = {generation} AND b.attempts < {attempts} AND b.next_attempt_at <= now()"
+            " WHERE b.generation = {generation} AND b.attempts < {attempts} AND {due}"
             " AND (%s::int IS NULL OR b.lane = %s) AND b.content_hash <> ALL (%s::bytea[]) AND (b.attempts = 0 OR %s)"
             " ORDER BY b.lane, b.chunk_id LIMIT %s {locking}) AS w"
             ") AS w WHERE before IS NULL OR before < %s ORDER BY lane, chunk_id",
@@ -147,8 +153,8 @@ class Backlog:
     async def due(self, *, lane: int | None = None) -> bool:
         """Say whether any text is due, whoever holds its row."""
         statement = self._sql(
-            "SELECT EXISTS (SELECT FROM {backlog} WHERE generation = {generation} AND attempts < {attempts}"
-            " AND next_attempt_at <= now() AND (%s::int IS NULL OR lane = %s))"
+            "SELECT EXISTS (SELECT FROM {backlog} AS b WHERE b.generation = {generation} AND b.attempts < {attempts}"
+            " AND {due} AND (%s::int IS NULL OR b.lane = %s))"
         )
         return bool((await fetch_row(self._connection, statement, [lane, lane]) or (False,))[0])
 
@@ -281,6 +287,7 @@ class Backlog:
 
         A chunk with an equal text that failed before, or was discarded, stays as it is.
 
+        :param delay_s: at most `MAX_DELAY_S`.
         :returns: of how many chunks that could be noted.
         """
         cursor = await self._connection.execute(

@@ -42,7 +42,9 @@ async def read_freshness(connection: Connection, schema: str, spec: IndexSpec) -
     index = own_name(spec.name)
     statement = sql.SQL(
         "SELECT i.state, i.unfollowed_at IS NOT NULL, g.state = 'filling' AND i.generation <> g.generation,"
-        " p.checkpoint::text, extract(epoch FROM now() - greatest(p.commit_time, p.caught_up_at))::float8,"
+        " p.checkpoint::text, extract(epoch FROM now() - greatest(p.commit_time,"
+        # A time ahead of the target's clock was set before that went back. The source's clock is another one.
+        " CASE WHEN p.caught_up_at <= clock_timestamp() THEN p.caught_up_at END))::float8,"
         " CASE WHEN i.state = 'live' AND i.unfollowed_at IS NULL AND p.checkpoint IS NOT NULL"
         " THEN {}(i.name, p.checkpoint, '0 s') END"
         " FROM {} AS i JOIN {} AS p USING (slot)"

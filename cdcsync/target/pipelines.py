@@ -33,7 +33,7 @@ from psycopg import sql
 from cdcsync.errors import LeaseLost, RunError, TargetRewound, TargetUnavailable
 from cdcsync.logs import get_logger
 from cdcsync.lsn import Lsn
-from cdcsync.postgres.liveness import PATIENCE_S, WatchedConnection
+from cdcsync.postgres.liveness import BEATS, PATIENCE_S, WatchedConnection
 from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_rows, fetch_value
 from cdcsync.postgres.sessions import Connection
 
@@ -224,21 +224,37 @@ class Pipelines:
         A session that has it is heard from all the time, see `postgres/liveness`. The host of one that is silent is
         down or cut off, or its process is stopped; should it live after all, the fence keeps it from writing.
 
+        The server's clock may have been set meanwhile. It only says whom to watch, for the last third of that time: two
+        beats of a session that lives.
+
         :param silent_s: by default as long as a far end may say nothing before somebody looks whether it is there.
         """
         if silent_s is None:
             silent_s = connection.patience_s if isinstance(connection, WatchedConnection) else PATIENCE_S
-        row = None
+        watched_s = silent_s * 2 / BEATS
+        async with _as_login(connection):
+            row = await fetch_row(
+                connection,
+                "SELECT a.pid, a.state_change FROM pg_stat_activity AS a WHERE a.pid = %s AND"
+                " starts_with(a.application_name, 'cdcsync ') AND a.usename = session_user AND a.state <> 'active'"
+                " AND clock_timestamp() - a.state_change NOT BETWEEN '0' AND %s * interval '1 s'",
+                [await self.holder(connection), silent_s - watched_s],
+            )
+        if row is None:
+            return False
+        await anyio.sleep(watched_s)
+        ended = None
         with contextlib.suppress(psycopg.errors.InsufficientPrivilege):
             async with _as_login(connection):
-                row = await fetch_row(
+                # A transaction of the caller's would see the session as it was.
+                await connection.execute("SELECT pg_stat_clear_snapshot()")
+                ended = await fetch_row(
                     connection,
-                    "SELECT a.pid, pg_terminate_backend(a.pid, %s) FROM pg_stat_activity AS a WHERE a.pid = %s AND"
-                    " starts_with(a.application_name, 'cdcsync ') AND a.usename = session_user AND a.state <> 'active'"
-                    " AND clock_timestamp() - a.state_change > %s * interval '1 s'",
-                    [END_SESSION_MS, await self.holder(connection), silent_s],
+                    "SELECT pg_terminate_backend(a.pid, %s) FROM pg_stat_activity AS a"
+                    " WHERE a.pid = %s AND a.state_change = %s AND a.state <> 'active'",
+                    [END_SESSION_MS, *row],
                 )
-        if row is None or not row[1]:
+        if ended != (True,):
             return False
         log.warning("silent_session_ended", slot=self._slot, pid=row[0], silent_s=silent_s)
         return True

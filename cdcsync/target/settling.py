@@ -28,7 +28,7 @@ TABLE = "tiers"
 """Where what was seen of an index's tiers is written down."""
 
 NOTED_S = 60.0
-"""Figures older than this say nothing about the present."""
+"""Figures older than this say nothing about the present, nor do those from further ahead, if the clock went back."""
 
 
 COUNTED = 10_000
@@ -46,9 +46,10 @@ async def noted(connection: Connection, schema: str) -> dict[str, Noted]:
     """Return what was written down lately about each index of a schema."""
     cursor = await connection.execute(
         sql.SQL(
-            "SELECT index_name, scan_ms, settled_per_s FROM {} WHERE measured_at > now() - make_interval(secs => %s)"
+            "SELECT index_name, scan_ms, settled_per_s FROM {} WHERE measured_at BETWEEN"
+            " now() - make_interval(secs => %s) AND now() + make_interval(secs => %s)"
         ).format(sql.Identifier(schema, TABLE)),
-        [NOTED_S],
+        [NOTED_S, NOTED_S],
     )
     return {index: Noted(*figures) for index, *figures in await cursor.fetchall()}
 
@@ -121,16 +122,18 @@ class Settling:
     async def rested(self, limit: int, *, rest_s: float) -> list[int]:
         """Return the chunks of fresh vectors that have not changed for so many seconds, the oldest first.
 
-        Those whose text has changed already are left out: their vector is about to be replaced.
+        Those whose text has changed already are left out: their vector is about to be replaced. A vector that is from
+        further ahead than that was stored before the target's clock went back.
         """
         cursor = await self._connection.execute(
             self._sql(
-                "SELECT f.chunk_id FROM {fresh} AS f WHERE f.stored_at <= now() - make_interval(secs => %s)"
+                "SELECT f.chunk_id FROM {fresh} AS f WHERE f.stored_at NOT BETWEEN"
+                " now() - make_interval(secs => %s) AND now() + make_interval(secs => %s)"
                 " AND NOT EXISTS (SELECT FROM {backlog} AS b"
                 " WHERE b.chunk_id = f.chunk_id AND b.generation = {generation} OFFSET 0)"
                 " ORDER BY f.stored_at, f.chunk_id LIMIT %s"
             ),
-            [rest_s, limit],
+            [rest_s, rest_s, limit],
         )
         return [row[0] for row in await cursor.fetchall()]
 

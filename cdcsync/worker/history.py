@@ -6,6 +6,7 @@ who opens it sees the same.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -138,7 +139,8 @@ class Memory:
 
     def _note_point(self, status: Status) -> None:
         metrics, before = self._metrics, self._before
-        if before is not None and (status.read_at - before.at).total_seconds() < EVERY_S:
+        passed = math.inf if before is None else (status.read_at - before.at).total_seconds()
+        if 0 <= passed < EVERY_S:
             return
         end = None
         if status.checkpoint is not None and status.lag_bytes is not None:
@@ -147,9 +149,8 @@ class Memory:
             status.read_at, end, _total(metrics.received_bytes), _total(metrics.changes), _total(metrics.vectors)
         )
         self._before = now
-        if before is None:
+        if before is None or passed < 0:  # the target's clock went back
             return
-        passed = (now.at - before.at).total_seconds()
         self._points.append(
             Point(
                 at=round(now.at.timestamp(), 1),

@@ -85,7 +85,7 @@ async def _look(pool: Pool, schema: str, slot: str, dispatcher: Dispatcher) -> P
     async with pool.connection() as connection:
         with speaking_of("target"):
             kept = await read_probe(connection, schema, slot, name)
-    if kept is not None and kept.identity == identity and now - kept.checked_at < EVERY:
+    if kept is not None and kept.identity == identity and abs(now - kept.checked_at) < EVERY:
         return kept
     vector = tuple(float(number) for number in await dispatcher.probe(TEXT))
     if kept is None or kept.identity != identity:

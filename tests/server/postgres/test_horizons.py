@@ -12,6 +12,7 @@ import pytest
 from cdcsync.postgres.horizons import read_horizon, snapshots
 from cdcsync.postgres.queries import fetch_row, fetch_value
 from cdcsync.postgres.sessions import Connection, connect
+from tests.support.clocks import set_back
 from tests.support.indexes import until
 from tests.support.roles import Roles, grant
 from tests.support.servers import Database
@@ -68,6 +69,15 @@ async def test_a_snapshot_from_before_names_its_session(connection: Connection, 
         assert found.remedy.endswith(f"SELECT pg_terminate_backend({pid})")
         assert [one.pid for one in await snapshots(connection)] == [pid]
         assert [one.pid for one in await snapshots(connection, open_for_s=3_600)] == ([] if known else [pid])
+
+
+@pytest.mark.parametrize("open_for_s", [0.0, 600.0])
+async def test_a_snapshot_from_before_the_clock_went_back_is_an_old_one(
+    connection: Connection, target: Database, open_for_s: float
+) -> None:
+    async with reading(target.dsn) as pid:
+        await set_back(connection, target)
+        assert [one.pid for one in await snapshots(connection, open_for_s=open_for_s)] == [pid]
     assert await snapshots(connection) == []
 
 

@@ -143,6 +143,17 @@ async def test_a_running_backfill_has_rate_and_time_left(stopped: Pipeline) -> N
     assert backfill.eta_s == pytest.approx(750 / backfill.rate, rel=0.05)
 
 
+async def test_of_a_backfill_that_began_before_the_clock_went_back_no_rate_is_known(stopped: Pipeline) -> None:
+    await Requests("cdcsync").add(stopped.target, "articles", "initial", rewrite=False, filter_=None)
+    await stopped.target.execute(
+        "UPDATE cdcsync.backfills SET state = 'running', rows_done = 250, rows_total = 1000,"
+        " started_at = now() + interval '100 s'"
+    )
+    backfill = (await stopped.status()).indexes["articles"].backfill
+    assert backfill is not None
+    assert (backfill.rate, backfill.eta_s) == (None, None)
+
+
 async def test_what_is_not_known_of_a_backfill_is_null(stopped: Pipeline) -> None:
     await Requests("cdcsync").add(stopped.target, "articles", "replay", rewrite=False, filter_="true")
     requested = (await stopped.status()).indexes["articles"].backfill

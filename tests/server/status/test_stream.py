@@ -173,6 +173,16 @@ async def test_a_running_workers_word_is_good_for_a_while(stopped: Pipeline) -> 
     assert stale.lag_seconds >= FRESH.total_seconds()
 
 
+async def test_a_word_from_before_the_clock_went_back_says_nothing(stopped: Pipeline) -> None:
+    await stopped.target.execute("UPDATE cdcsync.pipelines SET commit_time = now() - interval '1 minute'")
+    await stopped.age(-3600)
+    async with stopped.worker():
+        status = await stopped.status()
+    assert status.caught_up is False
+    assert status.lag_seconds is not None
+    assert status.lag_seconds >= 60
+
+
 async def test_a_worker_that_has_more_to_apply_is_not_caught_up(stopped: Pipeline) -> None:
     begin = Lsn.parse(str((await stopped.status()).checkpoint))
     await stopped.age(5)

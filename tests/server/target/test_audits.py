@@ -60,6 +60,23 @@ async def test_an_index_is_proven_equal_by_a_whole_comparison_that_finds_nothing
     assert differs.found_at is not None
 
 
+@pytest.mark.parametrize("differs", [True, False])
+async def test_a_finding_from_before_the_clock_went_back_does_not_outlive_a_proof_nor_a_proof_a_finding(
+    registered: Connection, differs: bool
+) -> None:
+    await AUDITS.begin(registered, "articles")
+    await registered.execute(
+        "UPDATE cdcsync.audits SET proven_at = now() + interval '1 hour', found_at = now() + interval '1 hour'"
+    )
+    await AUDITS.advance(
+        registered, "articles", Place("chunks", None), documents=1, differences=int(differs), undecided=0
+    )
+    await AUDITS.finish(registered, "articles")
+    audit = await AUDITS.read(registered, "articles")
+    assert audit is not None
+    assert (audit.proven_at is None, audit.found_at is None) == (differs, not differs)
+
+
 async def test_what_a_proof_leaves_out_is_kept_while_the_next_comparison_goes_on(registered: Connection) -> None:
     await AUDITS.begin(registered, "articles")
     await AUDITS.advance(registered, "articles", Place("chunks", None), documents=10, differences=0, undecided=2)

@@ -8,11 +8,13 @@ import anyio
 import numpy as np
 import pytest
 
+from cdcsync.backoff import MAX_DELAY_S
 from cdcsync.documents.templates import hash_text
 from cdcsync.model.changeset import BACKFILL, LIVE
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.backlog import ERROR_CHARACTERS, Backlog, BacklogCounts, Waiting
 from cdcsync.target.ddl.relations import MAX_ATTEMPTS
+from tests.support.clocks import set_back
 from tests.support.indexes import (
     SCHEMA,
     LiveIndex,
@@ -25,6 +27,7 @@ from tests.support.indexes import (
     vector_of,
     vector_text,
 )
+from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -255,19 +258,32 @@ async def test_two_embed_loops_share_the_work(
     assert await index.faults() == []
 
 
+async def test_a_transaction_from_before_the_clock_went_back_counts_as_open_for_a_while(
+    index: LiveIndex, target: Database, connect_target: Callable[[], Awaitable[Connection]]
+) -> None:
+    other = await connect_target()
+    async with other.transaction():
+        await other.execute("SELECT FROM cdcsync.articles_backlog FOR UPDATE")
+        await set_back(index.embedding, target)
+        held = await index.backlog.row_lockers()
+    assert held
+    assert all(f"pid {other.info.backend_pid}" in str(one) for one in held)
+
+
 # -- failures --------------------------------------------------------------------------------------------------------
 
 
 async def test_a_postponed_text_is_due_after_its_delay_and_keeps_its_error(index: LiveIndex) -> None:
     await index.apply(changes(document("1", "a"), document("2", "a"), document("3", "b")))
 
-    await index.backlog.postpone([hash_text("a")], "no such tongue", delay_s=3600)
+    await index.backlog.postpone([hash_text("a")], "no such tongue", delay_s=MAX_DELAY_S)
 
     assert await texts(index.backlog) == ["b"]
     assert (
         await index.rows(
-            "SELECT attempts, error, next_attempt_at - now() BETWEEN '59 min' AND '1 h' FROM {backlog}"
-            " WHERE error IS NOT NULL"
+            "SELECT attempts, error, next_attempt_at - now() BETWEEN '1 s' AND make_interval(secs => %s) FROM {backlog}"
+            " WHERE error IS NOT NULL",
+            MAX_DELAY_S,
         )
         == [(1, "no such tongue", True)] * 2
     )
@@ -277,6 +293,20 @@ async def test_a_postponed_text_is_due_after_its_delay_and_keeps_its_error(index
     assert [(one.text, one.attempts) for one in await index.backlog.window(10)] == [("a", 2), ("b", 0)]
     assert [one.text for one in await index.backlog.window(10, failed=False)] == ["b"]
     assert [one.text for one in await index.backlog.window(10, without=[hash_text("b")])] == ["a"]
+
+
+@pytest.mark.parametrize(("attempts", "ahead_s", "due"), [(0, 1, True), (1, MAX_DELAY_S / 2, False), (1, 3600, True)])
+async def test_a_text_waits_no_longer_than_the_longest_pause_though_the_clock_went_back(
+    index: LiveIndex, attempts: int, ahead_s: float, due: bool
+) -> None:
+    await index.apply(changes(document("1", "a")))
+    await index.rows(
+        "UPDATE {backlog} SET attempts = %s, next_attempt_at = now() + make_interval(secs => %s) RETURNING 1",
+        attempts,
+        ahead_s,
+    )
+    assert (await texts(index.backlog) == ["a"]) is due
+    assert await index.backlog.due() is due
 
 
 async def test_a_text_fails_for_good_after_so_many_attempts_or_at_once(index: LiveIndex) -> None:

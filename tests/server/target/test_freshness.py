@@ -81,6 +81,15 @@ async def test_the_position_of_an_index_that_is_not_kept_in_step_is_not_known(
     assert 3600 <= other.lag_s < 7200
 
 
+async def test_a_word_from_before_the_clock_went_back_says_nothing(connection: Connection) -> None:
+    await connection.execute(
+        "UPDATE cdcsync.pipelines SET commit_time = now() - interval '1 minute', caught_up_at = now() + interval '1 h'"
+    )
+    lag_s = (await read_freshness(connection, SCHEMA, make_spec())).lag_s
+    assert lag_s is not None
+    assert lag_s >= 60
+
+
 @pytest.mark.parametrize("happens", [None, *UNKNOWN])
 async def test_a_search_says_the_same_as_an_answer_of_the_tool_server(
     connection: Connection, happens: str | None

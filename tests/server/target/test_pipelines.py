@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import anyio
 import psycopg
@@ -16,7 +18,9 @@ from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target import pipelines
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines, PipelineState
+from tests.support.clocks import set_back
 from tests.support.indexes import SCHEMA, until, until_blocked
+from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -123,6 +127,45 @@ async def test_a_session_of_our_login_can_be_ended_also_in_a_role_to_which_it_wa
         assert await PIPELINES.holder(asking) is None
         for connection in (first, second, asking):
             await connection.close()
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["", "in a transaction"])
+async def test_a_session_that_the_servers_clock_calls_silent_is_watched_before_it_is_ended(
+    connection: Connection, target: Database, monkeypatch: pytest.MonkeyPatch, within: bool
+) -> None:
+    """As after the clock was set, or the server's machine was suspended."""
+    watched = []
+
+    async def heard(seconds: float) -> None:
+        watched.append(seconds)
+        await holding.execute("SELECT")
+
+    async with await connect(target.dsn, "target", application_name="cdcsync apply slot") as holding:
+        assert await PIPELINES.try_lock(holding)
+        with monkeypatch.context() as patched:
+            patched.setattr(pipelines, "anyio", SimpleNamespace(sleep=heard))
+            while not watched:  # it may still be busy for a moment with the statement that took the lock
+                async with connection.transaction() if within else nullcontext():
+                    assert not await PIPELINES.end_silent(connection, 0.0)
+        assert await PIPELINES.holder(connection) == holding.info.backend_pid
+
+
+async def test_a_session_that_was_last_heard_before_the_clock_went_back_is_ended_after_the_same_time(
+    connection: Connection, target: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def silent(seconds: float) -> None:
+        pass
+
+    async def ended() -> bool:
+        return await PIPELINES.end_silent(connection, 600.0)
+
+    async with await connect(target.dsn, "target", application_name="cdcsync apply slot") as holding:
+        assert await PIPELINES.try_lock(holding)
+        await set_back(connection, target)
+        with monkeypatch.context() as patched:
+            patched.setattr(pipelines, "anyio", SimpleNamespace(sleep=silent))
+            await until(ended)
+        assert await PIPELINES.holder(connection) is None
 
 
 # -- the fence -------------------------------------------------------------------------------------------------------

@@ -99,6 +99,17 @@ async def test_vectors_that_have_rested_move_and_stay_what_they_are(index: LiveI
     assert await index.faults() == []
 
 
+@pytest.mark.parametrize(("ahead_s", "rested"), [(300, []), (7_200, [1])])
+async def test_a_vector_that_was_stored_before_the_clock_went_back_has_rested(
+    index: LiveIndex, settling: Settling, ahead_s: int, rested: list[int]
+) -> None:
+    await index.connection.execute(
+        "UPDATE cdcsync.articles_vectors_1_fresh SET stored_at = now() + make_interval(secs => %s) WHERE chunk_id = 1",
+        [ahead_s],
+    )
+    assert await settling.rested(10, rest_s=3_600) == rested
+
+
 async def test_the_oldest_vectors_move_first(index: LiveIndex, settling: Settling) -> None:
     await index.apply(changes(document("1", "a, again", existed=True), inline=["a, again"]))
     assert await settling.settle(await settling.rested(1, rest_s=0)) == 1

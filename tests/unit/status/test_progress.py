@@ -84,6 +84,13 @@ def test_a_load_that_begins_anew_has_no_rate_yet() -> None:
     assert left(paces, reading(11, 3)) is None
 
 
+def test_a_clock_that_goes_back_begins_the_rate_anew() -> None:
+    paces = Paces()
+    left(paces, reading(3_600, 0))
+    assert left(paces, reading(0, 500)) is None
+    assert left(paces, reading(10, 600)) == 40.0
+
+
 def test_a_load_that_somebody_paused_has_no_time_left_and_no_rate_when_it_goes_on() -> None:
     paces = Paces()
     left(paces, reading(0, 0))

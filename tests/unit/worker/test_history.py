@@ -53,6 +53,13 @@ def test_points_are_rates_over_ten_seconds() -> None:
     assert point.at == (NOW + timedelta(seconds=10)).timestamp()
 
 
+def test_points_go_on_after_the_clock_went_back() -> None:
+    memory = Memory(Metrics())
+    for at_s in (3_600, 0, 10):
+        memory.noted(reading(at_s), [])
+    assert [one.at for one in memory.history().points] == [(NOW + timedelta(seconds=10)).timestamp()]
+
+
 def test_an_hour_is_kept() -> None:
     memory = Memory(Metrics())
     for number in range(KEPT + 10):

@@ -69,11 +69,11 @@ def named() -> Provider:
     return Provider("hosted", HashEmbedder(dimensions=8))
 
 
-async def age(connection: Connection) -> None:
-    """Have the last probe be days old."""
+async def age(connection: Connection, by: timedelta = LONG_AGO) -> None:
+    """Have the last probe be days old, or still to come if the clock went back."""
     probe = await read_probe(connection, SCHEMA, "s", "hosted")
     assert probe is not None
-    then = Probe(probe.identity, probe.vector, probe.made_at - LONG_AGO, probe.checked_at - LONG_AGO, probe.drift)
+    then = Probe(probe.identity, probe.vector, probe.made_at - LONG_AGO, probe.checked_at - by, probe.drift)
     await write_probe(connection, SCHEMA, "s", "hosted", then)
 
 
@@ -84,12 +84,15 @@ async def probed(connection: Connection) -> Probe | None:
 async def recent(connection: Connection) -> Probe | None:
     """Return the last probe if it is of today."""
     probe = await probed(connection)
-    return probe if probe is not None and datetime.now(UTC) - probe.checked_at < timedelta(hours=1) else None
+    return probe if probe is not None and abs(datetime.now(UTC) - probe.checked_at) < timedelta(hours=1) else None
 
 
-@pytest.mark.parametrize(("angle", "changed"), [(0.0, False), (0.01, False), (0.5, True)])
+@pytest.mark.parametrize(
+    ("angle", "changed", "by"),
+    [(0.0, False, LONG_AGO), (0.01, False, LONG_AGO), (0.5, True, LONG_AGO), (0.5, True, -LONG_AGO)],
+)
 async def test_a_provider_is_probed_once_a_day_and_known_by_its_first_vector(
-    connection: Connection, target: Database, angle: float, changed: bool
+    connection: Connection, target: Database, angle: float, changed: bool, by: timedelta
 ) -> None:
     provider = named()
     async with probing(target, provider):
@@ -101,7 +104,7 @@ async def test_a_provider_is_probed_once_a_day_and_known_by_its_first_vector(
         await anyio.wait_all_tasks_blocked()
     assert provider.asked == 1
 
-    await age(connection)
+    await age(connection, by)
     with capture_logs() as logs:
         async with probing(target, provider) as dispatcher:
             again = await until(lambda: recent(connection))
