@@ -304,12 +304,23 @@ def _check(
 async def _session_function(
     connection: Connection, schema: str, spec: IndexSpec, where: str | None, *, explain: bool
 ) -> sql.Identifier:
-    """Create the index's search function in this session's own schema, with what it has more; returns its name."""
+    """Create the index's search function in this session's own schema, with what it has more; returns its name.
+
+    :raises UsageError: the server or the session takes only reads.
+    """
     async with connection.transaction():
         await connection.execute("SET LOCAL search_path TO DEFAULT")
-        cursor = await connection.execute("SELECT pg_catalog.current_setting('search_path')")
-        row = await cursor.fetchone()
-    path = str(row[0]) if row is not None else ""
+        cursor = await connection.execute(
+            "SELECT pg_catalog.current_setting('search_path'), pg_catalog.current_setting('transaction_read_only')"
+        )
+        path, reads_only = map(str, await cursor.fetchone() or ("", "off"))
+    if reads_only == "on":
+        raise UsageError(
+            "a search with --where or --explain makes a function for its session, and this server, such as a standby,"
+            " or this session takes only reads",
+            where="--explain" if where is None else "--where",
+            hint="point target.dsn at the primary for this search; --filter works with any server",
+        )
     statement = await compose(connection, schema, spec, variant=Variant(where=where, path=path, explain=explain))
     await _execute_one(connection, statement)
     return sql.Identifier("pg_temp", "search")
