@@ -87,14 +87,22 @@ def search(
     ] = None,
     where: Annotated[
         str | None,
-        typer.Option(metavar="SQL", help="A condition on key and carried columns, run read-only.", show_default=False),
+        typer.Option(
+            metavar="SQL",
+            help="A condition on key and carried columns, run read-only. Not on a standby.",
+            show_default=False,
+        ),
     ] = None,
     per_document: Annotated[
         bool, typer.Option("--per-document/--chunks", help="Each document once, by its best chunk, or every chunk.")
     ] = True,
     skip: Annotated[int, typer.Option(min=0, max=999, help="Leave out so many of the first hits.")] = 0,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Show places and score of both legs, and how the server executed them.")
+        bool,
+        typer.Option(
+            "--explain",
+            help="Show places and score of both legs, and how the server executed them. Not on a standby.",
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -224,17 +232,28 @@ async def find(
             if mode == "text" or spec.model in vectors:
                 return
             try:
-                vectors[spec.model] = await embed_query(config, spec, text, partial(try_filter, spec))
+                vectors[spec.model] = await embed_query(config, spec, text, partial(try_search, spec))
             except EmbedError as error:
                 if mode == "vector" or spec.config.search is None:
                     raise
                 vectors[spec.model] = None
                 answer.warnings.append(f"searched by words alone: {error}")
 
-        async def try_filter(spec: IndexSpec) -> None:
-            if filter_:
+        async def try_search(spec: IndexSpec) -> None:
+            if filter_ or where is not None or explain:
                 anywhere = [1.0, *[0.0] * (spec.dimensions - 1)]
-                await search(connection, schema, spec, text=None, vector=anywhere, k=1, mode="vector", filter=filter_)
+                await search(
+                    connection,
+                    schema,
+                    spec,
+                    text=None,
+                    vector=anywhere,
+                    k=1,
+                    mode="vector",
+                    filter=filter_,
+                    where=where,
+                    plans=[] if explain else None,
+                )
 
         specs = {name: await stored_spec(connection, schema, name, index) for name, index in indexes.items()}
         for spec in specs.values():

@@ -6,24 +6,29 @@
    What a worker that is just ending still holds, the lock or the slot, is waited for.
 2. Everything that could refuse is asked before anything is dropped.
 3. Each step finds its work done or does it, so an interrupted teardown is finished by the next one.
+4. What is searched meanwhile is locked only briefly, and tried again: each search locks these tables in an order of its
+   own, and none may fail by a deadlock with us or wait behind us for others.
 
 Source: PostgreSQL, "Replication Management Functions", "DROP PUBLICATION", "Dependency Tracking".
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Literal
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from functools import partial
+from typing import Literal, TypeVar
 
 import anyio
 import msgspec
 import psycopg
 from psycopg import sql
 
-from cdcsync.config import Config
+from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import beside_name, quote
 from cdcsync.errors import SetupError, SlotInUse
+from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.locking import BRIEFLY, attempt
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.source.catalog import Slot, other_readers, read_slot
 from cdcsync.source.families import single_names
@@ -31,6 +36,7 @@ from cdcsync.source.publications import Publication, published_names, read_publi
 from cdcsync.target.approvals import Approvals
 from cdcsync.target.belongings import (
     Belongings,
+    Relations,
     belongings_of,
     drop_pipeline,
     drop_relations,
@@ -42,6 +48,8 @@ from cdcsync.target.embedders import forget_embedders
 from cdcsync.target.entries import Entry
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
+
+T = TypeVar("T")
 
 ENDING_S = 5.0
 """How long to wait for what a worker that has just ended holds: a server notices that within a moment, or a busy one
@@ -155,18 +163,20 @@ async def drop_index(config: Config, index: str) -> list[Step]:
             relations = await relations_of(target, schema, both)
             others = {table for name, one in entries.items() if name not in both for table in one.tables}
             own = {table for name in both if name in entries for table in entries[name].tables}
-        with own_dependents(), speaking_of("target"):
-            async with target.transaction():
-                await drop_relations(target, schema, both, relations)
-                # Last, as the tables may have been waited for: a worker may have begun to follow it meanwhile.
-                now = await Registry(schema).find(target, index, lock=True)
-                locked = now is not None and await _let_go(target, config, now)
-                for name in both:
-                    await Registry(schema).remove(target, name)
-                await Approvals(schema).remove(target, index)
-                used = {one.embedder for name, one in config.indexes.items() if name != index}
-                await forget_embedders(target, schema, config.source.slot, keep=used)
-        if locked:
+
+        async def drop() -> bool:
+            await drop_relations(target, schema, both, relations)
+            # Last, as the tables may have been waited for: a worker may have begun to follow it meanwhile.
+            now = await Registry(schema).find(target, index, lock=True)
+            locked = now is not None and await _let_go(target, config, now)
+            for name in both:
+                await Registry(schema).remove(target, name)
+            await Approvals(schema).remove(target, index)
+            used = {one.embedder for name, one in config.indexes.items() if name != index}
+            await forget_embedders(target, schema, config.source.slot, keep=used)
+            return locked
+
+        if await _dropped(target, config, drop, relations, where=f"index {index}"):
             await _take_over(target, config)
         steps = [Step(f"index {index} in the target", "dropped")]
         if index in config.indexes:
@@ -183,6 +193,27 @@ async def drop_index(config: Config, index: str) -> list[Step]:
             mine = await single_names(source, own)
         steps += [await _unpublish(source, config, table, others) for table in sorted(mine)]
         return steps
+
+
+async def _dropped(
+    target: Connection, config: Config, drop: Callable[[], Awaitable[T]], relations: Relations, *, where: str
+) -> T:
+    """Drop something in one transaction, when nobody uses these relations; returns what `drop` does.
+
+    :raises SetupError: others use them for some seconds, or something that is not ours depends on them.
+    """
+
+    async def change() -> T:
+        async with target.transaction():
+            await target.execute(BRIEFLY)
+            return await drop()
+
+    tables = [QualifiedName.parse(one) for one in relations.tables]
+    views = [QualifiedName.parse(one) for one in relations.views]
+    named = [*tables, *views, QualifiedName(config.target.schema, "pipelines")]
+    vacuumed = Vacuumed(target, [(table.schema, table.name) for table in named])
+    with own_dependents(), speaking_of("target"):
+        return await attempt(target, change, named, where=where, vacuumed=vacuumed)
 
 
 async def _take_over(target: Connection, config: Config) -> None:
@@ -257,9 +288,9 @@ async def _purge(target: Connection, config: Config, belongings: Belongings) -> 
     what = f"indexes {', '.join(belongings.indexes)}" if belongings.indexes else f"pipeline {config.source.slot}"
     if not belongings.set_up:
         return Step(f"{what} in the target", "absent")
-    with own_dependents(), speaking_of("target"):
-        async with target.transaction():
-            await drop_pipeline(target, config.target.schema, config.source.slot, belongings)
+    schema, slot = config.target.schema, config.source.slot
+    drop = partial(drop_pipeline, target, schema, slot, belongings)
+    await _dropped(target, config, drop, belongings.relations, where=f"slot {slot}")
     return Step(f"{what} in the target", "dropped")
 
 

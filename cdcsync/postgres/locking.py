@@ -21,7 +21,7 @@ import psycopg
 
 from cdcsync.backoff import backoff_s
 from cdcsync.config import QualifiedName
-from cdcsync.errors import CdcsyncError, SourceUnavailable, Unavailable
+from cdcsync.errors import CdcsyncError, SetupError, SourceUnavailable, Unavailable
 from cdcsync.logs import get_logger
 from cdcsync.postgres.autovacuums import Vacuumed, end_autovacuums
 from cdcsync.postgres.errors import LOCKED_OUT, first_line, locked_out, of_a_statement, speaking_of
@@ -40,6 +40,13 @@ SHARED_LOCK_WAIT_MS = 2_000
 
 LOCKED_OUT_S = 5.0
 """How long a table that was found locked is not asked for: each attempt costs others the time that it waits."""
+
+
+ATTEMPTS = 6
+"""How often a change is tried: for some seconds in all."""
+
+OPEN_FOR_S = 1.0
+"""A transaction that is younger was not in the way of the first attempts."""
 
 
 FIRST_NUDGE, NUDGE_EVERY = 2, 5
@@ -194,6 +201,33 @@ def away(error: CdcsyncError, side: Side) -> bool:
     if not isinstance(error, Unavailable) or locked_out(error):
         return False
     return not (isinstance(error.__cause__, psycopg.Error) and of_a_statement(error.__cause__, side))
+
+
+async def attempt(
+    connection: Connection,
+    change: Callable[[], Awaitable[T]],
+    relations: Sequence[QualifiedName],
+    *,
+    where: str,
+    vacuumed: Vacuumed | None = None,
+) -> T:
+    """Do a change as `until_locked` does, a few times.
+
+    :param relations: the ones that nobody else may use meanwhile. The first names the change in the log.
+    :raises SetupError: others used them each time; nothing was changed. It names one of them.
+    """
+    try:
+        return await until_locked(change, table=str(relations[0]), attempts=ATTEMPTS, vacuumed=vacuumed)
+    except LOCKED_OUT as error:
+        held = await exclusive_locks(connection, relations, modes=REPLACING_WAITS, open_for_s=OPEN_FOR_S)
+        raise SetupError(
+            "other transactions have locked its view or tables for some seconds, a dump for one"
+            + "".join(f": {lock}" for lock in held[:1]),
+            where=where,
+            hint=f"{held[0].remedy}; then try again"
+            if held
+            else "see pg_locks and pg_stat_activity; when they are over, try again",
+        ) from error
 
 
 class LockedOut:

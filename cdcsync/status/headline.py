@@ -94,7 +94,7 @@ def _of_worker(status: Status) -> Headline | None:
     """Return what concerns all indexes, if anything does."""
     if status.worker.waits is not None:
         return Headline(status.worker.waits, "bad")
-    if not status.worker.running:
+    if status.worker.running is False:
         return Headline("no worker runs", "bad")
     if status.slot is not None and status.slot.wal_status == "lost":
         return Headline("the slot has lost WAL", "bad")

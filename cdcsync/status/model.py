@@ -39,10 +39,13 @@ class SlotStatus(msgspec.Struct, frozen=True):
 
 
 class WorkerStatus(msgspec.Struct, frozen=True):
-    """The process that keeps the indexes in step: the one that runs, or the last that did."""
+    """The process that keeps the indexes in step: the one that runs, or the last that did.
+
+    `running` is None if that cannot be known: the target is a standby, and the slot cannot be read.
+    """
 
     name: str | None
-    running: bool
+    running: bool | None
     since: datetime | None
     waits: str | None = None
 
@@ -205,6 +208,9 @@ class Status(msgspec.Struct, frozen=True):
     `problems` is what an operator should look at, each with what to do; it is empty when all is well. `headline` is
     that of the index that is worst off, or of the worker when that concerns all. `events` are the latest first, as far
     as the running worker remembers; `page` is where it shows all this.
+
+    `standby` is whether the target is a standby, which shows none of its primary's locks and builds, and the rest as it
+    was a moment ago.
     """
 
     version: int
@@ -223,3 +229,4 @@ class Status(msgspec.Struct, frozen=True):
     headline: Headline | None = None
     events: list[Event] = []
     page: str | None = None
+    standby: bool = False

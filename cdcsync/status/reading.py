@@ -17,6 +17,7 @@ from cdcsync.config import Config
 from cdcsync.errors import CdcsyncError
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection
+from cdcsync.source.slot import FOLLOWER
 from cdcsync.status.embedders import read_embedders
 from cdcsync.status.headline import with_headlines
 from cdcsync.status.indexes import Indexes, absent, read_indexes
@@ -56,16 +57,19 @@ async def read_status(config: Config, source: Connection | CdcsyncError | None, 
         set_up = {"pipelines", "indexes", "backfills"} <= present
         state = await pipelines.read(target) if set_up else None
         holder = await pipelines.holder(target)
-        now, since = await _clock(target, holder)
+        now, since, standby = await _clock(target, holder)
         ours = slot if slot is not None and slot.foreign is None else None
-        worker = read_worker(state, ours, locked=holder is not None, since=since)
+        locked: bool | None = holder is not None
+        if standby:  # it shows no lock of its primary, so a worker that reads the slot is taken for ours
+            locked = None if end is None else ours is not None and ours.reader == FOLLOWER
+        worker = read_worker(state, ours, locked=locked, since=since)
         stored = Indexes()
         if state is None:
             problems.append(f"schema {schema} of the target holds no pipeline {name}: run `cdcsync run` first")
         else:
             problems += worker_problems(config, ours if end is not None else None, worker)
             if end is not None:
-                problems += slot_problems(name, slot, state)
+                problems += slot_problems(name, slot, state, standby=standby)
             stored = await read_indexes(target, config, present, now, problems)
         known = await read_embedders(target, config, present, worker, now, problems)
     answers = source if isinstance(source, psycopg.AsyncConnection) and end is not None else None
@@ -85,13 +89,15 @@ async def read_status(config: Config, source: Connection | CdcsyncError | None, 
         embedders=known,
         indexes={index: found.get(index) or absent(config, index) for index in config.indexes},
         problems=problems,
+        standby=standby,
     )
     return with_headlines(status, config.worker.ready_max_lag_s)
 
 
-async def _clock(target: Connection, holder: int | None) -> tuple[datetime, datetime | None]:
-    """Return the target's time, which its rows are stamped with, and since when the lock's session exists."""
+async def _clock(target: Connection, holder: int | None) -> tuple[datetime, datetime | None, bool]:
+    """Return the target's time, by which rows are stamped, the start of the lock's session, whether it is a standby."""
     cursor = await target.execute(
-        "SELECT clock_timestamp(), (SELECT backend_start FROM pg_stat_activity WHERE pid = %s)", [holder]
+        "SELECT clock_timestamp(), (SELECT backend_start FROM pg_stat_activity WHERE pid = %s), pg_is_in_recovery()",
+        [holder],
     )
-    return cast(tuple[datetime, datetime | None], await cursor.fetchone())
+    return cast(tuple[datetime, datetime | None, bool], await cursor.fetchone())

@@ -93,8 +93,12 @@ def _pipeline(status: Status) -> RenderableType:
         seconds = 0.0 if worker.since is None else (status.read_at - worker.since).total_seconds()
         age = f" for {human_seconds(seconds)}" if seconds >= 1 else ""
         grid.add_row("worker", Text.assemble(worker.name or "starting", " ", (f"runs{age}", "green")))
+    elif worker.running is None:
+        grid.add_row("worker", UNKNOWN)
     else:
         grid.add_row("worker", Text("does not run", "red"))
+    if status.standby:
+        grid.add_row("target", "a standby: who holds locks, and since when the worker runs, only its primary shows")
     grid.add_row("checkpoint", status.checkpoint or UNKNOWN)
     grid.add_row("lag", _lag(status))
     grid.add_row("slot", _slot(status))

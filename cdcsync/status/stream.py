@@ -111,15 +111,15 @@ async def _locks(asked: _Asked, problems: list[str]) -> list[Lock]:
 
 
 def read_worker(
-    state: PipelineState | None, slot: Slot | None, *, locked: bool, since: datetime | None
+    state: PipelineState | None, slot: Slot | None, *, locked: bool | None, since: datetime | None
 ) -> WorkerStatus:
     """Return the worker as the servers show it.
 
-    :param locked: whether a session holds the pipeline's lock, `since` when it exists.
+    :param locked: whether a session holds the pipeline's lock, `since` when it exists; None if nobody can tell.
     """
     name = None if state is None else state.worker
     waits = None
-    if not locked and state is not None and slot is not None and slot.reader == FOLLOWER:
+    if locked is False and state is not None and slot is not None and slot.reader == FOLLOWER:
         waits = (
             f"a worker reads slot {slot.name} (source pid {slot.active_pid}) without this pipeline's lock: it cannot"
             " write to the target, or is of a pipeline with another target; its log says which"
@@ -144,7 +144,7 @@ def worker_problems(config: Config, slot: Slot | None, worker: WorkerStatus) -> 
     if worker.waits is not None:
         yield worker.waits
         return
-    if not worker.running:
+    if worker.running is False:
         yield f"no worker runs for slot {config.source.slot}: start `cdcsync run`"
     if slot is None:
         return
@@ -154,8 +154,11 @@ def worker_problems(config: Config, slot: Slot | None, worker: WorkerStatus) -> 
         yield f"worker {worker.name} runs and is not reading slot {slot.name}: its log says why"
 
 
-def slot_problems(name: str, slot: Slot | None, state: PipelineState) -> Iterator[str]:
-    """Yield the problems of a slot that is gone, foreign, ahead of the checkpoint, or has lost WAL or is about to."""
+def slot_problems(name: str, slot: Slot | None, state: PipelineState, *, standby: bool) -> Iterator[str]:
+    """Yield the problems of a slot that is gone, foreign, ahead of the checkpoint, or has lost WAL or is about to.
+
+    :param standby: whether the target is a standby, whose checkpoint is that of a moment ago.
+    """
     if slot is None:
         if state.checkpoint is not None:
             yield f"slot {name} is gone, and with it the changes since {state.checkpoint}: {_GAP_REMEDY}"
@@ -171,7 +174,9 @@ def slot_problems(name: str, slot: Slot | None, state: PipelineState) -> Iterato
             f"slot {name} holds more WAL than max_slot_wal_keep_size and is lost at the source's next checkpoint:"
             " let the worker catch up, or raise the setting"
         )
-    if slot.confirmed_flush is not None and state.checkpoint is not None and slot.confirmed_flush > state.checkpoint:
+    if standby or slot.confirmed_flush is None or state.checkpoint is None:
+        return
+    if slot.confirmed_flush > state.checkpoint:
         yield f"slot {name} is ahead of the checkpoint, at {slot.confirmed_flush}: {_GAP_REMEDY}"
 
 

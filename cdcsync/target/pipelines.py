@@ -165,7 +165,9 @@ class Pipelines:
         A session that has it beats.
 
         :param wait_s: how long to wait for a session that is just ending.
+        :raises TargetUnavailable: the session is with a standby, which knows nothing of the primary's locks.
         """
+        self._refuse_standby(connection)
         statement = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"
         locked = await fetch_value(connection, statement, [self._lock])
         if not locked and await self.end_silent(connection):
@@ -291,12 +293,7 @@ class Pipelines:
         :raises TargetRewound: the target went back to before this worker took over.
         :raises TargetUnavailable: the session is with a standby.
         """
-        if isinstance(connection, WatchedConnection) and connection.backend is not None and connection.backend.standby:
-            raise TargetUnavailable(
-                "the server is a standby at the moment",
-                where=f"slot {self._slot}",
-                hint="if target.dsn names several hosts, add target_session_attrs=read-write",
-            )
+        self._refuse_standby(connection)
         cursor = await connection.execute(
             sql.SQL("SELECT pg_advisory_lock_shared(hashtext({}), {}); SELECT fence FROM {} WHERE slot = {}").format(
                 self._admissions, _mark(lease), self._table, sql.Literal(self._slot)
@@ -310,6 +307,14 @@ class Pipelines:
             raise overtaken(self._slot)
         if row[0] < lease.fence:
             raise TargetRewound("the target went back to before this worker took over", where=f"slot {self._slot}")
+
+    def _refuse_standby(self, connection: Connection) -> None:
+        if isinstance(connection, WatchedConnection) and connection.backend is not None and connection.backend.standby:
+            raise TargetUnavailable(
+                "the target is a standby at the moment, which takes no writes and shows no locks of its primary",
+                where=f"slot {self._slot}",
+                hint="point target.dsn at the primary; if it names several hosts, add target_session_attrs=read-write",
+            )
 
     async def end_overtaken(self, connection: Connection, lease: Lease, spared: Collection[int] = ()) -> list[int]:
         """End the sessions that were admitted under an older fence, and return their processes once they are gone.

@@ -201,6 +201,31 @@ async def test_what_is_not_there_is_told_when_it_is_opened(database: Database) -
             pass
 
 
+@pytest.mark.parametrize(
+    ("statement", "told", "fix"),
+    [
+        (
+            "DROP FUNCTION cdcsync.articles_search; DELETE FROM cdcsync.indexes",
+            "the target holds no such index",
+            "check target.dsn",
+        ),
+        ("DROP SCHEMA cdcsync CASCADE", "the target holds no such index", "check target.dsn"),
+        ("DROP TABLE cdcsync.articles_vectors_1 CASCADE", 'vectors_1" does not exist', "puts back what is missing"),
+        ("DROP FUNCTION cdcsync.articles_search", "has no search function", "creates it when it starts"),
+    ],
+    ids=["an index", "a pipeline", "a table", "a function"],
+)
+async def test_a_search_tells_an_index_that_was_dropped_from_one_that_lacks_something(
+    database: Database, statement: str, told: str, fix: str
+) -> None:
+    async with indexed(database) as (index, config), cdcsync.Index.open(config, "articles") as articles:
+        assert keys(await articles.search("dog house", k=1)) == [2]
+        await index.connection.execute(statement)
+        with pytest.raises(SetupError, match=told) as raised:
+            await articles.search("dog house", k=1)
+        assert fix in str(raised.value.hint)
+
+
 async def test_a_connection_that_broke_is_replaced_unnoticed(database: Database) -> None:
     async with indexed(database) as (index, config), cdcsync.Index.open(config, "articles", connections=1) as articles:
         assert keys(await articles.search("dog house", mode="text")) == [2]

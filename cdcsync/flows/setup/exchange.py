@@ -14,11 +14,12 @@ import msgspec
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import beside_name, own_name
 from cdcsync.errors import SetupError
-from cdcsync.flows.setup.attempts import attempt, withdraw
+from cdcsync.flows.setup.attempts import withdraw
 from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.locking import attempt
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.beside import contents_asked_for

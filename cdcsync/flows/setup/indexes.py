@@ -15,7 +15,7 @@ import structlog
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import beside_name, own_name
 from cdcsync.errors import SchemaChanged, SetupError, TablesChanged
-from cdcsync.flows.setup.attempts import attempt, withdraw
+from cdcsync.flows.setup.attempts import withdraw
 from cdcsync.flows.setup.differences import (
     as_followed,
     ask_for,
@@ -29,7 +29,7 @@ from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import LOCKED_OUT, speaking_of
-from cdcsync.postgres.locking import BRIEFLY, until_locked
+from cdcsync.postgres.locking import BRIEFLY, attempt, until_locked
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import Catalog, facts_of

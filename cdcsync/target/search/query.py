@@ -26,6 +26,7 @@ from cdcsync.target.ddl.hits import OWN, attribute_of
 from cdcsync.target.ddl.names import Names, function_name
 from cdcsync.target.ddl.search_function import BY_WORDS_ALONE, NO_GENERATION, NOT_WHOLE, Variant, compose
 from cdcsync.target.search.arguments import HINTS, Mode, check_arguments, plain_filter
+from cdcsync.target.search.stored import no_index, served_now
 from cdcsync.target.search.values import load_values
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ TIMEOUT_S = 30.0
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 NO_SETTINGS: Mapping[str, str] = {}
+
+_GONE = (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction, psycopg.errors.InvalidSchemaName)
+"""The errors of a search that does not find its function, or a table of the index."""
 
 
 class Hit(msgspec.Struct, frozen=True):
@@ -196,8 +200,19 @@ async def search(
                     filter=sql.SQL("SELECT {}::pg_catalog.jsonb").format(sql.Literal(wishes)),
                     settings=settling,  # the last one, as it changes how others are read
                 )
+            if isinstance(error, _GONE):
+                await _refuse_dropped(connection, schema, spec)
             raise refusal(error, spec, where) from error
     return [_hit(spec, row) for row in rows]
+
+
+async def _refuse_dropped(connection: Connection, schema: str, spec: IndexSpec) -> None:
+    """See that an index is still there which lacks what a search reads.
+
+    :raises SetupError: somebody has dropped it.
+    """
+    if await served_now(connection, schema, spec.searched_as) is None:
+        raise no_index(schema, spec.searched_as)
 
 
 async def _read_apart(connection: Connection, **arguments: sql.Composed) -> None:
@@ -305,12 +320,23 @@ def _check(
 async def _session_function(
     connection: Connection, schema: str, spec: IndexSpec, where: str | None, *, explain: bool
 ) -> sql.Identifier:
-    """Create the index's search function in this session's own schema, with what it has more; returns its name."""
+    """Create the index's search function in this session's own schema, with what it has more; returns its name.
+
+    :raises UsageError: the server or the session takes only reads.
+    """
     async with connection.transaction():
         await connection.execute("SET LOCAL search_path TO DEFAULT")
-        cursor = await connection.execute("SELECT pg_catalog.current_setting('search_path')")
-        row = await cursor.fetchone()
-    path = str(row[0]) if row is not None else ""
+        cursor = await connection.execute(
+            "SELECT pg_catalog.current_setting('search_path'), pg_catalog.current_setting('transaction_read_only')"
+        )
+        path, reads_only = map(str, await cursor.fetchone() or ("", "off"))
+    if reads_only == "on":
+        raise UsageError(
+            "a search with --where or --explain makes a function for its session, and this server, such as a standby,"
+            " or this session takes only reads",
+            where="--explain" if where is None else "--where",
+            hint="point target.dsn at the primary for this search; --filter works with any server",
+        )
     statement = await compose(connection, schema, spec, variant=Variant(where=where, path=path, explain=explain))
     await _execute_one(connection, statement)
     return sql.Identifier("pg_temp", "search")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import cast
 
 import msgspec
+import psycopg
 from psycopg import sql
 
 from cdcsync.config import Index, QualifiedName
@@ -34,11 +35,7 @@ async def stored_spec(connection: Connection, schema: str, name: str, config: In
     with speaking_of("target", where=f"index {name}"):
         entry, other = await Registry(schema).both(connection, name)
         if entry is None:
-            raise SetupError(
-                "the target holds no such index",
-                where=f"index {name}, schema {schema}",
-                hint="`cdcsync run` creates and fills it; check target.dsn and target.schema",
-            )
+            raise no_index(schema, name)
         types = await _columns(connection, schema, entry)
         if not types:
             raise SetupError(
@@ -53,6 +50,15 @@ async def stored_spec(connection: Connection, schema: str, name: str, config: In
         return msgspec.structs.replace(
             spec, beside=await _spec_of(connection, schema, other, made_by(config, other), types)
         )
+
+
+def no_index(schema: str, name: str) -> SetupError:
+    """Return the error of a search for an index that never was, or that somebody has dropped."""
+    return SetupError(
+        "the target holds no such index",
+        where=f"index {name}, schema {schema}",
+        hint="`cdcsync run` creates and fills it; check target.dsn and target.schema",
+    )
 
 
 async def _columns(connection: Connection, schema: str, entry: Entry) -> dict[str, str]:
@@ -140,7 +146,10 @@ async def served_now(connection: Connection, schema: str, name: str) -> Served |
     statement = sql.SQL(
         "SELECT generation, greatest(generation, last_generation), stem, columns FROM {} WHERE name = %s"
     ).format(sql.Identifier(schema, TABLE))
-    row = await fetch_row(connection, statement, [name])
+    try:
+        row = await fetch_row(connection, statement, [name])
+    except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+        return None  # it went with all that was ours
     return None if row is None else Served(row[0], row[1], row[2], tuple(row[3]))
 
 

@@ -452,6 +452,30 @@ def test_an_index_that_comes_back_into_the_configuration_is_read_again(
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize(
+    "drop_all", [partial(drop_index, index="articles"), partial(tear_down, purge=True)], ids=["an index", "a pipeline"]
+)
+async def test_a_search_that_holds_one_table_gets_the_next_while_the_index_is_to_be_dropped(
+    make_database: Callable[[], Database],
+    make_pipeline: Callable[[str], Pipeline],
+    drop_all: Callable[[Config], Coroutine[Any, Any, object]],
+) -> None:
+    database, pipeline = set_up(make_database, make_pipeline)
+    ours = "SELECT FROM pg_stat_activity WHERE application_name IN ('cdcsync drop', 'cdcsync teardown')"
+    async with (
+        await connect(database.dsn, "target") as searcher,
+        anyio.create_task_group() as tasks,
+        searcher.transaction(),
+    ):
+        await searcher.execute("SELECT FROM cdcsync.articles_vectors_1")
+        tasks.start_soon(drop_all, pipeline.config)
+        waits = f"{ours} AND wait_event_type = 'Lock'"
+        await run_sync(until, lambda: database.execute(waits), "the drop to wait for the search")
+        await searcher.execute("SELECT FROM cdcsync.articles_chunks")
+    assert not [one for one in relations(database) if "articles_" in one]
+
+
+@pytest.mark.anyio
 async def test_an_index_that_a_worker_begins_to_follow_meanwhile_is_not_dropped(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
@@ -225,6 +225,17 @@ async def test_a_condition_may_hold_what_else_has_a_meaning_to_us(database: Data
         await check_condition(connection, SCHEMA, spec, where)
         hits = await search(connection, SCHEMA, spec, text=None, vector=EAST, where=where)
     assert ids(hits) == [1]
+
+
+@pytest.mark.parametrize("more", [{"where": "true"}, {"plans": []}], ids=["a condition", "plans"])
+async def test_a_session_that_only_reads_is_told_what_it_cannot_make_for_itself(
+    database: Database, more: dict[str, Any]
+) -> None:
+    async with indexed(database, [Doc(1, "a", EAST)]) as (connection, spec):
+        await connection.execute("SET default_transaction_read_only = on")
+        with pytest.raises(UsageError, match="makes a function for its session"):
+            await search(connection, SCHEMA, spec, text=None, vector=EAST, **more)
+        assert ids(await search(connection, SCHEMA, spec, text=None, vector=EAST, filter={"id": 1})) == [1]
 
 
 async def test_a_condition_cannot_end_the_function_that_holds_it(database: Database) -> None:
