@@ -186,8 +186,9 @@ async def refuse_gap(
         raise GapError(f"the replication slot {SENDS_PREPARED}", where=where, hint=_RESYNC)
     if slot.confirmed_flush is not None and slot.confirmed_flush > state.checkpoint:
         raise GapError(
-            f"the slot is ahead of the index: it was advanced to {slot.confirmed_flush} by someone else, recreated,"
-            " or the target fell back to an older state",
+            f"the slot is ahead of the index, at {slot.confirmed_flush}: the target fell back to an older state (a"
+            " standby of it was promoted before it had everything, or a backup was restored), or somebody else advanced"
+            " the slot or made it anew",
             where=where,
             hint=_RESYNC,
         )
