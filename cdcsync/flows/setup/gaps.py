@@ -150,11 +150,11 @@ async def refuse_gap(
     assert state.checkpoint is not None
     if state.system_identifier != server.system_identifier:
         raise GapError(
-            f"this is another cluster than before (system identifier {server.system_identifier},"
-            f" was {state.system_identifier})",
+            f"this is another cluster than before (system identifier {server.system_identifier}, was"
+            f" {state.system_identifier}): pg_upgrade made a new cluster of the old one, or source.dsn leads elsewhere",
             where=where,
-            hint="point source.dsn at the old cluster; if this is the source of another pipeline, give it a slot of its"
-            f" own with source.slot; or {_RESYNC}",
+            hint=f"after pg_upgrade, {_RESYNC}; if source.dsn leads elsewhere, point it at the old cluster; if this is"
+            " the source of another pipeline, give it a slot of its own with source.slot",
         )
     if state.timeline is not None and server.timeline < state.timeline:
         raise GapError(
