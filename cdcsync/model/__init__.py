@@ -7,7 +7,7 @@
     descriptions   which description of a table holds beside streamed transactions
     transactions   pgoutput messages into whole transactions
     batch          the changes that are applied together, the last one of each key
-    progress       received, checkpoint, acknowledged: three positions and the rules between them
+    progress       received, checkpoint, kept, acknowledged: four positions and the rules between them
     visibility     which rows of a page are older than what the stream has delivered
     lag            how long the oldest commit has been waiting
     pauses         why an index does not follow its table, and whether it may resume

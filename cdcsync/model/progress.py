@@ -1,36 +1,72 @@
-"""How far the pipeline is: received, checkpoint, acknowledged.
+"""How far the pipeline is: received, checkpoint, kept, acknowledged.
 
-The invariant, held by every method: `acknowledged ≤ checkpoint ≤ received`. The checkpoint here is the one that is
-committed in the target; only what is committed there is ever acknowledged to the source, because the source is then
-free to throw the WAL away.
+The rules, held by every method:
+
+1. `acknowledged ≤ kept ≤ checkpoint ≤ received`. The checkpoint here is the one that is committed in the target; only
+   what is committed there is ever acknowledged to the source, because the source is then free to throw the WAL away.
+2. A checkpoint is *kept* once its commit is as safe as the position that it stands for. In a target elsewhere that is
+   at once. But if the target is on the source's server, the commit comes after the position in one WAL, and a standby
+   may have the one without the other. So the source is told of a checkpoint, and tells its standbys, only once it has
+   sent what comes after the commit: a server with `synchronized_standby_slots` sends nothing that its standbys lack.
+   A standby that is promoted then has each checkpoint that its slot has been told of.
+3. Where a commit ended is not asked for, which would take one more way to the server and back. The commit after it says
+   where the WAL ended as that one was written; it comes soon, because the checkpoint's own WAL moves the position.
 """
 
 from __future__ import annotations
 
-from cdcsync.lsn import Lsn
+from collections import deque
+
+from cdcsync.lsn import INVALID_LSN, Lsn
 
 
 class Progress:
-    """The three positions of one connection to a slot. Positions never move backwards."""
+    """The positions of one connection to a slot. They never move backwards."""
 
-    def __init__(self, checkpoint: Lsn) -> None:
+    def __init__(self, checkpoint: Lsn, *, committed_before: Lsn | None = None) -> None:
+        """Begin at a checkpoint.
+
+        :param committed_before: a position of the source's WAL beyond the checkpoint's commit, if the target is in that
+            WAL. Nothing is acknowledged until the source has sent it.
+        """
         self.received = checkpoint
         self.checkpoint = checkpoint
-        self.acknowledged = checkpoint
+        self.kept = checkpoint if committed_before is None else INVALID_LSN
+        self.acknowledged = self.kept
+        self._commits = deque([] if committed_before is None else [(committed_before, checkpoint)])
+        """The checkpoints that are not known to be kept, each with a position beyond its commit."""
 
     def receive(self, lsn: Lsn) -> None:
         """Note that the stream has been received up to `lsn`."""
         if lsn > self.received:
             self.received = lsn
 
-    def commit(self, lsn: Lsn) -> None:
-        """Note that the target holds, durably, everything up to `lsn`."""
-        if lsn > self.checkpoint:
+    def commit(self, lsn: Lsn | None, *, wal_end: Lsn | None = None) -> None:
+        """Note a commit in the target: it holds, durably, everything up to `lsn`, or with None no more than before.
+
+        :param wal_end: where the WAL of target and source ended as this was written, if they have one WAL: beyond the
+            commit before, and before this one.
+        """
+        if wal_end is not None and self.checkpoint > (self._commits[-1][1] if self._commits else self.kept):
+            self._commits.append((wal_end, self.checkpoint))
+        if lsn is not None and lsn > self.checkpoint:
             self.checkpoint = lsn
-        if lsn > self.received:
-            self.received = lsn
+            self.receive(lsn)
+        if wal_end is None:
+            self._commits.clear()
+            self.kept = self.checkpoint
+
+    def hear(self, lsn: Lsn) -> None:
+        """Note that the source has sent what it had up to `lsn`, be it in a transaction that is not whole yet."""
+        while self._commits and self._commits[0][0] <= lsn:
+            self.kept = self._commits.popleft()[1]
+
+    @property
+    def owed(self) -> bool:
+        """Whether there is something to acknowledge."""
+        return self.kept > self.acknowledged
 
     def acknowledge(self) -> Lsn:
-        """Return the position to acknowledge to the source now: the checkpoint."""
-        self.acknowledged = self.checkpoint
+        """Return the position to acknowledge to the source now: the last checkpoint that is kept; 0/0 is none yet."""
+        self.acknowledged = self.kept
         return self.acknowledged

@@ -138,6 +138,11 @@ def same_cluster(one: psycopg.AsyncConnection[Any], other: psycopg.AsyncConnecti
     return len(systems) == 2 and systems[0] is not None and systems[0] == systems[1]
 
 
+def same_server(one: Backend | None, other: Backend | None) -> bool:
+    """Say whether two sessions are certainly of one server, and not of two copies of a cluster: they share its WAL."""
+    return one is not None and other is not None and one.started == other.started
+
+
 class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     """A connection whose unanswered statements are looked for on the server."""
 

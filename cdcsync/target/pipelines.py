@@ -67,11 +67,19 @@ class PipelineState(msgspec.Struct, frozen=True):
 
 
 class Lease(msgspec.Struct, frozen=True):
-    """A worker's right to write, and the last values of the row that it saw committed."""
+    """A worker's right to write, and the last values of the row that it saw committed.
+
+    :ivar wal_end: where the WAL ended as these were written, which is before their commit; None if nobody asked.
+    """
 
     fence: int
     checkpoint: Lsn | None
     commits: int
+    wal_end: Lsn | None = None
+
+    def left(self, state: PipelineState) -> bool:
+        """Say whether these are the values of a row that was read."""
+        return (self.fence, self.checkpoint, self.commits) == (state.fence, state.checkpoint, state.commits)
 
 
 def overtaken(slot: str) -> LeaseLost:
@@ -376,16 +384,15 @@ class Pipelines:
         """
         self.refuse_successor(lease, state)
         assert state is not None
-        found = Lease(state.fence, state.checkpoint, state.commits)
-        if found not in (lease, proposed):
+        if not any(one.left(state) for one in (lease, proposed) if one is not None):
             raise TargetRewound(
-                f"the target is at checkpoint {found.checkpoint} (commit {found.commits}), and this worker has"
+                f"the target is at checkpoint {state.checkpoint} (commit {state.commits}), and this worker has"
                 f" committed {lease.checkpoint} (commit {lease.commits}): a standby was promoted before it had"
                 " everything, a backup was restored, or the row was edited",
                 where=f"slot {self._slot}",
                 hint="the worker starts again from the target's position, unless what follows it is lost",
             )
-        return found
+        return Lease(state.fence, state.checkpoint, state.commits)
 
     def refuse_successor(self, lease: Lease, state: PipelineState | None) -> None:
         """Refuse to continue once another worker, or a command that works like one, has raised the fence.
@@ -432,10 +439,12 @@ class Pipelines:
         ahead: Lsn | None = None,
         commit_time: datetime | None = None,
         caught_up: bool = False,
+        wal_end: bool = False,
     ) -> Lease:
         """Move the checkpoint, or with None just continue the chain, inside the caller's transaction.
 
         :param ahead: the position just after the commit record of a transaction that is applied in part.
+        :param wal_end: whether the lease is to tell where the WAL ends; not every service has a function for that.
         :returns: the lease that holds once the caller's transaction has committed.
         :raises LeaseLost: another worker has taken over; the caller must roll back.
         :raises TargetRewound: the row is not as it was last committed; the caller must roll back.
@@ -448,24 +457,32 @@ class Pipelines:
             " caught_up_at = CASE WHEN %s THEN clock_timestamp() ELSE caught_up_at END,"
             " updated_at = clock_timestamp()",
             [_text(checkpoint), _text(ahead), commit_time, caught_up],
+            wal_end=wal_end,
         )
 
     async def _move(
-        self, connection: Connection, lease: Lease, assignments: LiteralString, values: Sequence[object]
+        self,
+        connection: Connection,
+        lease: Lease,
+        assignments: LiteralString,
+        values: Sequence[object],
+        *,
+        wal_end: bool = False,
     ) -> Lease:
         """Update the row if it is as it was last seen: the only statement by which a worker changes it."""
         cursor = await connection.execute(
             sql.SQL(
                 "UPDATE {} SET " + assignments + ", commits = commits + 1 WHERE slot = %s AND fence = %s"
-                " AND commits = %s AND checkpoint IS NOT DISTINCT FROM %s::pg_lsn RETURNING checkpoint::text, commits"
+                " AND commits = %s AND checkpoint IS NOT DISTINCT FROM %s::pg_lsn RETURNING checkpoint::text, commits,"
+                " CASE WHEN %s THEN pg_current_wal_insert_lsn()::text END"
             ).format(self._table),
-            [*values, self._slot, lease.fence, lease.commits, _text(lease.checkpoint)],
+            [*values, self._slot, lease.fence, lease.commits, _text(lease.checkpoint), wal_end],
         )
         row = await cursor.fetchone()
         if row is None:
             self.continued(lease, await self.read(connection))
             raise TargetRewound("the pipeline's row changed while it was read", where=f"slot {self._slot}")
-        return Lease(lease.fence, _lsn(row[0]), row[1])
+        return Lease(lease.fence, _lsn(row[0]), row[1], _lsn(row[2]))
 
 
 @contextlib.asynccontextmanager

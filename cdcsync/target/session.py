@@ -18,6 +18,7 @@ from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.transactions import Part
 from cdcsync.postgres.errors import REFUSALS, speaking_of
+from cdcsync.postgres.liveness import Backend, WatchedConnection, same_server
 from cdcsync.postgres.locking import WRITERS_WAIT, Lock, exclusive_locks
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.postgres.temporary import TemporaryTables
@@ -57,6 +58,21 @@ class ApplySession(LockedSession):
         self._look_ups: tuple[Connection | None, dict[str, LookUps]] = None, {}
         """The look-ups over that connection, by index."""
         self._failed: dict[str, FailedDocuments] = {}
+        self._source: Backend | None = None
+
+    def take_changes_of(self, source: Connection) -> None:
+        """Note the server that the changes come from, to whose WAL this session may write as well."""
+        self._source = source.backend if isinstance(source, WatchedConnection) else None
+
+    @property
+    def one_wal(self) -> bool:
+        """Whether this session writes to the WAL that the changes come from."""
+        return self._connection is not None and same_server(self._connection.backend, self._source)
+
+    @property
+    def wal_end(self) -> Lsn | None:
+        """Where the WAL ended as the last commit was written, if the changes come from that WAL."""
+        return self._held.wal_end
 
     async def prepare(self, specs: Sequence[IndexSpec]) -> None:
         """Create the connection's stages for these indexes, except where an index's own tables are in the way.
@@ -255,7 +271,13 @@ class ApplySession(LockedSession):
                     for rebuild in change_set.rebuilds:
                         await self._rebuilds.ask(self.connection, index, rebuild)
                 self._proposed = await self._pipelines.commit(
-                    self.connection, self._held, checkpoint, ahead=ahead, commit_time=commit_time, caught_up=caught_up
+                    self.connection,
+                    self._held,
+                    checkpoint,
+                    ahead=ahead,
+                    commit_time=commit_time,
+                    caught_up=caught_up,
+                    wal_end=self.one_wal,
                 )
                 crash_point("batch written")
             crash_point("batch committed")

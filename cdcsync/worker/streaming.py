@@ -97,6 +97,7 @@ class Streaming:
                 await self._session.ensure(self._specs)
                 async with await SlotConnection.connect(self._config.source.dsn) as slot:
                     source = await control.connection()
+                    self._session.take_changes_of(source)
                     async with cancelled_by(self._state.stopping):
                         start = await starting_point(
                             slot,
@@ -143,6 +144,7 @@ class Streaming:
                             slot,
                             checkpoint,
                             start.server.lsn,
+                            one_wal=self._session.one_wal,
                             status_every_s=self._status_every_s,
                             silence_s=self._silence_s,
                         )

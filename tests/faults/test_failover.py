@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -11,7 +13,7 @@ import pytest
 
 from cdcsync.demo.cluster import Cluster
 from tests.support.clusters import cut_off
-from tests.support.outages import MakeSimple, configure, stops_at_the_gap_and_heals
+from tests.support.outages import MakeSimple, configure, frozen, make_target, stops_at_the_gap_and_heals
 from tests.support.proxies import Proxy
 from tests.support.servers import Database
 from tests.support.workers import PATIENCE_S, Pipeline, until
@@ -58,6 +60,27 @@ def until_the_standby_has_the_slot(pipeline: Pipeline, standby: Cluster) -> None
             ).fetchone()
 
         until(synced, "the standby to have the slot")
+
+
+def until_the_standby_has_synchronised_the_slot(pipeline: Pipeline, standby: Cluster) -> None:
+    """Wait until a standby with `sync_replication_slots = on` has the slot as it is on the primary."""
+    slot = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = 's' AND NOT temporary"
+    with psycopg.connect(standby.dsn(), autocommit=True) as connection:
+
+        def synchronised() -> bool:
+            connection.execute("SELECT pg_reload_conf()")  # wakes what synchronises slots
+            pipeline.source.execute("SELECT pg_log_standby_snapshot()")
+            there = pipeline.source.execute(slot).fetchone()
+            return connection.execute(slot).fetchone() == there
+
+        until(synchronised, "the standby to have the slot")
+
+
+def until_a_status_is_sent(pipeline: Pipeline) -> None:
+    """Wait until the worker has reported to the source how far it is, after now."""
+    (now,) = pipeline.source.execute("SELECT clock_timestamp()").fetchone() or (None,)
+    sent = "SELECT reply_time > %s FROM pg_stat_replication WHERE application_name LIKE 'cdcsync%%'"
+    until(lambda: pipeline.source.execute(sent, [now]).fetchone() == (True,), pipeline.tail)
 
 
 def write_until_it_breaks(dsn: str, broken: threading.Event) -> None:
@@ -116,6 +139,50 @@ def test_the_index_follows_a_standby_promoted_amid_writes_and_not_the_primary_le
     configure(pipeline, dsn=primary.dsn())
     pipeline.connect_source(primary.dsn())
     stops_at_the_gap_and_heals(pipeline, "left behind by a promotion")
+
+
+@pytest.mark.proof
+def test_a_standby_without_the_last_checkpoint_has_no_acknowledgement_of_it_if_the_index_is_in_the_source(
+    make_pair: MakePair, make_simple: MakeSimple
+) -> None:
+    # The standby has the change but not the commit of its checkpoint, which comes later in the same WAL, and it asks
+    # for the slot's position over a connection of its own.
+    primary, standby = make_pair(
+        {"synchronized_standby_slots": "near"}, {"synchronized_standby_slots": "", "sync_replication_slots": "on"}
+    )
+    make_target(primary)
+    dsn = both(primary, standby)
+    pipeline = make_simple(dsn, dsn.replace("dbname=postgres", "dbname=target"))
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    until_the_standby_has_synchronised_the_slot(pipeline, standby)
+    with ExitStack() as stopped, psycopg.connect(standby.dsn(), autocommit=True) as watching:
+        with pipeline.target.transaction(), psycopg.connect(primary.dsn("target"), autocommit=True) as admin:
+            pipeline.target.execute("SELECT FROM cdcsync.articles_chunks WHERE id = 5 FOR UPDATE")
+            pipeline.source.execute("UPDATE articles SET title = 'the standby has this' WHERE id = 5")
+            until(lambda: admin.execute(f"SELECT count(*) {BLOCKED}").fetchone() != (0,), pipeline.tail)
+            (receiver,) = watching.execute("SELECT pid FROM pg_stat_wal_receiver").fetchone() or (0,)
+            stopped.enter_context(frozen(receiver))
+        applied = "SELECT content = 'the standby has this' FROM cdcsync.articles_chunks WHERE id = 5"
+        until(lambda: pipeline.target.execute(applied).fetchone() == (True,), pipeline.tail)
+        until_a_status_is_sent(pipeline)
+        # The next connection begins at the same checkpoint, which the standby still lacks.
+        pipeline.source.execute(
+            "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_replication WHERE application_name LIKE 'cdcsync%'"
+        )
+        until_a_status_is_sent(pipeline)
+        until_the_standby_has_synchronised_the_slot(pipeline, standby)
+        primary.kill()
+        os.kill(receiver, signal.SIGTERM)  # it ends without reading what was sent to it
+    standby.promote()
+
+    pipeline.connect_source()
+    pipeline.connect_target()
+    pipeline.source.execute("UPDATE articles SET title = 'after the failover' WHERE id % 5 = 1")
+    pipeline.in_step()
+    assert "was promoted before it had everything" in pipeline.event("target_rewound")["error"]
+    assert worker.poll() is None
 
 
 def test_a_promoted_standby_without_the_slot_is_a_gap(

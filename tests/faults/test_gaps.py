@@ -13,7 +13,7 @@ import pytest
 from psycopg import conninfo
 
 from cdcsync.demo.cluster import Cluster
-from tests.support.clusters import copy_of, put_back
+from tests.support.clusters import copy_of, put_back, upgrade
 from tests.support.outages import MakeSimple, all_read, configure, frozen, indexed, stops_at_the_gap_and_heals
 from tests.support.servers import Database
 from tests.support.workers import PATIENCE_S, Pipeline, until
@@ -296,6 +296,32 @@ def test_a_source_restored_from_an_older_backup_is_a_gap(
     pipeline.source.execute("UPDATE articles SET title = 'another life' WHERE id = 1")
 
     stops_at_the_gap_and_heals(pipeline, "branched off at" if recovered else "restored from a backup")
+
+
+@pytest.mark.proof
+def test_a_source_that_was_upgraded_is_read_again_although_it_has_the_slot(
+    make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple
+) -> None:
+    old = make_cluster()
+    if old.version < 17:
+        pytest.skip("pg_upgrade keeps logical slots from PostgreSQL 17 on")
+    pipeline = make_simple(old.dsn(), database.dsn)
+    load(pipeline)
+    pipeline.released()
+    old.stop()
+    new = Cluster(port=old.port)
+    try:
+        new.create()
+        upgrade(old, new)
+        new.start()
+        pipeline.connect_source()
+        assert pipeline.source.execute("SELECT slot_name FROM pg_replication_slots").fetchall() == [("s",)]
+        fixes = [one["hint"] for one in pipeline.answer("check", status=2)["findings"] if one["level"] == "error"]
+        assert any(fix.startswith("after pg_upgrade, ") for fix in fixes), fixes
+
+        stops_at_the_gap_and_heals(pipeline, "pg_upgrade made a new cluster of the old one")
+    finally:
+        new.remove()
 
 
 def test_another_cluster_is_a_gap_and_nothing_is_created_there(

@@ -92,7 +92,7 @@ def test_a_target_that_lost_confirmed_changes_under_a_worker_is_a_gap(
     pipeline.event("target_rewound")
     if on_gap == "stop":
         assert worker.wait(timeout=PATIENCE_S) == 1, pipeline.tail()
-        stops_at_the_gap_and_heals(pipeline, "the target fell back to an older state")
+        stops_at_the_gap_and_heals(pipeline, "the target fell back to an older state (a standby of it was promoted")
     else:
         pipeline.event("resync_requested")
         until(lambda: all_read(pipeline) and pipeline.in_step_now(), pipeline.tail)

@@ -66,7 +66,7 @@ MUTANTS = (
     Mutant(
         "what was received is acknowledged, not what is committed",
         "model/progress.py",
-        "self.acknowledged = self.checkpoint\n        return",
+        "self.acknowledged = self.kept\n        return",
         "self.acknowledged = self.received\n        return",
         words=r"^Wrong: \S+ was acknowledged, beyond the checkpoint",
     ),
@@ -264,7 +264,7 @@ MUTANTS = (
     Mutant(
         "a target that went back is taken for what this worker left",
         "target/pipelines.py",
-        "        if found not in (lease, proposed):\n",
+        "        if not any(one.left(state) for one in (lease, proposed) if one is not None):\n",
         "        if False:\n",
         "chaos",
         "target fails over with loss",

@@ -42,6 +42,7 @@ class Target:
         self.staged: list[Sequence[bytes] | None] = []
         self.looked_ahead = 0
         self.waits_for_all_ahead = False
+        self.wal_end: Lsn | None = None
 
     async def open_writers(self, indexes: object) -> None:
         pass

@@ -94,6 +94,11 @@ class Applier:
         self._backoff.succeeded()
 
     @property
+    def wal_end(self) -> Lsn | None:
+        """Where the WAL ended as the last commit was written, if the source's changes come from that WAL."""
+        return self._session.wal_end
+
+    @property
     def following(self) -> Batch | None:
         """The batch to be applied next, if it was taken while the last one was written."""
         return self._next.batch

@@ -5,7 +5,8 @@
 The rules:
 
 1. A status is sent on time whatever the applier, the target or the embedder do: while there is no room, the receiver
-   waits for room and for the next status, and reads nothing. A status reports as flushed only what is committed.
+   waits for room and for the next status, and reads nothing. A status reports as flushed only what is committed, and
+   kept (`model/progress`).
 2. Silence is not health. While nothing comes, each status that is due asks for a reply; a source that has not sent a
    frame for too long is away.
 3. Events come in the order of the stream; a transaction that was streamed while it was open comes whole, at its
@@ -202,6 +203,7 @@ class Receiver:
         while self._open_batch.applying:
             await self._open_batch.wait_for_applier(self._patience())
             await self._report_when_due()
+        self._progress.hear(self._told)
         await self._slot.send_status(self._progress.received, self._progress.acknowledge())
         crash_point("last status sent")
 
@@ -267,14 +269,14 @@ class Receiver:
     def _patience(self) -> float:
         """Return how long to wait before a status is due, in seconds."""
         left_s = min(self._status_due, self._nudge_due) - anyio.current_time()
-        if self._progress.checkpoint > self._progress.acknowledged or self._open_batch.applying:
+        if self._progress.owed or self._open_batch.applying:
             left_s = min(left_s, PROMPT_STATUS_S)
         return max(0.0, left_s)
 
     async def _report_when_due(self) -> None:
         now = anyio.current_time()
-        moved = self._progress.checkpoint > self._progress.acknowledged
-        prompt = moved and self._status_due - self._status_every_s + PROMPT_STATUS_S <= now
+        self._progress.hear(self._told)
+        prompt = self._progress.owed and self._status_due - self._status_every_s + PROMPT_STATUS_S <= now
         due, nudge = now >= self._status_due or prompt, now >= self._nudge_due
         if due:
             self._status_due = now + self._status_every_s

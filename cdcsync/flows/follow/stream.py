@@ -125,16 +125,24 @@ class Stream:
         return self._applier.failing_for(seconds)
 
     async def follow(
-        self, slot: SlotConnection, checkpoint: Lsn, source_end: Lsn, *, status_every_s: float, silence_s: float
+        self,
+        slot: SlotConnection,
+        checkpoint: Lsn,
+        source_end: Lsn,
+        *,
+        one_wal: bool = False,
+        status_every_s: float,
+        silence_s: float,
     ) -> list[SchemaChanged]:
         """Receive and apply over a connection that has begun to stream at `checkpoint`.
 
         :param source_end: where the source's WAL ended when it was connected.
+        :param one_wal: whether the checkpoint was committed in that WAL.
         :param silence_s: a source that sends nothing for longer is away.
         :returns: why indexes were paused, once that is stored; nothing when it was told to stop.
         :raises SourceUnavailable: the connection ended; call again with a new one.
         """
-        self._progress = Progress(checkpoint)
+        self._progress = Progress(checkpoint, committed_before=source_end if one_wal else None)
         self._lag.begin(checkpoint, silence_s)
         self._applier.begin()
         self._open = self._new_batch()
@@ -239,7 +247,7 @@ class Stream:
                     if not work.due and not paused and not await self._applier.awaited():
                         continue
                     if await self._applier.note_position(work.lsn, caught_up=self._open.nothing_left):
-                        self._progress.commit(work.lsn)
+                        self._progress.commit(work.lsn, wal_end=self._applier.wal_end)
                         if paused:
                             # The end of the transaction had come alone before the batch that paused was written.
                             return list(paused.values())
@@ -259,8 +267,7 @@ class Stream:
             for index, changes in batch.indexes.items():
                 if changes.resolved:
                     self._deliveries[index].resolved(changes.touched_by)
-            if batch.end_lsn is not None:
-                self._progress.commit(batch.end_lsn)
+            self._progress.commit(batch.end_lsn, wal_end=self._applier.wal_end)
             self._accounts.note(batch, outcome, before=before, checkpoint=self._progress.checkpoint)
             self._applied(batch, outcome.seconds)
             self._open.done(batch)

@@ -150,11 +150,11 @@ async def refuse_gap(
     assert state.checkpoint is not None
     if state.system_identifier != server.system_identifier:
         raise GapError(
-            f"this is another cluster than before (system identifier {server.system_identifier},"
-            f" was {state.system_identifier})",
+            f"this is another cluster than before (system identifier {server.system_identifier}, was"
+            f" {state.system_identifier}): pg_upgrade made a new cluster of the old one, or source.dsn leads elsewhere",
             where=where,
-            hint="point source.dsn at the old cluster; if this is the source of another pipeline, give it a slot of its"
-            f" own with source.slot; or {_RESYNC}",
+            hint=f"after pg_upgrade, {_RESYNC}; if source.dsn leads elsewhere, point it at the old cluster; if this is"
+            " the source of another pipeline, give it a slot of its own with source.slot",
         )
     if state.timeline is not None and server.timeline < state.timeline:
         raise GapError(
@@ -186,8 +186,9 @@ async def refuse_gap(
         raise GapError(f"the replication slot {SENDS_PREPARED}", where=where, hint=_RESYNC)
     if slot.confirmed_flush is not None and slot.confirmed_flush > state.checkpoint:
         raise GapError(
-            f"the slot is ahead of the index: it was advanced to {slot.confirmed_flush} by someone else, recreated,"
-            " or the target fell back to an older state",
+            f"the slot is ahead of the index, at {slot.confirmed_flush}: the target fell back to an older state (a"
+            " standby of it was promoted before it had everything, or a backup was restored), or somebody else advanced"
+            " the slot or made it anew",
             where=where,
             hint=_RESYNC,
         )

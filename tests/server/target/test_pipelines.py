@@ -14,6 +14,7 @@ import pytest
 from cdcsync.demo.cluster import Cluster
 from cdcsync.errors import LeaseLost, RunError, TargetRewound, TargetUnavailable
 from cdcsync.lsn import Lsn
+from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target import pipelines
 from cdcsync.target.ddl.shared import create_shared
@@ -39,6 +40,7 @@ async def connection(connect_target: Callable[[], Awaitable[Connection]]) -> Con
 
 
 PIPELINES = Pipelines(SCHEMA, "slot")
+INSERTED = "SELECT pg_current_wal_insert_lsn()::text"
 
 
 async def state(connection: Connection) -> PipelineState:
@@ -241,6 +243,19 @@ async def test_how_far_ahead_of_the_checkpoint_the_index_is_stays_until_the_posi
     await PIPELINES.forget(connection, lease)
     found = await state(connection)
     assert (found.checkpoint, found.ahead, found.reach) == (None, None, None)
+
+
+async def test_a_commit_tells_if_asked_where_the_wal_ended_before_it(connection: Connection) -> None:
+    lease = await PIPELINES.take_over(connection, "me")
+    lease = await PIPELINES.begin_at(connection, lease, Lsn(5), "sys", 1)
+    assert lease.wal_end is None
+    before = Lsn.parse(await fetch_value(connection, INSERTED))
+    lease = await PIPELINES.commit(connection, lease, Lsn(9), wal_end=True)
+    assert lease.wal_end is not None
+    assert before <= lease.wal_end < Lsn.parse(await fetch_value(connection, INSERTED))
+    # It is not one of the values that continue the chain.
+    assert PIPELINES.continued(lease, await state(connection)).wal_end is None
+    assert (await PIPELINES.commit(connection, lease, Lsn(12))).wal_end is None
 
 
 async def test_nothing_is_written_under_an_older_fence(connection: Connection) -> None:

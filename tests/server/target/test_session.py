@@ -12,12 +12,13 @@ import psycopg
 import pytest
 from psycopg.pq import TransactionStatus
 
+from cdcsync.demo.cluster import Cluster
 from cdcsync.errors import LeaseLost, SchemaChanged, SetupError, TargetRewound, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
 from cdcsync.model.pauses import Pause
 from cdcsync.postgres import temporary
-from cdcsync.postgres.sessions import Connection
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.apply import IndexWriter
 from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines
@@ -230,6 +231,25 @@ async def test_a_partial_transaction_leaves_the_checkpoint_and_it_never_moves_ba
         await apply(session, position, articles=changes(document("1", f"text {position}", existed=True)))
         checkpoints.append(await locked.checkpoint())
     assert checkpoints == [10, 30, 30, 30]
+
+
+async def test_where_the_wal_ends_is_asked_for_only_if_the_changes_come_from_it(
+    locked: Pipeline, target: Database, make_cluster: Callable[..., Cluster]
+) -> None:
+    session = await locked.open()
+    await session.begin_at(Lsn(10), "system", 1)
+    found = []
+    for dsn in (make_cluster().dsn(), target.dsn):
+        async with await connect(dsn, "source", application_name="source") as source:
+            session.take_changes_of(source)
+        await apply(session, Lsn(20))
+        found.append((session.one_wal, session.wal_end is not None))
+        # Also over another connection.
+        await locked.broken(session)
+        await session.reopen(SPECS)
+        await apply(session, Lsn(30))
+        found.append((session.one_wal, session.wal_end is not None))
+    assert found == [(False, False), (False, False), (True, True), (True, True)]
 
 
 async def test_a_pipeline_begins_where_it_is_told_also_further_back(locked: Pipeline) -> None:

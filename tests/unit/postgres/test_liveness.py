@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from cdcsync.postgres.liveness import Backend, Seen, lost
+from cdcsync.postgres.liveness import Backend, Seen, lost, same_server
 
 BACKEND = Backend(pid=7, started=1, standby=False, system="a")
 SEEN = Seen(started=1, standby=False, exists=True, state="active", system="a")
@@ -48,3 +48,10 @@ def test_another_server_proves_a_loss_only_if_it_took_the_place_of_the_session_s
 ) -> None:
     elsewhere = replace(SEEN, started=2, exists=False, state=None)
     assert lost(replace(BACKEND, **ours), replace(elsewhere, **seen)) is expected
+
+
+def test_two_sessions_are_of_one_server_if_it_was_started_once_and_a_copy_of_its_cluster_is_another_one() -> None:
+    assert same_server(BACKEND, replace(BACKEND, pid=8))
+    assert not same_server(BACKEND, replace(BACKEND, started=2))
+    assert not same_server(BACKEND, None)
+    assert not same_server(None, BACKEND)

@@ -33,6 +33,7 @@ class Target:
     """A session that is away so many times, and the preparer of its index, which always comes to the same."""
 
     looks_ahead = False
+    wal_end: Lsn | None = None
 
     def __init__(self, changes: ChangeSet, *, away: int = 0) -> None:
         self.changes = changes

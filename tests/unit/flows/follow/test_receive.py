@@ -253,6 +253,19 @@ async def test_a_status_reports_as_flushed_only_what_is_committed(tmp_path: Path
     assert slot.statuses == [(Lsn(21), Lsn(10)), (Lsn(21), Lsn(15))]
 
 
+async def test_what_is_committed_in_the_same_wal_is_reported_once_the_source_has_sent_on(tmp_path: Path) -> None:
+    slot = FakeSlot(data(begin(20), 20), data(commit(20), 21))
+    reception = Reception(tmp_path, slot, status_every_s=0.0)
+    await reception.until_dry()
+    reception.progress.commit(Lsn(21), wal_end=Lsn(30))
+    reception.progress.commit(None, wal_end=Lsn(40))
+    await reception.until_dry()
+    # Also in the middle of a transaction, in which nothing is passed by.
+    slot.frames.extend([data(begin(38), 38), Keepalive(Lsn(40), 0, False)])
+    await reception.until_dry()
+    assert [durable for _, durable in slot.statuses] == [Lsn(10), Lsn(10), Lsn(21)]
+
+
 @pytest.mark.parametrize("spooled", [False, True], ids=["whole", "streamed while it is open"])
 async def test_statuses_are_sent_in_the_middle_of_a_large_transaction(tmp_path: Path, spooled: bool) -> None:
     xid = 7 if spooled else None

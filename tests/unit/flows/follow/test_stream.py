@@ -17,7 +17,7 @@ from cdcsync.flows.follow.accounts import Accounts
 from cdcsync.flows.follow.apply import Applier
 from cdcsync.flows.follow.open_batch import Limits
 from cdcsync.flows.follow.stream import Stream
-from cdcsync.lsn import Lsn
+from cdcsync.lsn import INVALID_LSN, Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.batch import Batch, PageEnd, PageRows
 from cdcsync.model.changeset import ChangeSet
@@ -61,6 +61,7 @@ class FakeTarget:
     def writer(self, index: str) -> None: ...
 
     looks_ahead = False
+    wal_end: Lsn | None = None
 
     async def prepare(self, changes: Any, look_ups: Any) -> Any:
         return changes
@@ -110,6 +111,7 @@ class Followed:
     ) -> None:
         self.slot = FakeSlot(*frames)
         self.target = target or FakeTarget()
+        self.one_wal = False
         self.stopping = anyio.Event()
         self.deliveries = Deliveries()
         self.deliveries.record()
@@ -136,7 +138,12 @@ class Followed:
 
     async def follow(self) -> list[SchemaChanged]:
         return await self.stream.follow(
-            cast(Any, self.slot), CHECKPOINT, SOURCE_END, status_every_s=3_600.0, silence_s=3_600.0
+            cast(Any, self.slot),
+            CHECKPOINT,
+            SOURCE_END,
+            one_wal=self.one_wal,
+            status_every_s=3_600.0,
+            silence_s=3_600.0,
         )
 
     @asynccontextmanager
@@ -173,6 +180,18 @@ async def test_a_transaction_reaches_the_target_is_acknowledged_and_remembered_f
     assert followed.slot.statuses[-1] == (Lsn(31), Lsn(31))
     assert followed.deliveries.hides(("a",), BEFORE)
     assert [batch.transactions for batch in followed.applied] == [1]
+
+
+async def test_a_target_in_the_same_wal_is_acknowledged_from_its_next_commit_on(tmp_path: Path) -> None:
+    followed = Followed(tmp_path, *transaction(30, insert("a")))
+    followed.one_wal, followed.target.wal_end = True, Lsn(35)
+    async with followed.following() as until:
+        await until(lambda: followed.stream.checkpoint == Lsn(31))
+        followed.slot.frames.append(Keepalive(Lsn(40), 0, True))
+        followed.slot.sent.set()
+        await until(lambda: followed.stream.checkpoint == Lsn(40))
+    assert {durable for _, durable in followed.slot.statuses} <= {INVALID_LSN, CHECKPOINT, Lsn(31)}
+    assert followed.slot.statuses[-1][1] == Lsn(31)
 
 
 async def test_the_end_of_a_transaction_of_other_tables_is_committed_alone(tmp_path: Path) -> None:
