@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Self
 
@@ -34,6 +36,42 @@ class Failure(msgspec.Struct, frozen=True):
     delay_s: float
 
 
+class Outages:
+    """What the loops of a worker cannot do for now: a `Backoff` that says what waits joins it with its first failure.
+
+    A worker has a dozen of those loops beside the stream. While one of them cannot reach a server, the stream may flow,
+    and nothing else would tell.
+    """
+
+    def __init__(self) -> None:
+        self._failed: dict[Backoff, None] = {}
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Take those of the loops that are begun in this block, until it ends."""
+        token = _OUTAGES.set(self)
+        try:
+            yield
+        finally:
+            _OUTAGES.reset(token)
+            self._failed.clear()
+
+    def add(self, backoff: Backoff) -> None:
+        """Note that an attempt has failed."""
+        self._failed[backoff] = None
+
+    def lasting(self, seconds: float) -> dict[str, list[str]]:
+        """Return what has failed for so long, by the cause with its fix."""
+        found: dict[str, list[str]] = {}
+        for one in self._failed:
+            if (error := one.failing_for(seconds)) is not None and one.waits not in found.get(error.with_fix, ()):
+                found.setdefault(error.with_fix, []).append(one.waits)
+        return found
+
+
+_OUTAGES: ContextVar[Outages | None] = ContextVar("outages", default=None)
+
+
 class Backoff:
     """Waits after each failure, and longer after each in a row.
 
@@ -54,13 +92,15 @@ class Backoff:
         *,
         first: float = 0.2,
         most: float = 15.0,
-        errors: type[CdcsyncError] = Unavailable,
+        errors: type[CdcsyncError] | tuple[type[CdcsyncError], ...] = Unavailable,
+        waits: str = "",
         until: anyio.Event | None = None,
     ) -> None:
         """Wait between `first` and `most` seconds.
 
         :param failed: called before each wait, to say so.
         :param errors: those for which a retry helps; any other leaves the block.
+        :param waits: what cannot be done meanwhile, in a few words, where a worker should tell of it: see `Outages`.
         :param until: a wait ends early once this is set.
         """
         self._failed = failed
@@ -68,6 +108,7 @@ class Backoff:
         self._most = most
         self._errors = errors
         self._until = until
+        self.waits = waits
         self.failures = 0
         """Failures in a row."""
         self._began_s = 0.0
@@ -92,6 +133,8 @@ class Backoff:
             self._began_s = anyio.current_time()
         self._error = error
         self.failures += 1
+        if self.waits and (outages := _OUTAGES.get()) is not None:
+            outages.add(self)
         if error is not None:
             self._failed(Failure(error, self.failures, round(delay_s, 2)))
         with anyio.move_on_after(delay_s):

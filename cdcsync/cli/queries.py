@@ -11,7 +11,7 @@ from cdcsync.errors import GapError, SourceUnavailable, Unavailable
 if TYPE_CHECKING:
     from cdcsync.config import Config
     from cdcsync.flows.plan import ConfigurationPlan
-    from cdcsync.postgres.sessions import Session
+    from cdcsync.postgres.sessions import Connection, Session
     from cdcsync.preflight import Finding
     from cdcsync.status import Paces, Status
 
@@ -119,10 +119,11 @@ async def _read(config: Config, source: Session, target: Session, paces: Paces) 
     from cdcsync.status import read_status, with_headlines
 
     connected = await target.connection()
+    connected_source: Connection | SourceUnavailable
     try:
         connected_source = await source.connection()
-    except SourceUnavailable:
-        connected_source = None
+    except SourceUnavailable as error:
+        connected_source = error
     status = paces.told(await read_status(config, connected_source, connected))
     return with_headlines(await remembered_by_worker(config, status), config.worker.ready_max_lag_s)
 

@@ -15,10 +15,12 @@ from collections.abc import Callable
 import anyio
 import structlog
 
+from cdcsync.backoff import Backoff, Failure
 from cdcsync.errors import SetupError, SourceUnavailable
+from cdcsync.logs import Told
 from cdcsync.metrics import Metrics
 from cdcsync.postgres.errors import speaking_of
-from cdcsync.postgres.refusals import TOO_MANY_CONNECTIONS
+from cdcsync.postgres.refusals import STILL_RUNS
 from cdcsync.postgres.sessions import Session
 from cdcsync.source.catalog import Slot, read_slot
 
@@ -28,7 +30,7 @@ LOOK_S = 5.0
 """How often the slot is looked at."""
 
 AWAY_LOOK_S = 1.0
-"""How often while the source refuses to answer."""
+"""How soon it is looked at again at first if the source refuses to answer."""
 
 AWAY_LOOKS = 2
 """Looks in a row that the source refuses, after which it is taken to be shutting down: the first may just have found
@@ -98,19 +100,30 @@ async def watch_slot(dsn: str, name: str, metrics: Metrics, source_ends: Callabl
     :param source_ends: called at every second look in a row that the source refuses: a server that is shut down
         waits until what it has sent is flushed here, and that may take a connection to it, or the target.
     """
-    retention, away = Retention(metrics), 0
+    retention, told = Retention(metrics), Told()
+
+    def failed(failure: Failure) -> None:
+        error = failure.error
+        if told.anew(error):
+            log.warning("slot_watch_waits", error=str(error), fix=error.hint)
+        retention.look_at(None)
+        # A server without a free connection, for example, still sends: its stream has a place of its own.
+        ends = isinstance(error, SourceUnavailable) and error.sqlstate not in STILL_RUNS
+        if ends and failure.attempt % AWAY_LOOKS == 0:
+            source_ends()
+
+    backoff = Backoff(
+        failed,
+        first=AWAY_LOOK_S,
+        most=LOOK_S,
+        errors=(SourceUnavailable, SetupError),
+        waits="the slot is not watched",
+    )
     async with Session(dsn, "source", application_name="cdcsync slot") as source:
         while True:
-            try:
+            async with backoff:
                 with speaking_of("source"):
                     retention.look_at(await read_slot(await source.connection(), name))
-                away = 0
-            except (SourceUnavailable, SetupError) as error:
-                log.debug("slot_watch_waits", error=str(error))
-                retention.look_at(None)
-                # A server without a free connection still sends: its stream has a place of its own.
-                if isinstance(error, SourceUnavailable) and error.sqlstate != TOO_MANY_CONNECTIONS:
-                    away += 1
-                    if away % AWAY_LOOKS == 0:
-                        source_ends()
-            await anyio.sleep(AWAY_LOOK_S if away else LOOK_S)
+                backoff.succeeded()
+                told.over()
+                await anyio.sleep(LOOK_S)

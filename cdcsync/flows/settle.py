@@ -156,7 +156,9 @@ class Settle:
 
     async def run(self) -> None:
         """Settle until cancelled, connecting again whenever the target was away."""
-        backoff = Backoff(lambda failure: log.warning("settling_waits", error=str(failure.error)))
+        backoff = Backoff(
+            lambda failure: log.warning("settling_waits", error=str(failure.error)), waits="vectors do not settle"
+        )
         try:
             async with anyio.create_task_group() as self._tasks:
                 while True:

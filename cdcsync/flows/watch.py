@@ -15,6 +15,7 @@ import anyio
 import msgspec
 import structlog
 
+from cdcsync.backoff import Backoff, Failure
 from cdcsync.config import Config
 from cdcsync.config.names import beside_name, own_name
 from cdcsync.errors import (
@@ -34,6 +35,7 @@ from cdcsync.flows.setup.differences import (
 )
 from cdcsync.flows.setup.indexes import outdated
 from cdcsync.flows.truncations import Truncations
+from cdcsync.logs import Told
 from cdcsync.lsn import Lsn
 from cdcsync.model.pauses import Pause, Pauses
 from cdcsync.model.requests import Request
@@ -130,22 +132,29 @@ class Watch:
         :raises TablesChanged: an index needs to be examined again, or can be followed again.
         :raises RunError: a newer version of cdcsync has upgraded our tables.
         """
+        told = Told()
+
+        def failed(failure: Failure) -> None:
+            if told.anew(failure.error):
+                log.warning("watch_waits", error=str(failure.error), fix=failure.error.hint)
+
+        # A table that is dropped while its columns are read is an error of the set-up; the next look tells more.
+        backoff = Backoff(failed, most=WATCH_S, errors=(Unavailable, SetupError), waits="the tables are not watched")
         async with (
             Session(self._config.source.dsn, "source", application_name="cdcsync watch") as source,
             Session(self._config.target.dsn, "target", application_name="cdcsync watch") as target,
         ):
             while True:
                 self._nudged = anyio.Event()
-                try:
+                async with backoff:
                     # Whoever asks for something in the target need not wait for the source.
                     stored = await self._look_at_target(target)
                     await self._look_at_tables(source, target, stored)
-                except (Unavailable, SetupError) as error:
-                    # A table that is dropped while its columns are read is an error too; the next look tells more.
-                    log.debug("watch_waits", error=str(error))
-                with anyio.move_on_after(AWAITED_S if self._truncations.awaited else WATCH_S):
-                    await self._nudged.wait()
-                    await anyio.sleep(NUDGED_S)
+                    backoff.succeeded()
+                    told.over()
+                    with anyio.move_on_after(AWAITED_S if self._truncations.awaited else WATCH_S):
+                        await self._nudged.wait()
+                        await anyio.sleep(NUDGED_S)
 
     async def _look_at_target(self, target: Session) -> _Stored:
         """Return what is stored of the indexes, and see that nobody asks for anything that only a start can do.

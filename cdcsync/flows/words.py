@@ -17,7 +17,7 @@ import anyio
 import structlog
 from psycopg import sql
 
-from cdcsync.backoff import Cooldown
+from cdcsync.backoff import Backoff, Cooldown
 from cdcsync.errors import CdcsyncError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
@@ -61,7 +61,9 @@ async def count_words_for_ever(dsn: str, schema: str, specs: Sequence[IndexSpec]
     async with Session(
         dsn, "target", application_name="cdcsync words", idle_s=IDLE_S, lock_wait_ms=SHARED_LOCK_WAIT_MS, works=True
     ) as target:
-        await _for_ever(target, specs, count, failed, lambda took_s: max(LOOK_EVERY_S, took_s / SHARE))
+        await _for_ever(
+            target, specs, count, failed, "words are not counted", lambda took_s: max(LOOK_EVERY_S, took_s / SHARE)
+        )
 
 
 async def enter_words_for_ever(dsn: str, schema: str, specs: Sequence[IndexSpec]) -> None:
@@ -77,7 +79,7 @@ async def enter_words_for_ever(dsn: str, schema: str, specs: Sequence[IndexSpec]
         log.warning("words_not_entered", index=spec.name, error=str(error), fix=error.hint)
 
     async with Session(dsn, "target", application_name="cdcsync pending words") as target:
-        await _for_ever(target, specs, enter, failed, lambda _: ENTER_EVERY_S)
+        await _for_ever(target, specs, enter, failed, "words are not entered", lambda _: ENTER_EVERY_S)
 
 
 async def _for_ever(
@@ -85,30 +87,35 @@ async def _for_ever(
     specs: Sequence[IndexSpec],
     work: Callable[[Connection, IndexSpec], Awaitable[None]],
     failed: Callable[[IndexSpec, CdcsyncError], None],
+    waits: str,
     pause_s: Callable[[float], float],
 ) -> None:
     """Work on each index that has words, one after the other, again and again.
 
     :param failed: called with an index whose work failed, which is left alone for a while.
+    :param waits: what cannot be done while the target is away.
     :param pause_s: how long to wait after a round that took so long.
     """
     searchable = [spec for spec in specs if spec.config.search is not None]
     cooldowns = {spec.name: Cooldown() for spec in searchable}
+    backoff = Backoff(lambda failure: log.warning("words_wait", error=str(failure.error)), waits=waits)
     while searchable:
-        started = anyio.current_time()
-        for spec in searchable:
-            # One index may lack what another has: memory for its index, or a text search configuration.
-            if not cooldowns[spec.name].over:
-                continue
-            try:
+        async with backoff:
+            started = anyio.current_time()
+            for spec in searchable:
+                # One index may lack what another has: memory for its index, or a text search configuration.
+                if not cooldowns[spec.name].over:
+                    continue
                 connection = await target.connection()
-                with speaking_of("target", where=f"index {spec.name}"):
-                    await work(connection, spec)
-                cooldowns[spec.name].succeeded()
-            except CdcsyncError as error:
-                failed(spec, error)
-                cooldowns[spec.name].failed(error)
-        await anyio.sleep(pause_s(anyio.current_time() - started))
+                try:
+                    with speaking_of("target", where=f"index {spec.name}"):
+                        await work(connection, spec)
+                    cooldowns[spec.name].succeeded()
+                except CdcsyncError as error:
+                    failed(spec, error)
+                    cooldowns[spec.name].failed(error)
+            backoff.succeeded()
+            await anyio.sleep(pause_s(anyio.current_time() - started))
 
 
 async def _written(connection: Connection, schema: str, spec: IndexSpec) -> tuple[int, int, int | None] | None:

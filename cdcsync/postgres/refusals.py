@@ -14,6 +14,11 @@ from cdcsync.config.names import quote
 from cdcsync.postgres.passfile import to_edit
 
 TOO_MANY_CONNECTIONS = "53300"
+_NOT_GRANTED = "42501"
+_CLOSED = "55000"
+
+STILL_RUNS = (TOO_MANY_CONNECTIONS, _NOT_GRANTED, _CLOSED)
+"""The codes by which a server lets nobody in for now, and goes on serving those who are in."""
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -204,7 +209,11 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
     ),
     (
         r'database "(?P<database>[^"]*)" is not currently accepting connections',
-        Refusal("database {database} takes no connections", "ALTER DATABASE {database} ALLOW_CONNECTIONS true"),
+        Refusal(
+            "database {database} takes no connections",
+            "ALTER DATABASE {database} ALLOW_CONNECTIONS true",
+            sqlstate=_CLOSED,
+        ),
     ),
     (
         r'cannot connect to invalid database "(?P<database>[^"]*)"',
@@ -218,6 +227,7 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
         Refusal(
             "the role may not connect to database {database}",
             "GRANT CONNECT ON DATABASE {database} to the role in the DSN",
+            sqlstate=_NOT_GRANTED,
         ),
     ),
     (

@@ -35,22 +35,28 @@ from cdcsync.postgres.settings import (
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
-_ADMIT: ContextVar[Callable[[Connection], Awaitable[None]] | None] = ContextVar("admit", default=None)
+Admit = Callable[[Connection], Awaitable[None]]
+Refused = Callable[[SetupError], Awaitable[None]]
+
+_ADMITTING: ContextVar[tuple[Admit, Refused] | None] = ContextVar("admitting", default=None)
 
 
 @contextlib.contextmanager
-def admitting(admit: Callable[[Connection], Awaitable[None]]) -> Iterator[None]:
-    """Have each session with the target admitted before its use that is opened in this block or in a task begun there.
+def admitting(admit: Admit, refused: Refused) -> Iterator[None]:
+    """Answer for each session that is opened in this block or in a task begun there.
 
-    A worker has a dozen of them, and one that was forgotten would write behind a successor's back.
+    A worker has a dozen of them. One that was forgotten would write behind a successor's back. If a server refuses a
+    session, that is no fault of the index or the request that it was opened for.
 
-    :param admit: raises what is to be raised where the session is not admitted.
+    :param admit: called with each session with the target before its use; raises what is to be raised where it is not
+        admitted.
+    :param refused: called where waiting does not help, before whoever asked for the session hears of it.
     """
-    token = _ADMIT.set(admit)
+    token = _ADMITTING.set((admit, refused))
     try:
         yield
     finally:
-        _ADMIT.reset(token)
+        _ADMITTING.reset(token)
 
 
 IDLE_S = 20.0
@@ -90,8 +96,32 @@ async def connect(
         help.
     :raises SourceUnavailable, TargetUnavailable: the server does not answer now.
     """
-    where = f"{side} ({describe(dsn)})"
-    settings = conninfo_for(dsn, application_name=application_name)
+    admit, refused = _ADMITTING.get() or (None, None)
+    try:
+        settings = conninfo_for(dsn, application_name=application_name)
+        return await _open(
+            *(settings, side, f"{side} ({describe(dsn)})"),
+            admit=admit if side == "target" else None,
+            autocommit=autocommit,
+            lock_wait_ms=lock_wait_ms,
+            works=works,
+        )
+    except SetupError as error:
+        if refused is not None:
+            await refused(error)
+        raise
+
+
+async def _open(
+    settings: str,
+    side: Side,
+    where: str,
+    *,
+    admit: Admit | None,
+    autocommit: bool,
+    lock_wait_ms: int | None,
+    works: bool,
+) -> WatchedConnection:
     connection = await _log_in(settings, side, where)
     here = at_its_host(connection, settings)
     connection.watch(here)
@@ -104,7 +134,7 @@ async def connect(
             if connection.backend.pid != connection.info.backend_pid:
                 await _refuse_shared(connection, here, side, where)
             await _set_up(connection, side, lock_wait_ms, works=works)
-            if side == "target" and (admit := _ADMIT.get()) is not None:
+            if admit is not None:
                 await admit(connection)
             await connection.set_autocommit(autocommit)
     except TimeoutError:

@@ -99,7 +99,7 @@ def _of_worker(status: Status) -> Headline | None:
     if status.slot is not None and status.slot.wal_status == "lost":
         return Headline("the slot has lost WAL", "bad")
     if status.caught_up is None:
-        return Headline("the source does not answer, so the lag is unknown", "bad")
+        return Headline("the source cannot be read, so the lag is unknown", "bad")
     return None
 
 

@@ -36,7 +36,7 @@ from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.version import require_upgraded
 
 
-async def read_status(config: Config, source: Connection | CdcsyncError | None, target: Connection) -> Status:
+async def read_status(config: Config, source: Connection | CdcsyncError, target: Connection) -> Status:
     """Read the status from both servers.
 
     What cannot be read of the source, of an index or of a table in which workers note something is among the problems.

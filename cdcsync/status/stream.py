@@ -10,7 +10,7 @@ import msgspec
 import psycopg
 
 from cdcsync.config import Config, QualifiedName
-from cdcsync.errors import CdcsyncError, SourceUnavailable
+from cdcsync.errors import CdcsyncError
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import READERS_WAIT, WRITERS_WAIT, Lock, exclusive_locks
@@ -39,20 +39,16 @@ _GAP_REMEDY = 'docs/operations.md, "After a gap", says how to continue'
 
 
 async def read_source(
-    config: Config, source: Connection | CdcsyncError | None, problems: list[str]
+    config: Config, source: Connection | CdcsyncError, problems: list[str]
 ) -> tuple[Lsn | None, Slot | None]:
     """Return the end of the source's WAL, None if it cannot be read, and the slot."""
-    error = source
     if isinstance(source, psycopg.AsyncConnection):
         try:
             with speaking_of("source"):
                 return await current_lsn(source), await read_slot(source, config.source.slot)
-        except CdcsyncError as why:
-            error = why
-    if isinstance(error, CdcsyncError) and not isinstance(error, SourceUnavailable):
-        problems.append(f"the source cannot be read, so lag and slot are unknown: {error.with_fix}")
-    else:
-        problems.append("the source cannot be reached, so lag and slot are unknown: check that it runs")
+        except CdcsyncError as error:
+            source = error
+    problems.append(f"the source cannot be read, so lag and slot are unknown: {source.with_fix}")
     return None, None
 
 

@@ -14,9 +14,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Literal
 
 import anyio
+import anyio.lowlevel
 import msgspec
 import structlog
 
+from cdcsync.backoff import Outages
 from cdcsync.config import Config, RemoteEmbedder, tokens_per_day
 from cdcsync.config.names import own_name
 from cdcsync.documents.chunks import make_chunker
@@ -213,6 +215,7 @@ class Pipeline:
             unapproved={name: one.change for name, one in held.items()},
         )
         self.stream.described = self.watch.look
+        self.outages = state.outages = Outages()
         self.comparing: dict[str, str] = {}
         """Whose transactions the comparison of an index waits for."""
         state.problems = ChainMap(self.watch.problems, self.embedding.problems, self.comparing, self.backfills.problems)
@@ -328,15 +331,20 @@ class Pipeline:
                     ending.start_soon(self.end_in_time, tasks.cancel_scope)
                     tasks.start_soon(self.state.gauges_for_ever)  # reads, over a session that outlives this pipeline
 
+                    async def end(error: CdcsyncError) -> None:
+                        lost.append(error)
+                        tasks.cancel_scope.cancel()
+                        # Whoever works for one index or request would take it for an error of that.
+                        await anyio.lowlevel.checkpoint()
+
                     async def admit(connection: Connection) -> None:
                         try:
                             await self.session.admit(connection)
                         except (LeaseLost, TargetRewound, RunError) as error:
-                            lost.append(error)
-                            tasks.cancel_scope.cancel()  # who works for one index takes it for that index's error
+                            await end(error)
                             raise
 
-                    with admitting(admit):
+                    with admitting(admit, lambda error: end(RunError.of(error))), self.outages.noted():
                         self._begin(tasks)
                         paused = await self.streaming.run()
                     tasks.cancel_scope.cancel()

@@ -18,6 +18,7 @@ import msgspec
 import structlog
 
 from cdcsync import tracing
+from cdcsync.backoff import Outages
 from cdcsync.config import Config
 from cdcsync.errors import CdcsyncError, EmbedderUnavailable, TargetUnavailable, Unavailable
 from cdcsync.flows.embed import Dispatcher
@@ -81,6 +82,8 @@ class WorkerState:
         self._lag: Lag | None = None
         self._checkpoint: Callable[[], Lsn] = lambda: Lsn(0)
         self._failing_for: Callable[[float], CdcsyncError | None] = lambda seconds: None
+        self.outages = Outages()
+        """What waits beside the stream, and why."""
         self.problems: Mapping[str, str] = {}
         """Problems of the application's writes to indexed tables, and of what vectors, pages and comparisons wait for,
         by index."""
@@ -229,6 +232,7 @@ class WorkerState:
             reasons.append("nothing has been heard from the source lately, so the lag is unknown")
         if (why := self._why_unread or (self._why_not_followed if self._connected else None)) is not None:
             reasons.append(why)
+        reasons += self._why_others_wait
         reasons += [
             f"embedder {name}: {dispatcher.problem}"
             for name, dispatcher in self._dispatchers.items()
@@ -326,6 +330,13 @@ class WorkerState:
         return None if error is None else f"{what}: {error.with_fix}"
 
     @property
+    def _why_others_wait(self) -> list[str]:
+        """Why loops beside the stream cannot work, for a while already; without a cause that stops the stream, too."""
+        told = self._why_not_followed or ""
+        lasting = self.outages.lasting(AWAY_S)
+        return [f"{', '.join(waits)}: {cause}" for cause, waits in lasting.items() if cause not in told]
+
+    @property
     def _unheard_bytes(self) -> int:
         """How much WAL the source had at the last look that it had not sent by then; 0 when that is not known."""
         if self._lag is None or not self._lag.heard_lately or self.last is None:
@@ -355,6 +366,7 @@ class WorkerState:
             why = self._why_not_followed
         if why is not None and not by_another:
             status = as_waiting(status, worker_name(), why)
+        status = msgspec.structs.replace(status, problems=[*status.problems, *self._why_others_wait])
         status = with_problems(status, self.problems)
         self._note_unreadable(status)
         self.last = status

@@ -5,13 +5,14 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from cdcsync.backoff import Backoff, Cooldown, Failure, backoff_s
+from cdcsync.backoff import Backoff, Cooldown, Failure, Outages, backoff_s
 from cdcsync.errors import CdcsyncError, GapError, SourceUnavailable, TargetUnavailable
 from tests.support.virtual import in_virtual_time
 
 pytestmark = pytest.mark.anyio
 
 AWAY = SourceUnavailable("no answer", where="source")
+FULL = SourceUnavailable("all connections are in use", where="source", hint="close some")
 
 
 @pytest.mark.parametrize(("attempt", "bound"), [(0, 1.0), (1, 2.0), (3, 8.0), (5, 10.0), (10_000, 10.0)])
@@ -63,6 +64,33 @@ def test_what_failures_in_a_row_end_with_is_told_once_they_have_lasted() -> None
         return [*told, backoff.failing_for(10.0)]
 
     assert in_virtual_time(main) == [None, None, AWAY, None, None]
+
+
+def test_what_waits_for_a_cause_is_told_by_cause_from_when_it_has_lasted_until_it_is_over() -> None:
+    async def main() -> list[dict[str, list[str]]]:
+        outages, told = Outages(), []
+        with outages.noted():
+            loops = [Backoff(waits=waits) for waits in ("the audit waits", "backfills wait", "backfills wait", "")]
+            for asked_s in (4.0, 7.0):
+                for loop in loops:
+                    await loop.wait(FULL, asked_s=asked_s / len(loops))
+                told.append(outages.lasting(10.0))
+            loops[0].succeeded()
+            told.append(outages.lasting(10.0))
+        return [*told, outages.lasting(10.0)]
+
+    waits = ["the audit waits", "backfills wait"]
+    assert in_virtual_time(main) == [{}, {FULL.with_fix: waits}, {FULL.with_fix: waits[1:]}, {}]
+
+
+def test_outside_of_a_worker_nobody_is_told_of_what_waits() -> None:
+    async def main() -> dict[str, list[str]]:
+        outages, loop = Outages(), Backoff(waits="the audit waits")
+        for _ in range(3):
+            await loop.wait(AWAY, asked_s=10.0)
+        return outages.lasting(10.0)
+
+    assert in_virtual_time(main) == {}
 
 
 async def test_a_wait_ends_early_once_it_is_told_to() -> None:

@@ -64,7 +64,7 @@ async def compare_for_ever(
     :param problems: takes whose transactions the comparison of an index waits for.
     """
     queue = Queue(schema)
-    backoff = Backoff(_waits)
+    backoff = Backoff(_waits, first=POLL_S, waits="comparisons wait")
     locked = {name: LockedOut(name, spec.single_tables, written_tables(schema, spec)) for name, spec in specs.items()}
     async with (
         Session(source_dsn, "source", application_name="cdcsync compare") as source,
@@ -83,6 +83,7 @@ async def compare_for_ever(
                     continue
                 spec = specs[request.index]
                 comparing = await source.connection(), await target.connection()
+                backoff.succeeded()  # a comparison may take hours
                 try:
                     note = noted(problems, request.index)
                     await _serve(*comparing, schema, spec, deliveries[request.index], reach, request, note)

@@ -172,7 +172,7 @@ class RollingAudit:
         def failed(failure: Failure) -> None:
             log.warning("audit_waits", error=str(failure.error), attempt=failure.attempt)
 
-        backoff = Backoff(failed, first=1.0, most=60.0, errors=CdcsyncError)
+        backoff = Backoff(failed, first=1.0, most=60.0, errors=CdcsyncError, waits="the audit waits")
         while True:
             async with backoff, self._source, self._target:
                 while True:
@@ -187,9 +187,9 @@ class RollingAudit:
                         one.restart()
                         one.anew = error.retry is not Retry.AUTOMATIC
                         one.due = anyio.current_time() + NOT_LIVE_S
-                        if await one.locked.note(error, self._source, self._target):
-                            continue  # the others are compared meanwhile
-                        raise
+                        # If its tables are locked, the others are compared meanwhile.
+                        if not await one.locked.note(error, self._source, self._target):
+                            raise
                     backoff.succeeded()
 
     async def _advance(self, one: _Comparison) -> None:

@@ -97,6 +97,9 @@ class Backfills:
         self._deliveries = deliveries
         self._page_rows = page_rows
         self._max_rows_per_s = max_rows_per_s
+        self._backoff = Backoff(
+            lambda failure: log.warning("backfill_waits", error=str(failure.error)), waits="backfills wait"
+        )
         self._own_pace: int | None = None
         """That of the request which is served."""
         self._served: str | None = None
@@ -131,17 +134,16 @@ class Backfills:
 
     async def run(self) -> None:
         """Serve requests until cancelled, connecting again whenever a server was away."""
-        backoff = Backoff(lambda failure: log.warning("backfill_waits", error=str(failure.error)))
         while True:
-            async with backoff, AsyncExitStack() as stack:
+            async with self._backoff, AsyncExitStack() as stack:
                 stack.push_async_callback(self._source.aclose)
                 stack.push_async_callback(self._target.aclose)
                 target = await self._target.connection()
                 with speaking_of("target"):
                     await target.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._queue.channel)))
-                backoff.succeeded()
                 while True:
                     await self._serve_next(target)
+                    self._backoff.succeeded()
 
     async def _serve_next(self, target: Connection) -> None:
         request = await self._next(target)
@@ -201,8 +203,10 @@ class Backfills:
     async def _serve(self, target: Connection, request: Request) -> None:
         spec, table, pages = self._specs[request.index], self._tables[request.index], self._pages[request.index]
         with speaking_of("source", where=str(spec.shape.table)):
+            source = await self._source.connection()
+            self._backoff.succeeded()  # both servers answer, however long it takes to read a table
             if request.up_to is not None:
-                bound = await table.up_to(await self._source.connection(), request.up_to)
+                bound = await table.up_to(source, request.up_to)
                 bound = bound if request.filter is None else f"({request.filter}) AND ({bound})"
                 request = msgspec.structs.replace(request, filter=bound)
             total = await self._estimate(table, request)

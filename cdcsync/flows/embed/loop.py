@@ -92,7 +92,7 @@ class EmbedLoop:
         them."""
         # One batch more than can be embedded at a time is under way, which is stored meanwhile.
         self._slots = anyio.Semaphore(dispatcher.places + 1)
-        self._target_outage = Backoff(self._target_away)
+        self._target_outage = Backoff(self._target_away, waits="vectors are not stored")
         self._held = False
         self._locked_out = False
         """Whether another session was last seen to hold the tables."""

@@ -41,8 +41,9 @@ async def evaluate_for_ever(
         while True:
             async with backoff:
                 for spec in specs:
+                    connection = await target.connection()
                     try:
-                        await _evaluate_live(await target.connection(), schema, spec, budget)
+                        await _evaluate_live(connection, schema, spec, budget)
                     except CdcsyncError as error:
                         log.warning("evaluation_failed", index=spec.name, error=str(error), fix=error.hint)
                         if away(error, "target"):

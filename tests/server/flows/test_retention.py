@@ -49,15 +49,25 @@ async def test_a_source_that_refuses_connections_is_told_of_for_as_long_as_it_do
         tasks.cancel_scope.cancel()
 
 
-async def test_a_running_source_that_has_no_connection_left_for_our_role_is_none_that_ends(
-    make_cluster: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "ALTER ROLE ann CONNECTION LIMIT 0",
+        "ALTER DATABASE app ALLOW_CONNECTIONS false",
+        "REVOKE CONNECT ON DATABASE app FROM public",
+    ],
+)
+async def test_a_running_source_that_lets_our_role_in_no_more_is_none_that_ends(
+    make_cluster: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch, refusal: str
 ) -> None:
     # The stream goes on, and could not be opened again.
     monkeypatch.setattr(retention, "AWAY_LOOK_S", 0.1)
     monkeypatch.setattr(retention, "LOOK_S", 0.1)
     source = make_cluster()
     with psycopg.connect(source.dsn(), autocommit=True) as admin:
-        admin.execute("CREATE ROLE ann LOGIN CONNECTION LIMIT 0")
+        admin.execute("CREATE ROLE ann LOGIN")
+        admin.execute("CREATE DATABASE app")
+        admin.execute(refusal.encode())
     looks: list[object] = []
     monkeypatch.setattr(Retention, "look_at", lambda _, slot: looks.append(slot))
 
@@ -66,7 +76,7 @@ async def test_a_running_source_that_has_no_connection_left_for_our_role_is_none
 
     async with anyio.create_task_group() as tasks:
         given_up: list[None] = []
-        tasks.start_soon(watch_slot, source.dsn(user="ann"), "cdcsync", Metrics(), lambda: given_up.append(None))
+        tasks.start_soon(watch_slot, source.dsn("app", "ann"), "cdcsync", Metrics(), lambda: given_up.append(None))
         await eventually(often)
         assert (set(looks), given_up) == ({None}, [])
         tasks.cancel_scope.cancel()

@@ -48,13 +48,13 @@ async def refused(dsn: str, side: Side = "target") -> CdcsyncError:
             "ALTER DATABASE {database} ALLOW_CONNECTIONS false",
             "database {database} takes no connections",
             "ALTER DATABASE {database} ALLOW_CONNECTIONS true",
-            None,
+            "55000",
         ),
         (
             "REVOKE CONNECT ON DATABASE {database} FROM public",
             "the role may not connect to database {database}",
             "GRANT CONNECT ON DATABASE {database} to the role in the DSN",
-            None,
+            "42501",
         ),
         (
             "UPDATE pg_database SET datconnlimit = -2 WHERE datname = '{database}'",  # as a DROP DATABASE leaves it

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from cdcsync.errors import SetupError, TargetUnavailable
+from cdcsync.errors import SetupError, SourceUnavailable, TargetUnavailable
 from cdcsync.status import read_status
 from tests.support.statuses import Pipeline, problem
 
@@ -33,12 +33,14 @@ async def test_another_pipelines_tables_are_not_ours(make_stopped: Callable[...,
 
 
 async def test_a_source_that_is_away_leaves_lag_and_slot_unknown(stopped: Pipeline) -> None:
-    without = await read_status(stopped.config, None, stopped.target)
+    full = SourceUnavailable("role ann has as many connections as it may", where="source", hint="raise its limit")
+    without = await read_status(stopped.config, full, stopped.target)
     await stopped.source.close()
     broken = await stopped.status()
+    assert problem(without, "the source cannot be read").endswith(f"unknown: {full.with_fix}")
     for status in (without, broken):
         assert (status.lag_bytes, status.lag_seconds, status.caught_up, status.slot) == (None, None, None, None)
-        assert problem(status, "the source cannot be reached")
+        assert problem(status, "the source cannot be read, so lag and slot are unknown")
         assert problem(status, "no worker runs")
         assert status.indexes["articles"].state == "live"
         assert status.checkpoint is not None

@@ -122,7 +122,7 @@ def test_texts_that_wait_for_an_embedder_that_fails_are_said_with_its_reason() -
     ("fields", "words"),
     [
         ({"worker": WorkerStatus(None, False, None)}, "no worker runs"),
-        ({"caught_up": None, "lag_seconds": None}, "the source does not answer, so the lag is unknown"),
+        ({"caught_up": None, "lag_seconds": None}, "the source cannot be read, so the lag is unknown"),
     ],
 )
 def test_what_concerns_the_worker_goes_before_its_indexes(fields: dict[str, Any], words: str) -> None:

@@ -15,9 +15,10 @@ import msgspec
 import pytest
 
 from cdcsync import config
+from cdcsync.backoff import Backoff
 from cdcsync.config import parse
 from cdcsync.embedders.hashing import HashEmbedder
-from cdcsync.errors import EmbedderUnavailable, SetupError, TargetUnavailable
+from cdcsync.errors import EmbedderUnavailable, SetupError, SourceUnavailable, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.embedding import Problem
 from cdcsync.model.lag import Lag
@@ -67,6 +68,30 @@ async def test_before_it_follows_anything_a_worker_tells_what_it_waits_for() -> 
     assert not state.standby
     state.connected(True)
     assert state.not_ready() == ["the set-up waits: the source starts up"]
+
+
+def test_what_waits_beside_the_stream_is_told_unless_its_cause_stops_the_stream_too() -> None:
+    full = SourceUnavailable("all connections are in use", where="source", hint="close some")
+
+    async def main() -> list[list[str]]:
+        state, lag, told = WorkerState(CONFIG), Lag(lambda: 1_000.0, lambda: 0.0), []
+        lag.begin(Lsn(0x100), 60.0)
+        lag.note(None, caught_up=True)
+        state.connected(True)
+        with state.outages.noted():
+            watch, backfills = Backoff(waits="the tables are not watched"), Backoff(waits="backfills wait")
+            for _ in range(2):
+                for one in (watch, backfills):
+                    await one.wait(full, asked_s=AWAY_S)
+            for failing_for in (lambda _: None, lambda _: full):
+                state.attach(lag, lambda: Lsn(0x100), failing_for, {}, lambda _: None)
+                told.append(state.not_ready())
+        return told
+
+    assert in_virtual_time(main) == [
+        ["the tables are not watched, backfills wait: all connections are in use; close some"],
+        ["changes cannot be applied: all connections are in use; close some"],
+    ]
 
 
 @pytest.mark.parametrize(
