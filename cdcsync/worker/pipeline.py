@@ -111,12 +111,14 @@ class Pipeline:
         known: set[str],
         builds: Builds,
         look_again: Callable[[], Awaitable[None]],
+        before: Pipeline | None = None,
     ) -> None:
         """Make the parts.
 
         :param known: the indexes that an earlier pipeline of this worker has set up; takes those that this one does.
         :param builds: the worker's; those that the specs want go on.
         :param look_again: examines everything for the next pipeline, while this one still works.
+        :param before: the worker's last pipeline, which is closed.
         """
         self.config = config
         self._look_again = look_again
@@ -127,7 +129,8 @@ class Pipeline:
         self.specs = specs
         metrics = state.metrics
         source_dsn, target_dsn, schema = config.source.dsn, config.target.dsn, config.target.schema
-        self.session = ApplySession(target_dsn, schema, config.source.slot)
+        last = None if before is None else before.session
+        self.session: ApplySession = ApplySession(target_dsn, schema, config.source.slot, before=last)
         self.reads = Session(source_dsn, "source", application_name="cdcsync re-read", idle_s=IDLE_S)
         self.lag = Lag(time.time, anyio.current_time)
         self.limits = Limits(config.worker.batch_rows, config.worker.batch_bytes)

@@ -158,6 +158,7 @@ async def _work_through_schema_changes(
     builds = Builds(config.target.dsn, config.target.schema, tasks)
     ahead: list[Report] = []
     """The examination for the next pipeline, if it was made while the one before still worked."""
+    pipeline: Pipeline | None = None
     refused: list[str] = []
     """What a server said to the last set-ups, where that was the same each time."""
 
@@ -191,6 +192,7 @@ async def _work_through_schema_changes(
             known=known,
             builds=builds,
             look_again=look_again,
+            before=pipeline,
         )
         paused: list[SchemaChanged] = []
         before, refused = refused, []
