@@ -158,6 +158,8 @@ async def _work_through_schema_changes(
     builds = Builds(config.target.dsn, config.target.schema, tasks)
     ahead: list[Report] = []
     """The examination for the next pipeline, if it was made while the one before still worked."""
+    noted: Report | None = None
+    """The examination that is gone by: it holds for the other indexes if the set-up of some is refused."""
     pipeline: Pipeline | None = None
     refused: list[str] = []
     """What a server said to the last set-ups, where that was the same each time."""
@@ -170,16 +172,18 @@ async def _work_through_schema_changes(
     while not state.stopping.is_set():
         broken = pauses.standing(report.broken, anyio.current_time())
         seen = {plan.name: plan.seen for plan in report.plans}
-        for plan in report.plans:
-            if plan.name in report.broken and not plan.unfit:
-                pauses.note_standing(plan.name, anyio.current_time())
+        if report is not noted:
+            noted = report
+            for plan in report.plans:
+                if plan.name in report.broken and not plan.unfit:
+                    pauses.note_standing(plan.name, anyio.current_time())
         examined = msgspec.structs.replace(state.config, indexes=report.indexes)
         try:
             held = await _hold(state, report, [spec for spec in report.specs if spec.name not in broken], embedders)
         except SchemaChanged as error:
             log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
-            pauses.note(error, anyio.current_time(), seen.get(error.index))
-            held = None
+            pauses.note(error, anyio.current_time(), seen.get(error.index), refused=True)
+            continue
         if held is None:
             report = await _examine_again(config, state, embedders)
             continue
@@ -195,7 +199,7 @@ async def _work_through_schema_changes(
             before=pipeline,
         )
         paused: list[SchemaChanged] = []
-        before, refused = refused, []
+        before, refused, ending = refused, [], None
         try:
             ending = await pipeline.set_up(broken)
             state.waiting_for = None
@@ -204,6 +208,8 @@ async def _work_through_schema_changes(
                     while unopened:
                         tasks.start_soon(unopened.pop().run)
                     paused = await pipeline.work()
+                case "refused":
+                    paused = pipeline.refused
                 case "stopped" | "outdated":
                     pass
                 case _:
@@ -235,9 +241,11 @@ async def _work_through_schema_changes(
             await pipeline.aclose()
         for why in paused:
             log.error("index_paused", index=why.index, error=str(why), fix=why.hint)
-            pauses.note(why, anyio.current_time(), seen.get(why.index))
+            pauses.note(why, anyio.current_time(), seen.get(why.index), refused=ending == "refused")
         if state.stopping.is_set():
             return
+        if ending == "refused":
+            continue
         report = ahead.pop() if ahead and not paused else await _examine_again(config, state, embedders)
         ahead.clear()
 
