@@ -318,6 +318,7 @@ class Pipeline:
                 return "outdated"
             await recall(target, *self._pipeline, self.dispatchers)
             self.refused = await set_up_indexes(target, config, specs, catalog, waiting, known=self._known)
+            await pause_indexes(target, config, {one.index: Pause.of(one) for one in self.refused})
             if self.refused:
                 return "refused"
             await note_embedders(target, config, {name: one.embedder for name, one in self.dispatchers.items()})

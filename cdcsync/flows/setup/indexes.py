@@ -49,6 +49,7 @@ from cdcsync.target.ddl.serving import grant_serving
 from cdcsync.target.ddl.upgrading import upgrade_vectors
 from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generations
+from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry, made_by
 from cdcsync.target.requests.history import History
 from cdcsync.target.requests.submission import Requests
@@ -297,11 +298,17 @@ async def let_go(target: Connection, config: Config) -> None:
 
 
 async def pause_indexes(target: Connection, config: Config, broken: Mapping[str, Pause]) -> None:
-    """Note why these indexes, which exist, cannot be followed."""
+    """Note why these indexes cannot be followed: in their rows, or, if they have none yet, in the pipeline's."""
+    registry = Registry(config.target.schema)
+    pipelines = Pipelines(config.target.schema, config.source.slot)
     with speaking_of("target"):
-        for index, pause in broken.items():
-            await Registry(config.target.schema).pause(target, index, pause)
+        stored = await registry.all(target)
+        for index in broken.keys() & stored.keys():
+            await registry.pause(target, index, broken[index])
             crash_point("broken index paused")
+        unstored = [index for index in config.indexes if index not in stored]
+        await pipelines.note_waiting(target, {one: broken[one] for one in unstored if one in broken}, unstored)
+        crash_point("waiting indexes noted")
 
 
 async def _register(target: Connection, config: Config, spec: IndexSpec, catalog: Catalog, missing: Missing) -> None:

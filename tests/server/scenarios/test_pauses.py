@@ -335,3 +335,53 @@ def test_an_index_that_cannot_be_set_up_is_tried_again_once_its_table_changes_an
 
 def doubted(made: Scene, times: int) -> bool:
     return made.pipeline.times("index_doubted") == times
+
+
+KEYS = ", ".join(f"k{at}" for at in range(32))
+"""Of so many columns a key can be; an index of the target has one more."""
+
+
+def test_new_indexes_that_the_target_refuses_are_paused_in_one_pass_and_everybody_is_told(
+    make_scene: MakeScene,
+) -> None:
+    refused = ("wide", "wider")
+    made = make_scene(
+        [
+            "CREATE TABLE sound (id int PRIMARY KEY, title text)",
+            "INSERT INTO sound SELECT i, 'title ' || i FROM generate_series(1, 9) i",
+            *(
+                f"CREATE TABLE {name} ({KEYS.replace(',', ' int,')} int, title text, PRIMARY KEY ({KEYS}))"
+                for name in refused
+            ),
+        ],
+        {name: Followed(name) for name in (*refused, "sound")},
+        worker_lines=NO_AUDIT,
+        started=False,
+        hurry={"cdcsync.model.pauses.FIRST_DELAY_S": 5.0, "cdcsync.model.pauses.MOST_DELAY_S": 5.0},
+    )
+    pipeline = made.pipeline
+    pipeline.start()
+    pipeline.event("streaming")
+    names = [one["event"] for one in pipeline.events() if one["event"] in ("index_paused", "streaming")]
+    assert names[:3] == ["index_paused", "index_paused", "streaming"]
+    until(partial(live, made, "sound"), pipeline.tail)
+
+    def told() -> list[str]:
+        """Return which indexes readiness names; while they are tried again, the worker sets up."""
+        reasons = json.loads(pipeline.get("/readyz")[1])["reasons"]
+        said = "paused: the target says: cannot use more than 32 columns in an index"
+        return [name for name in refused if any(f"index {name} is {said}" in reason for reason in reasons)]
+
+    until(lambda: told() == list(refused), pipeline.tail)
+    shown = pipeline.get("/metrics")[1].decode()
+    assert 'cdcsync_index_state{index="wide",state="paused"} 1.0' in shown
+    made.follows("sound")
+    # The others go on while they are tried again, and one that can be set up by then is.
+    made.execute(f"ALTER TABLE wide DROP CONSTRAINT wide_pkey, ADD PRIMARY KEY ({KEYS.removesuffix(', k31')})")
+    until(lambda: live(made, "wide"), pipeline.tail)
+    made.follows("sound")
+    pipeline.stop(pipeline.processes[0])
+    status = json.loads(made.command("status", "--json").stdout)
+    assert [status["indexes"][name]["state"] for name in ("wide", "wider", "sound")] == ["live", "paused", "live"]
+    assert "32 columns" in status["indexes"]["wider"]["reason"]
+    assert not any("not set up yet" in problem for problem in status["problems"])
