@@ -34,7 +34,7 @@ from cdcsync.errors import (
 from cdcsync.flows.build import Builds
 from cdcsync.flows.setup.approval import Held, hold_unapproved
 from cdcsync.http.listening import serve
-from cdcsync.model.pauses import Pauses
+from cdcsync.model.pauses import Pause, Pauses
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.interrupts import cancelled_by
 from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
@@ -145,7 +145,7 @@ async def _work_through_schema_changes(
     embedders: dict[str, Embedder],
     tasks: anyio.abc.TaskGroup,
 ) -> None:
-    """Work until told to stop; whenever an index is paused, examine its table again and continue with the result.
+    """Work until told to stop; whenever an index is paused, continue with the others, and have it examined meanwhile.
 
     An index whose table still has all it needs (a type changed, the table was created again) is resumed by reading the
     table again. The others stay paused, and their changes are skipped, until the configuration or the table is fixed.
@@ -159,7 +159,10 @@ async def _work_through_schema_changes(
     ahead: list[Report] = []
     """The examination for the next pipeline, if it was made while the one before still worked."""
     noted: Report | None = None
-    """The examination that is gone by: it holds for the other indexes if the set-up of some is refused."""
+    """The examination that is gone by: when indexes are paused, it holds for the others, which go on at once."""
+    left_out: dict[str, Pause] = {}
+    """The indexes that were paused since. The next pipeline's watch sees when they may be followed again, and has that
+    examined while the others are followed."""
     pipeline: Pipeline | None = None
     refused: list[str] = []
     """What a server said to the last set-ups, where that was the same each time."""
@@ -170,19 +173,21 @@ async def _work_through_schema_changes(
             ahead.append(found)
 
     while not state.stopping.is_set():
-        broken = pauses.standing(report.broken, anyio.current_time())
-        seen = {plan.name: plan.seen for plan in report.plans}
         if report is not noted:
             noted = report
+            left_out.clear()
             for plan in report.plans:
                 if plan.name in report.broken and not plan.unfit:
                     pauses.note_standing(plan.name, anyio.current_time())
+        broken = left_out | pauses.standing(report.broken, anyio.current_time())
+        seen = {plan.name: plan.seen for plan in report.plans}
         examined = msgspec.structs.replace(state.config, indexes=report.indexes)
         try:
             held = await _hold(state, report, [spec for spec in report.specs if spec.name not in broken], embedders)
         except SchemaChanged as error:
             log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
             pauses.note(error, anyio.current_time(), seen.get(error.index), refused=True)
+            left_out[error.index] = Pause.of(error)
             continue
         if held is None:
             report = await _examine_again(config, state, embedders)
@@ -242,11 +247,12 @@ async def _work_through_schema_changes(
         for why in paused:
             log.error("index_paused", index=why.index, error=str(why), fix=why.hint)
             pauses.note(why, anyio.current_time(), seen.get(why.index), refused=ending == "refused")
+            left_out[why.index] = Pause.of(why)
         if state.stopping.is_set():
             return
-        if ending == "refused":
+        if paused:
             continue
-        report = ahead.pop() if ahead and not paused else await _examine_again(config, state, embedders)
+        report = ahead.pop() if ahead else await _examine_again(config, state, embedders)
         ahead.clear()
 
 

@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import msgspec
+import psycopg
 import pytest
 from psycopg import conninfo, sql
 
@@ -385,3 +386,46 @@ def test_new_indexes_that_the_target_refuses_are_paused_in_one_pass_and_everybod
     assert [status["indexes"][name]["state"] for name in ("wide", "wider", "sound")] == ["live", "paused", "live"]
     assert "32 columns" in status["indexes"]["wider"]["reason"]
     assert not any("not set up yet" in problem for problem in status["problems"])
+
+
+GATE = """CREATE FUNCTION public.gate(id int) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS
+$$ BEGIN WHILE NOT pg_try_advisory_xact_lock_shared(4711) LOOP PERFORM pg_sleep(0.02); END LOOP; RETURN true; END $$"""
+
+
+@pytest.mark.proof
+def test_the_others_are_followed_while_a_paused_index_is_examined(make_scene: MakeScene) -> None:
+    # The examination tries the condition of an index, and here that lasts for as long as the test likes.
+    made = make_scene(
+        [
+            GATE,
+            *(
+                f"CREATE TABLE {name} (id int PRIMARY KEY, title text, rating int);"
+                f" INSERT INTO {name} SELECT i, 'title ' || i, i FROM generate_series(1, 9) i"
+                for name in ("gated", "limited", "sound")
+            ),
+        ],
+        {
+            "gated": Followed("gated", where="public.gate(id)"),
+            "limited": Followed("limited", columns=("rating",)),
+            "sound": Followed("sound"),
+        },
+        worker_lines=NO_AUDIT,
+        hurry={
+            "cdcsync.model.pauses.FIRST_DELAY_S": 2.0,
+            "cdcsync.model.pauses.MOST_DELAY_S": 2.0,
+            "cdcsync.source.conditions.TRIAL_S": 600.0,
+        },
+    )
+    pipeline = made.pipeline
+    pipeline.target.execute("ALTER TABLE cdcsync.limited_chunks ADD CONSTRAINT small CHECK (rating < 100)")
+    tried = "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND query LIKE '%gate%'"
+    with psycopg.connect(pipeline.config.source.dsn) as holder:
+        holder.execute("SELECT pg_advisory_xact_lock(4711)")
+        made.execute("UPDATE limited SET rating = 500 WHERE id = 1")
+        made.paused("limited")
+        until(lambda: pipeline.source.execute(tried).fetchone() == (True,), pipeline.tail)
+        made.execute("UPDATE sound SET title = 'meanwhile' WHERE id = 1")
+        until(partial(made.equal, "sound"), pipeline.tail)
+    pipeline.target.execute("ALTER TABLE cdcsync.limited_chunks DROP CONSTRAINT small")
+    made.heals()
+    assert len(pipeline.processes) == 1
