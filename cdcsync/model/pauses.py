@@ -68,16 +68,17 @@ class Pauses:
         self.seen: dict[str, object] = {}
         """What each paused index would be made of, as its tables were when they were last looked at."""
 
-    def note(self, error: SchemaChanged, now: float, seen: object = None) -> None:
+    def note(self, error: SchemaChanged, now: float, seen: object = None, *, refused: bool = False) -> None:
         """Note that an index was paused at `now`, a clock's reading in seconds.
 
+        :param refused: whether its set-up failed, which would fail again if nothing else is done before.
         :param seen: what the index would have been made of when the attempt that failed examined its tables, if known:
             a change that comes before the next look is one.
         """
         self._last[error.index] = Pause.of(error)
         if seen is not None:
             self.seen[error.index] = seen
-        self._put_off(error.index, now, free=PASSING_PAUSES if error.passing else 1)
+        self._put_off(error.index, now, free=PASSING_PAUSES if error.passing else 0 if refused else 1)
 
     def note_standing(self, index: str, now: float) -> None:
         """Note that the cause of an index's pause was found to be there still."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import cast
 
 import msgspec
@@ -11,6 +12,7 @@ import msgspec
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import own_name
 from cdcsync.errors import CdcsyncError
+from cdcsync.model.pauses import Pause
 from cdcsync.postgres.sessions import Connection
 from cdcsync.status.builds import Build, Builds, generation_waits, index_waits, read_builds
 from cdcsync.status.counting import count_index
@@ -66,11 +68,18 @@ class _Noted(msgspec.Struct, frozen=True):
 
 
 async def read_indexes(
-    target: Connection, config: Config, present: set[str], now: datetime, problems: list[str]
+    target: Connection,
+    config: Config,
+    present: set[str],
+    now: datetime,
+    problems: list[str],
+    *,
+    waiting: Mapping[str, Pause] = MappingProxyType({}),
 ) -> Indexes:
     """Return the status of each index of the configuration that is stored, and add their problems to `problems`.
 
     :param present: the names of the relations in our schema.
+    :param waiting: why indexes that have no row of their own yet are paused.
     """
     schema, slot = config.target.schema, config.source.slot
     stored = (await Registry(schema).all(target)).values()
@@ -87,6 +96,12 @@ async def read_indexes(
             )
             continue
         found[entry.name] = await _read_index(target, config, entry, noted, present, problems)
+    for name, pause in waiting.items():
+        if name in config.indexes and name not in found:
+            problems.append(f"index {name} is paused: {pause}")
+            found[name] = msgspec.structs.replace(
+                absent(config, name), state="paused", reason=str(pause), since=pause.since
+            )
     if new := [name for name in config.indexes if name not in found]:
         does = "start the worker again with this configuration" if found else "`cdcsync run` does it when it starts"
         problems.append(f"not set up yet: {', '.join(new)}; {does}")

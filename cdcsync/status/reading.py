@@ -70,7 +70,7 @@ async def read_status(config: Config, source: Connection | CdcsyncError, target:
             problems += worker_problems(config, ours if end is not None else None, worker)
             if end is not None:
                 problems += slot_problems(name, slot, state, standby=standby)
-            stored = await read_indexes(target, config, present, now, problems)
+            stored = await read_indexes(target, config, present, now, problems, waiting=state.waiting)
         known = await read_embedders(target, config, present, worker, now, problems)
     answers = source if isinstance(source, psycopg.AsyncConnection) and end is not None else None
     found = await read_locks(config, answers, target, stored, problems)

@@ -31,7 +31,8 @@ LOCK_WAIT_MS = 10_000
 short enough that the others can go on without that index."""
 
 OLD_SESSION_S = 2.0
-"""A server needs a moment to end a session whose client is gone, and to free its lock."""
+"""A server needs a moment to end a session whose client is gone: it drops the session's temporary tables, several for
+each index, before it frees the lock."""
 
 
 def worker_name() -> str:
@@ -42,17 +43,21 @@ def worker_name() -> str:
 class LockedSession:
     """One connection under lock and fence; opened by `try_open`, and by `reopen` after it broke."""
 
-    def __init__(self, dsn: str, schema: str, slot: str) -> None:
+    def __init__(self, dsn: str, schema: str, slot: str, *, before: LockedSession | None = None) -> None:
+        """Make a session that is not open yet.
+
+        :param before: the last one of this process, which is closed: the server may not have ended it yet.
+        """
         self._dsn = dsn
         self._schema = schema
         self._slot = slot
         self._pipelines = Pipelines(schema, slot)
-        self._lease: Lease | None = None
+        self._lease: Lease | None = None if before is None else before._lease
         self._proposed: Lease | None = None
         """The lease as a commit will have made it whose answer has not come yet."""
         self._ending = False
         self._connection: WatchedConnection | None = None
-        self._pid: int | None = None
+        self._pid: int | None = None if before is None else before._pid
         """The server process of the last connection."""
         self.holder: int | None = None
         """The server process that had the lock when `try_open` found it taken."""
@@ -77,12 +82,12 @@ class LockedSession:
 
         :param once_locked: called between the two: what only the lock's holder may do, and the fence needs.
         :param spared: says which sessions of an earlier fence are this worker's own, and go on.
-        :raises TargetUnavailable: the target does not answer now.
+        :raises TargetUnavailable: the target does not answer now, or still holds our own last session's lock.
         """
         connection = await self._connect()
         with speaking_of("target"):
             try:
-                if await self._pipelines.try_lock(connection):
+                if await self._lock(connection):
                     if once_locked is not None:
                         await once_locked(connection)
                     self._lease = await self._pipelines.take_over(connection, worker_name())
@@ -90,12 +95,40 @@ class LockedSession:
                     if left := await self._pipelines.end_overtaken(connection, self._lease, spared()):
                         log.warning("overtaken_sessions_ended", slot=self._slot, pids=left)
                     self._hold(connection)
-                else:
-                    self.holder = await self._pipelines.holder(connection)
+                elif self.holder is not None and self.holder == self._pid:
+                    raise self._still_held()
             finally:
                 if self._connection is None:
                     await _close(connection)
         return self._connection is not None
+
+    async def _lock(self, connection: WatchedConnection) -> bool:
+        """Take the pipeline's lock, once our own last session is gone; False if it is held by `holder`."""
+        if await self._pipelines.try_lock(connection):
+            return True
+        self.holder = await self._pipelines.holder(connection)
+        if self.holder is not None and self.holder != self._pid:
+            return False
+        if await self._pipelines.lock_within(connection, OLD_SESSION_S):
+            return True
+        self.holder = await self._pipelines.holder(connection)
+        if self.holder is None or self.holder != self._pid:
+            return False
+        state = await self._pipelines.read(connection)
+        if state is not None and state.fence > self._held.fence:
+            self._pid = None  # the server has given it to the session of another worker, which took over since
+            return False
+        # A server that was cut off from us keeps our own old session until TCP gives it up.
+        log.warning("old_session_ended", slot=self._slot, pid=self.holder)
+        await self._pipelines.end_session(connection, self.holder, self._application_name)
+        return await self._pipelines.try_lock(connection)
+
+    def _still_held(self) -> TargetUnavailable:
+        return TargetUnavailable(
+            f"the pipeline's lock is still held by the session with pid {self.holder}",
+            where=f"slot {self._slot}",
+            hint="it ends by itself within a minute if its client is gone, and is ended if it is silent",
+        )
 
     async def reopen(self, specs: Sequence[IndexSpec]) -> None:
         """Connect again under the same fence, after the connection broke.
@@ -110,25 +143,12 @@ class LockedSession:
         connection = await self._connect()
         with speaking_of("target"):
             try:
-                locked = await self._pipelines.lock_within(connection, OLD_SESSION_S)
-                holder = None if locked else await self._pipelines.holder(connection)
+                locked = await self._lock(connection)
                 state = await self._pipelines.read(connection)
                 if not locked:
                     self._pipelines.refuse_successor(self._held, state)
-                    if holder is not None and holder == self._pid:
-                        # A server that was cut off from us keeps our own old session until TCP gives it up.
-                        log.warning("old_session_ended", slot=self._slot, pid=holder)
-                        await self._pipelines.end_session(connection, holder, self._application_name)
-                    locked = await self._pipelines.try_lock(connection)
-                    state = await self._pipelines.read(connection)
-                if locked:
-                    self._continue(state)
-                else:
-                    raise TargetUnavailable(
-                        f"the pipeline's lock is still held by the session with pid {holder}",
-                        where=f"slot {self._slot}",
-                        hint="it ends by itself within a minute if its client is gone, and is ended if it is silent",
-                    )
+                    raise self._still_held()
+                self._continue(state)
                 self._hold(connection)
             finally:
                 if self._connection is None:

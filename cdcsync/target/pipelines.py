@@ -21,7 +21,7 @@ The rules:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import LiteralString, cast
 
@@ -29,10 +29,12 @@ import anyio
 import msgspec
 import psycopg
 from psycopg import sql
+from psycopg.types.json import Jsonb
 
 from cdcsync.errors import LeaseLost, RunError, TargetRewound, TargetUnavailable
 from cdcsync.logs import get_logger
 from cdcsync.lsn import Lsn
+from cdcsync.model.pauses import Pause
 from cdcsync.postgres.liveness import BEATS, PATIENCE_S, WatchedConnection
 from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_rows, fetch_value
 from cdcsync.postgres.sessions import Connection
@@ -47,7 +49,10 @@ END_POLL_S = 0.02
 
 
 class PipelineState(msgspec.Struct, frozen=True):
-    """The stored state of a pipeline."""
+    """The stored state of a pipeline.
+
+    :ivar waiting: why indexes that have no row of their own yet are paused.
+    """
 
     checkpoint: Lsn | None
     ahead: Lsn | None
@@ -59,6 +64,7 @@ class PipelineState(msgspec.Struct, frozen=True):
     commit_time: datetime | None
     caught_up_at: datetime | None
     updated_at: datetime
+    waiting: dict[str, Pause] = {}
 
     @property
     def reach(self) -> Lsn | None:
@@ -142,18 +148,35 @@ class Pipelines:
         """Return the stored state, None when the pipeline was never set up here; earlier tables tell it, too."""
         row = await fetch_row(
             connection,
-            # `ahead` and `commits` are looked up by name in the row: before version 2 there were no such columns.
+            # Columns that earlier versions had not are looked up by name in the row.
             sql.SQL(
                 "SELECT checkpoint::text, to_jsonb(p) ->> 'ahead', coalesce((to_jsonb(p) ->> 'commits')::bigint, 0),"
-                " system_identifier, timeline, fence, worker, commit_time, caught_up_at, updated_at"
-                " FROM {} AS p WHERE slot = %s"
+                " system_identifier, timeline, fence, worker, commit_time, caught_up_at, updated_at,"
+                " to_jsonb(p) -> 'waiting' FROM {} AS p WHERE slot = %s"
             ).format(self._table),
             [self._slot],
         )
         if row is None:
             return None
         checkpoint, ahead, commits, *rest = row
+        rest[-1] = msgspec.convert(rest[-1] or {}, dict[str, Pause])
         return PipelineState(_lsn(checkpoint), _lsn(ahead), commits, *rest)
+
+    async def note_waiting(self, connection: Connection, pauses: Mapping[str, Pause], indexes: Collection[str]) -> None:
+        """Note why indexes that have no row of their own are paused; earlier notes stay. The caller commits.
+
+        :param indexes: those of which there may be a note, and no other.
+        """
+        told = {name: {"reason": one.reason, "remedy": one.remedy} for name, one in pauses.items()}
+        await connection.execute(
+            sql.SQL(
+                "UPDATE {} AS p SET waiting = (SELECT jsonb_object_agg(name,"
+                " coalesce(p.waiting -> name, jsonb_build_object('since', now())) || coalesce(told -> name, '{{}}'))"
+                " FROM (SELECT %s::jsonb AS told) AS new, unnest(%s::text[]) AS name"
+                " WHERE coalesce(p.waiting, '{{}}') || told ? name) WHERE slot = %s"
+            ).format(self._table),
+            [Jsonb(told), list(indexes), self._slot],
+        )
 
     async def publication(self, connection: Connection) -> str | None:
         """Return the publication that the pipeline was last set up with; None if it never was."""

@@ -39,8 +39,8 @@ from cdcsync.target.requests.submission import Requests
 class ApplySession(LockedSession):
     """Writes batches."""
 
-    def __init__(self, dsn: str, schema: str, slot: str) -> None:
-        super().__init__(dsn, schema, slot)
+    def __init__(self, dsn: str, schema: str, slot: str, *, before: LockedSession | None = None) -> None:
+        super().__init__(dsn, schema, slot, before=before)
         self._registry = Registry(schema)
         self._requests = Requests(schema)
         self._rebuilds = Rebuilds(schema)

@@ -77,8 +77,9 @@ log = structlog.get_logger()
 STANDBY_POLL_S = 1.0
 """How often a standby tries for the lock: well within the five seconds that a takeover may take."""
 
-SetUp = Literal["ready", "stopped", "outdated"]
-"""How a set-up ended: the worker may begin, was told to stop, or has to examine everything again."""
+SetUp = Literal["ready", "refused", "stopped", "outdated"]
+"""How a set-up ended: the worker may begin, has to leave some indexes out, was told to stop, or has to examine
+everything again."""
 
 
 def make_dispatchers(config: Config, state: WorkerState, embedders: Mapping[str, Embedder]) -> dict[str, Dispatcher]:
@@ -113,14 +114,18 @@ class Pipeline:
         known: set[str],
         builds: Builds,
         look_again: Callable[[], Awaitable[None]],
+        before: Pipeline | None = None,
     ) -> None:
         """Make the parts.
 
         :param known: the indexes that an earlier pipeline of this worker has set up; takes those that this one does.
         :param builds: the worker's; those that the specs want go on.
         :param look_again: examines everything for the next pipeline, while this one still works.
+        :param before: the worker's last pipeline, which is closed.
         """
         self.config = config
+        self.refused: list[SchemaChanged] = []
+        """Why indexes could not be set up."""
         self._look_again = look_again
         self.held = held
         self._known = known
@@ -129,7 +134,8 @@ class Pipeline:
         self.specs = specs
         metrics = state.metrics
         source_dsn, target_dsn, schema = config.source.dsn, config.target.dsn, config.target.schema
-        self.session = ApplySession(target_dsn, schema, config.source.slot)
+        last = None if before is None else before.session
+        self.session: ApplySession = ApplySession(target_dsn, schema, config.source.slot, before=last)
         self.reads = Session(source_dsn, "source", application_name="cdcsync re-read", idle_s=IDLE_S)
         self.lag = Lag(time.time, anyio.current_time)
         self.limits = Limits(config.worker.batch_rows, config.worker.batch_bytes)
@@ -262,7 +268,9 @@ class Pipeline:
     async def set_up(self, broken: Mapping[str, Pause]) -> SetUp:
         """Take the lock, then create what is missing.
 
-        :param broken: why indexes that exist cannot be followed; they are paused.
+        :param broken: why indexes cannot be followed; they are paused.
+        :returns: how it ended. If some indexes have to be left out, `refused` says which and why, and the others, as
+            far as they were come to, are set up.
         """
         config = self.config
 
@@ -300,7 +308,11 @@ class Pipeline:
             specs = [*self.specs, *(one.spec for one in self.held.values() if one.new)]
             tables = sorted({table for spec in specs for table in spec.tables})
             index_of = {one: spec.name for spec in specs for one in spec.single_tables}
-            await set_up_publication(source, config, sorted(index_of), index_of=index_of)
+            try:
+                await set_up_publication(source, config, sorted(index_of), index_of=index_of)
+            except SchemaChanged as error:
+                self.refused = [error]
+                return "refused"
             with speaking_of("source"):
                 expressions = {text for spec in specs for text in spec.config.expressions}
                 catalog = await read_catalog(source, config.source.publication, tables, expressions=expressions)
@@ -308,7 +320,10 @@ class Pipeline:
             if outdated(catalog, specs):
                 return "outdated"
             await recall(target, *self._pipeline, self.dispatchers)
-            await set_up_indexes(target, config, specs, catalog, waiting, known=self._known)
+            self.refused = await set_up_indexes(target, config, specs, catalog, waiting, known=self._known)
+            await pause_indexes(target, config, {one.index: Pause.of(one) for one in self.refused})
+            if self.refused:
+                return "refused"
             await note_embedders(target, config, {name: one.embedder for name, one in self.dispatchers.items()})
             await self.session.prepare(self.specs)
         self.streaming.fit(server.wal_sender_timeout_s)

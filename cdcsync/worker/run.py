@@ -34,7 +34,7 @@ from cdcsync.errors import (
 from cdcsync.flows.build import Builds
 from cdcsync.flows.setup.approval import Held, hold_unapproved
 from cdcsync.http.listening import serve
-from cdcsync.model.pauses import Pauses
+from cdcsync.model.pauses import Pause, Pauses
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.interrupts import cancelled_by
 from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
@@ -145,7 +145,7 @@ async def _work_through_schema_changes(
     embedders: dict[str, Embedder],
     tasks: anyio.abc.TaskGroup,
 ) -> None:
-    """Work until told to stop; whenever an index is paused, examine its table again and continue with the result.
+    """Work until told to stop; whenever an index is paused, continue with the others, and have it examined meanwhile.
 
     An index whose table still has all it needs (a type changed, the table was created again) is resumed by reading the
     table again. The others stay paused, and their changes are skipped, until the configuration or the table is fixed.
@@ -158,6 +158,12 @@ async def _work_through_schema_changes(
     builds = Builds(config.target.dsn, config.target.schema, tasks)
     ahead: list[Report] = []
     """The examination for the next pipeline, if it was made while the one before still worked."""
+    noted: Report | None = None
+    """The examination that is gone by: when indexes are paused, it holds for the others, which go on at once."""
+    left_out: dict[str, Pause] = {}
+    """The indexes that were paused since. The next pipeline's watch sees when they may be followed again, and has that
+    examined while the others are followed."""
+    pipeline: Pipeline | None = None
     refused: list[str] = []
     """What a server said to the last set-ups, where that was the same each time."""
 
@@ -167,18 +173,22 @@ async def _work_through_schema_changes(
             ahead.append(found)
 
     while not state.stopping.is_set():
-        broken = pauses.standing(report.broken, anyio.current_time())
+        if report is not noted:
+            noted = report
+            left_out.clear()
+            for plan in report.plans:
+                if plan.name in report.broken and not plan.unfit:
+                    pauses.note_standing(plan.name, anyio.current_time())
+        broken = left_out | pauses.standing(report.broken, anyio.current_time())
         seen = {plan.name: plan.seen for plan in report.plans}
-        for plan in report.plans:
-            if plan.name in report.broken and not plan.unfit:
-                pauses.note_standing(plan.name, anyio.current_time())
         examined = msgspec.structs.replace(state.config, indexes=report.indexes)
         try:
             held = await _hold(state, report, [spec for spec in report.specs if spec.name not in broken], embedders)
         except SchemaChanged as error:
             log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
-            pauses.note(error, anyio.current_time(), seen.get(error.index))
-            held = None
+            pauses.note(error, anyio.current_time(), seen.get(error.index), refused=True)
+            left_out[error.index] = Pause.of(error)
+            continue
         if held is None:
             report = await _examine_again(config, state, embedders)
             continue
@@ -191,9 +201,10 @@ async def _work_through_schema_changes(
             known=known,
             builds=builds,
             look_again=look_again,
+            before=pipeline,
         )
         paused: list[SchemaChanged] = []
-        before, refused = refused, []
+        before, refused, ending = refused, [], None
         try:
             ending = await pipeline.set_up(broken)
             state.waiting_for = None
@@ -202,6 +213,8 @@ async def _work_through_schema_changes(
                     while unopened:
                         tasks.start_soon(unopened.pop().run)
                     paused = await pipeline.work()
+                case "refused":
+                    paused = pipeline.refused
                 case "stopped" | "outdated":
                     pass
                 case _:
@@ -233,10 +246,13 @@ async def _work_through_schema_changes(
             await pipeline.aclose()
         for why in paused:
             log.error("index_paused", index=why.index, error=str(why), fix=why.hint)
-            pauses.note(why, anyio.current_time(), seen.get(why.index))
+            pauses.note(why, anyio.current_time(), seen.get(why.index), refused=ending == "refused")
+            left_out[why.index] = Pause.of(why)
         if state.stopping.is_set():
             return
-        report = ahead.pop() if ahead and not paused else await _examine_again(config, state, embedders)
+        if paused:
+            continue
+        report = ahead.pop() if ahead else await _examine_again(config, state, embedders)
         ahead.clear()
 
 

@@ -259,3 +259,33 @@ def test_a_set_up_that_loses_the_pipelines_lock_writes_nothing_more(
     pipeline.live()
     pipeline.in_step("articles", "others")
     assert pipeline.times("index_paused") == 0
+
+
+def test_a_worker_whose_pipeline_begins_anew_is_no_standby_of_its_own_last_session(
+    make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    pipeline = make_simple(make_database().dsn, make_database().dsn, rows=5)
+    pipeline.hurry |= {
+        "cdcsync.target.locked_session.OLD_SESSION_S": 90.0,
+        "cdcsync.target.locked_session.LOCK_WAIT_MS": 90_000,
+    }
+    pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    stages = (
+        "SELECT format('%I.%I', nspname, relname) FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace"
+        " WHERE relpersistence = 't' AND relkind = 'r' AND nspname LIKE 'pg\\_temp%'"
+    )
+    waits = "SELECT count(*) > 0 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    with psycopg.connect(pipeline.config.target.dsn) as holder:
+        # The server drops the temporary tables of a session before it frees the session's locks.
+        for (stage,) in pipeline.target.execute(stages.encode()).fetchall():
+            holder.execute(f"LOCK TABLE {stage} IN ACCESS SHARE MODE".encode())
+        pipeline.source.execute("ALTER PUBLICATION cdcsync SET TABLE articles WHERE (id > 0)")
+        until(
+            lambda: pipeline.target.execute(waits).fetchone() == (True,) or pipeline.times("standby"),
+            pipeline.tail,
+        )
+    until(lambda: pipeline.times("streaming") == 2, pipeline.tail)
+    assert pipeline.times("standby") == 0
+    pipeline.in_step()

@@ -27,6 +27,7 @@ class Pipeline:
 
     def __init__(self, target: Database, connection: Connection, stack: contextlib.AsyncExitStack) -> None:
         self.connection = connection
+        self.dsn = target.dsn
         self._target = target
         self._stack = stack
 

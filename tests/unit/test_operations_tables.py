@@ -197,6 +197,7 @@ def test_every_row_of_the_table_of_pauses_has_a_case_of_two_indexes() -> None:
         "… has policies that hide rows": "tests/server/test_roles.py",
         "somebody began to detach it": "tests/server/target/ddl/test_missing.py",
         "its load failed": PAUSES,
+        "the target says: cannot use": PAUSES,
         "its load was cancelled": "tests/faults/test_schema_changes.py",
         "its tables or views in the target": "tests/server/flows/setup/test_indexes.py",
         "… is locked by": "tests/server/scenarios/test_locks.py",

@@ -49,6 +49,7 @@ from cdcsync.target.ddl.serving import grant_serving
 from cdcsync.target.ddl.upgrading import upgrade_vectors
 from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generations
+from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry, made_by
 from cdcsync.target.requests.history import History
 from cdcsync.target.requests.submission import Requests
@@ -100,7 +101,7 @@ async def set_up_indexes(
     waiting: Mapping[str, Pause] | None = None,
     *,
     known: set[str] | None = None,
-) -> None:
+) -> list[SchemaChanged]:
     """Create or extend each index's relations, and ask for what its state calls for.
 
     The relations, the index's row, its fingerprint and the request commit together.
@@ -109,44 +110,62 @@ async def set_up_indexes(
     :param waiting: why new indexes are not loaded yet.
     :param known: the indexes that this process has set up, which are added to. An index among them for which there is
         nothing to do is left alone: a change of one table is not to hold up all the others for long.
+    :returns: why indexes could not be set up, of which nothing was changed; the others were.
     """
     known = set() if known is None else known
+    refused = []
     # The search function of an index looks into what stands beside it, too.
     for spec in sorted(specs, key=lambda one: not one.hidden):
-        with speaking_of("target", where=f"index {spec.name}", index=spec.name):
-            if spec.name in known and spec.name not in (waiting or {}) and await _stands(target, config, spec, catalog):
-                continue
-            try:
-                await upgrade_vectors(target, config.target.schema, spec, LOCK_ATTEMPTS)
-                await drop_generations(target, config.target.schema, spec)
-                pause = (waiting or {}).get(spec.name)
-                await until_locked(
-                    lambda: _set_up(target, config, spec, catalog, pause),  # noqa: B023 - awaited here
-                    table=f"{spec.relations}_chunks",
-                    attempts=LOCK_ATTEMPTS,
-                    vacuumed=Vacuumed(target, [(config.target.schema, spec.relations)]),
-                )
+        pause = (waiting or {}).get(spec.name)
+        try:
+            with speaking_of("target", where=f"index {spec.name}", index=spec.name):
+                if spec.name in known and pause is None and await _stands(target, config, spec, catalog):
+                    continue
+                await _set_up_one(target, config, spec, catalog, pause)
                 known.add(spec.name)
-            except SetupError as error:
-                if await Registry(config.target.schema).find(target, spec.name) is None:
-                    raise
-                raise SchemaChanged(error.message, index=spec.name, where=error.where, hint=error.hint) from error
-            except LOCKED_OUT as error:
-                raise SchemaChanged(
-                    "its tables or views in the target have to change, and a session there does not let go of them",
-                    index=spec.name,
-                    where=str(spec.config.view_name),
-                    hint="end what it does: SELECT pid, usename, application_name, relation::regclass FROM pg_locks"
-                    f" JOIN pg_stat_activity USING (pid) WHERE relation = '{spec.config.view_name}'::regclass"
-                    f" OR relation IN (SELECT oid FROM pg_class WHERE starts_with(relname, '{spec.relations}_'))",
-                ) from error
-            except psycopg.errors.DependentObjectsStillExist as error:
-                raise SchemaChanged(
-                    f"the view {spec.config.view_name} has to change, and other objects depend on it",
-                    index=spec.name,
-                    where=str(spec.config.view_name),
-                    hint=f"drop them, then create them again: {error.diag.message_detail}",
-                ) from error
+        except SchemaChanged as error:
+            known.discard(spec.name)
+            refused.append(error)
+    return refused
+
+
+async def _set_up_one(
+    target: Connection, config: Config, spec: IndexSpec, catalog: Catalog, pause: Pause | None
+) -> None:
+    """Set up one index, once nobody is in the way.
+
+    :raises SchemaChanged: somebody stays in the way, other objects depend on what has to change, or the tables that the
+        index has are not as it needs them.
+    """
+    try:
+        await upgrade_vectors(target, config.target.schema, spec, LOCK_ATTEMPTS)
+        await drop_generations(target, config.target.schema, spec)
+        await until_locked(
+            lambda: _set_up(target, config, spec, catalog, pause),
+            table=f"{spec.relations}_chunks",
+            attempts=LOCK_ATTEMPTS,
+            vacuumed=Vacuumed(target, [(config.target.schema, spec.relations)]),
+        )
+    except SetupError as error:
+        if await Registry(config.target.schema).find(target, spec.name) is None:
+            raise
+        raise SchemaChanged(error.message, index=spec.name, where=error.where, hint=error.hint) from error
+    except LOCKED_OUT as error:
+        raise SchemaChanged(
+            "its tables or views in the target have to change, and a session there does not let go of them",
+            index=spec.name,
+            where=str(spec.config.view_name),
+            hint="end what it does: SELECT pid, usename, application_name, relation::regclass FROM pg_locks"
+            f" JOIN pg_stat_activity USING (pid) WHERE relation = '{spec.config.view_name}'::regclass"
+            f" OR relation IN (SELECT oid FROM pg_class WHERE starts_with(relname, '{spec.relations}_'))",
+        ) from error
+    except psycopg.errors.DependentObjectsStillExist as error:
+        raise SchemaChanged(
+            f"the view {spec.config.view_name} has to change, and other objects depend on it",
+            index=spec.name,
+            where=str(spec.config.view_name),
+            hint=f"drop them, then create them again: {error.diag.message_detail}",
+        ) from error
 
 
 async def _set_up(target: Connection, config: Config, spec: IndexSpec, catalog: Catalog, pause: Pause | None) -> None:
@@ -279,11 +298,17 @@ async def let_go(target: Connection, config: Config) -> None:
 
 
 async def pause_indexes(target: Connection, config: Config, broken: Mapping[str, Pause]) -> None:
-    """Note why these indexes, which exist, cannot be followed."""
+    """Note why these indexes cannot be followed: in their rows, or, if they have none yet, in the pipeline's."""
+    registry = Registry(config.target.schema)
+    pipelines = Pipelines(config.target.schema, config.source.slot)
     with speaking_of("target"):
-        for index, pause in broken.items():
-            await Registry(config.target.schema).pause(target, index, pause)
+        stored = await registry.all(target)
+        for index in broken.keys() & stored.keys():
+            await registry.pause(target, index, broken[index])
             crash_point("broken index paused")
+        unstored = [index for index in config.indexes if index not in stored]
+        await pipelines.note_waiting(target, {one: broken[one] for one in unstored if one in broken}, unstored)
+        crash_point("waiting indexes noted")
 
 
 async def _register(target: Connection, config: Config, spec: IndexSpec, catalog: Catalog, missing: Missing) -> None:

@@ -289,6 +289,9 @@ _SHARED: tuple[LiteralString, ...] = (
     """,
     "ALTER TABLE {schema}.pipelines ADD COLUMN IF NOT EXISTS ahead pg_lsn",
     "ALTER TABLE {schema}.pipelines ADD COLUMN IF NOT EXISTS commits bigint NOT NULL DEFAULT 0",
+    "ALTER TABLE {schema}.pipelines ADD COLUMN IF NOT EXISTS waiting jsonb",
+    "COMMENT ON COLUMN {schema}.pipelines.waiting IS"
+    " 'Why indexes that have no row yet, because they could not be set up, are paused.'",
     "COMMENT ON COLUMN {schema}.pipelines.ahead IS"
     " 'How far beyond the checkpoint the index may hold parts of what the source committed.'",
     "COMMENT ON COLUMN {schema}.pipelines.commits IS"

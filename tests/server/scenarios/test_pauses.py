@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import msgspec
+import psycopg
 import pytest
 from psycopg import conninfo, sql
 
@@ -329,9 +330,102 @@ def test_an_index_that_cannot_be_set_up_is_tried_again_once_its_table_changes_an
             made.execute(f"ALTER TABLE watched ALTER title SET STATISTICS {10 * look + changes}")
             until(partial(doubted, made, 3 * changes + look), pipeline.tail)
         assert pipeline.times("tables_changed") == changes
-        assert pipeline.times("index_paused") == 2 * (1 + changes)  # the first time, it is tried again at once
+        assert pipeline.times("index_paused") == 1 + changes
     made.follows("watched")
 
 
 def doubted(made: Scene, times: int) -> bool:
     return made.pipeline.times("index_doubted") == times
+
+
+KEYS = ", ".join(f"k{at}" for at in range(32))
+"""Of so many columns a key can be; an index of the target has one more."""
+
+
+def test_new_indexes_that_the_target_refuses_are_paused_in_one_pass_and_everybody_is_told(
+    make_scene: MakeScene,
+) -> None:
+    refused = ("wide", "wider")
+    made = make_scene(
+        [
+            "CREATE TABLE sound (id int PRIMARY KEY, title text)",
+            "INSERT INTO sound SELECT i, 'title ' || i FROM generate_series(1, 9) i",
+            *(
+                f"CREATE TABLE {name} ({KEYS.replace(',', ' int,')} int, title text, PRIMARY KEY ({KEYS}))"
+                for name in refused
+            ),
+        ],
+        {name: Followed(name) for name in (*refused, "sound")},
+        worker_lines=NO_AUDIT,
+        started=False,
+        hurry={"cdcsync.model.pauses.FIRST_DELAY_S": 5.0, "cdcsync.model.pauses.MOST_DELAY_S": 5.0},
+    )
+    pipeline = made.pipeline
+    pipeline.start()
+    pipeline.event("streaming")
+    names = [one["event"] for one in pipeline.events() if one["event"] in ("index_paused", "streaming")]
+    assert names[:3] == ["index_paused", "index_paused", "streaming"]
+    until(partial(live, made, "sound"), pipeline.tail)
+
+    def told() -> list[str]:
+        """Return which indexes readiness names; while they are tried again, the worker sets up."""
+        reasons = json.loads(pipeline.get("/readyz")[1])["reasons"]
+        said = "paused: the target says: cannot use more than 32 columns in an index"
+        return [name for name in refused if any(f"index {name} is {said}" in reason for reason in reasons)]
+
+    until(lambda: told() == list(refused), pipeline.tail)
+    shown = pipeline.get("/metrics")[1].decode()
+    assert 'cdcsync_index_state{index="wide",state="paused"} 1.0' in shown
+    made.follows("sound")
+    # The others go on while they are tried again, and one that can be set up by then is.
+    made.execute(f"ALTER TABLE wide DROP CONSTRAINT wide_pkey, ADD PRIMARY KEY ({KEYS.removesuffix(', k31')})")
+    until(lambda: live(made, "wide"), pipeline.tail)
+    made.follows("sound")
+    pipeline.stop(pipeline.processes[0])
+    status = json.loads(made.command("status", "--json").stdout)
+    assert [status["indexes"][name]["state"] for name in ("wide", "wider", "sound")] == ["live", "paused", "live"]
+    assert "32 columns" in status["indexes"]["wider"]["reason"]
+    assert not any("not set up yet" in problem for problem in status["problems"])
+
+
+GATE = """CREATE FUNCTION public.gate(id int) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS
+$$ BEGIN WHILE NOT pg_try_advisory_xact_lock_shared(4711) LOOP PERFORM pg_sleep(0.02); END LOOP; RETURN true; END $$"""
+
+
+@pytest.mark.proof
+def test_the_others_are_followed_while_a_paused_index_is_examined(make_scene: MakeScene) -> None:
+    # The examination tries the condition of an index, and here that lasts for as long as the test likes.
+    made = make_scene(
+        [
+            GATE,
+            *(
+                f"CREATE TABLE {name} (id int PRIMARY KEY, title text, rating int);"
+                f" INSERT INTO {name} SELECT i, 'title ' || i, i FROM generate_series(1, 9) i"
+                for name in ("gated", "limited", "sound")
+            ),
+        ],
+        {
+            "gated": Followed("gated", where="public.gate(id)"),
+            "limited": Followed("limited", columns=("rating",)),
+            "sound": Followed("sound"),
+        },
+        worker_lines=NO_AUDIT,
+        hurry={
+            "cdcsync.model.pauses.FIRST_DELAY_S": 2.0,
+            "cdcsync.model.pauses.MOST_DELAY_S": 2.0,
+            "cdcsync.source.conditions.TRIAL_S": 600.0,
+        },
+    )
+    pipeline = made.pipeline
+    pipeline.target.execute("ALTER TABLE cdcsync.limited_chunks ADD CONSTRAINT small CHECK (rating < 100)")
+    tried = "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND query LIKE '%gate%'"
+    with psycopg.connect(pipeline.config.source.dsn) as holder:
+        holder.execute("SELECT pg_advisory_xact_lock(4711)")
+        made.execute("UPDATE limited SET rating = 500 WHERE id = 1")
+        made.paused("limited")
+        until(lambda: pipeline.source.execute(tried).fetchone() == (True,), pipeline.tail)
+        made.execute("UPDATE sound SET title = 'meanwhile' WHERE id = 1")
+        until(partial(made.equal, "sound"), pipeline.tail)
+    pipeline.target.execute("ALTER TABLE cdcsync.limited_chunks DROP CONSTRAINT small")
+    made.heals()
+    assert len(pipeline.processes) == 1

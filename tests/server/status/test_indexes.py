@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from cdcsync.config import Index
+from cdcsync.model.pauses import Pause
 from cdcsync.postgres.sessions import connect
 from cdcsync.status import Headline
 from cdcsync.target.requests.submission import Requests
@@ -53,6 +54,22 @@ async def test_an_index_that_is_new_in_the_configuration_is_absent(
     status = await pipeline.status()
     assert [index.state for index in status.indexes.values()] == ["live", "absent"]
     assert problem(status, "not set up yet: notes; start the worker again")
+
+
+async def test_an_index_that_could_not_be_set_up_is_paused_and_says_why(
+    make_stopped: Callable[..., Awaitable[Pipeline]],
+) -> None:
+    new = {name: Index(table=name, text="{t}", embedder="e", view=f"{name}_index") for name in ("notes", "pages")}
+    pipeline = await make_stopped(articles=ARTICLES, **new)
+    await pipeline.set_up("articles")
+    pauses = {"notes": Pause("tables can have at most 1600 columns", "carry fewer"), "gone": Pause("as before")}
+    await pipeline.pipelines.note_waiting(pipeline.target, pauses, list(pauses))
+    status = await pipeline.status()
+    assert [index.state for index in status.indexes.values()] == ["live", "paused", "absent"]
+    assert status.indexes["notes"].reason == "tables can have at most 1600 columns; carry fewer"
+    assert status.indexes["notes"].since is not None
+    assert problem(status, "index notes is paused: tables can have at most 1600 columns; carry fewer")
+    assert problem(status, "not set up yet: pages; start the worker again")
 
 
 async def test_an_index_that_left_the_configuration_is_told(make_stopped: Callable[..., Awaitable[Pipeline]]) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
+import anyio
+import psycopg
 import pytest
 
 import cdcsync.target.locked_session as session_module
@@ -134,6 +137,53 @@ async def test_a_lock_that_the_server_has_not_freed_yet_is_waited_for(
     await session.reopen(SPECS)
     await apply(session, Lsn(10))
     assert await locked.checkpoint() == 10
+
+
+async def test_a_last_session_that_the_server_is_still_ending_is_waited_for(
+    locked: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "OLD_SESSION_S", 60.0)
+    last = await locked.open()
+    # As far as the server goes, this is a session whose end takes it long.
+    session = ApplySession(locked.dsn, SCHEMA, SLOT, before=last)
+    stranger = locked.session()
+    async with session, anyio.create_task_group() as tasks:
+        tasks.start_soon(session.try_open)
+        await until(partial(waits_for_the_lock, locked))
+        assert not await stranger.try_open()
+        assert stranger.holder == last.connection.info.backend_pid
+        await last.aclose()
+    assert session._held.fence > last._held.fence
+
+
+async def waits_for_the_lock(locked: Pipeline) -> bool:
+    return bool(await locked.rows("SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+
+
+async def test_a_last_session_that_the_server_does_not_end_is_ended(
+    locked: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "OLD_SESSION_S", 0.1)
+    last = await locked.open()
+    async with ApplySession(locked.dsn, SCHEMA, SLOT, before=last) as session:
+        assert await session.try_open()
+        with pytest.raises(psycopg.OperationalError):
+            await last.connection.execute("SELECT 1")
+
+
+async def test_the_session_of_a_worker_that_took_over_is_not_taken_for_our_last_one(
+    locked: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The server may give it the pid that ours had.
+    monkeypatch.setattr(session_module, "OLD_SESSION_S", 0.1)
+    last = await locked.open()
+    await last.aclose()
+    other = await locked.open()
+    last._pid = other._pid
+    session = ApplySession(locked.dsn, SCHEMA, SLOT, before=last)
+    assert not await session.try_open()
+    assert session.holder == other._pid
+    assert (await other.state()).fence == other._held.fence
 
 
 async def test_a_pipeline_whose_row_is_gone_says_so(locked: Pipeline) -> None:

@@ -14,6 +14,7 @@ import pytest
 from cdcsync.demo.cluster import Cluster
 from cdcsync.errors import LeaseLost, RunError, TargetRewound, TargetUnavailable
 from cdcsync.lsn import Lsn
+from cdcsync.model.pauses import Pause
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target import pipelines
@@ -76,6 +77,28 @@ async def test_setting_up_again_keeps_the_state_and_follows_the_publication(conn
     assert await state(connection) == before
     cursor = await connection.execute("SELECT slot, publication FROM cdcsync.pipelines")
     assert await cursor.fetchall() == [("slot", "another")]
+
+
+async def test_why_indexes_without_a_row_are_paused_is_kept_since_the_first_time_until_they_have_one(
+    connection: Connection,
+) -> None:
+    assert (await state(connection)).waiting == {}
+    refused = {"wide": Pause("too many columns", "carry fewer"), "held": Pause("its table is locked")}
+    await PIPELINES.note_waiting(connection, refused, ["wide", "held", "sound"])
+    first = (await state(connection)).waiting
+    assert {name: str(pause) for name, pause in first.items()} == {
+        "wide": "too many columns; carry fewer",
+        "held": "its table is locked",
+    }
+    # A note stays while the index is tried again; another reason takes its place.
+    await PIPELINES.note_waiting(connection, {"wide": Pause("still too many")}, ["wide", "held"])
+    wide, held = (await state(connection)).waiting["wide"], (await state(connection)).waiting["held"]
+    assert (wide.reason, wide.remedy, wide.since) == ("still too many", None, first["wide"].since)
+    assert held == first["held"]
+    await PIPELINES.note_waiting(connection, {}, ["wide"])
+    assert set((await state(connection)).waiting) == {"wide"}
+    await PIPELINES.note_waiting(connection, {}, [])
+    assert (await state(connection)).waiting == {}
 
 
 # -- the lock --------------------------------------------------------------------------------------------------------

@@ -30,6 +30,13 @@ def test_an_index_that_was_paused_once_is_not_kept_out() -> None:
     assert pauses.due("articles", 0.0)
 
 
+def test_an_index_whose_set_up_failed_is_kept_out_at_once() -> None:
+    pauses = Pauses()
+    pauses.note(changed(), 0.0, refused=True)
+    assert set(pauses.standing({}, 0.0)) == {"articles"}
+    assert pauses.due("articles", FIRST_DELAY_S)
+
+
 def test_a_cause_that_stays_is_tried_again_more_and_more_rarely_and_keeps_its_last_reason() -> None:
     pauses = Pauses()
     now, waits = 0.0, []

@@ -7,8 +7,7 @@ import pytest
 
 from cdcsync.config import QualifiedName
 from cdcsync.errors import SetupError
-from cdcsync.flows.setup.attempts import attempt
-from cdcsync.postgres.locking import BRIEFLY
+from cdcsync.postgres.locking import BRIEFLY, attempt
 from tests.support.indexes import LiveIndex
 from tests.support.servers import Database
 
