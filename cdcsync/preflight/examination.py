@@ -28,7 +28,7 @@ from cdcsync.preflight.following import following_findings, seen_fingerprint
 from cdcsync.preflight.generations import follow_generations, live_generation, vector_findings
 from cdcsync.preflight.hosts import connection_options, host_faults
 from cdcsync.preflight.indexes import Plan, make_plan, make_spec, stored_faults, vector_faults
-from cdcsync.preflight.layout import examine_layout
+from cdcsync.preflight.layout import examine_layout, width_faults
 from cdcsync.preflight.machine import machine_findings
 from cdcsync.preflight.related import computed_types, examine_statement
 from cdcsync.preflight.report import Report
@@ -312,6 +312,8 @@ async def _examine_indexes(
         row_filter = published.row_filter if published is not None else None
         with noting(plan.findings, "target", f"indexes.{plan.name}"):
             spec = await make_spec(target, config.target.schema, plan, facts, row_filter, plan.findings, shared=shared)
+            if spec is not None:
+                plan.findings += await width_faults(target, spec)
             if spec is not None and stored is not None and not spec.hidden:
                 plan.findings += await dependents_findings(target, config.target.schema, spec)
             if spec is not None and not any(finding.level == "error" for finding in plan.findings):

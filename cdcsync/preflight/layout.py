@@ -1,6 +1,6 @@
 """Where an index is to lie in the target: its tables, its view, its keyword search.
 
-Source: PostgreSQL, "Text Search" (Configurations), "Generated Columns".
+Source: PostgreSQL, "Text Search" (Configurations), "Generated Columns", "PostgreSQL Limits".
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from cdcsync.config import Config, Index
 from cdcsync.config.names import own_name, quote
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.findings import Finding, nearest, noting
 from cdcsync.preflight.indexes import Plan
@@ -22,7 +24,12 @@ from cdcsync.preflight.target import (
     relation_faults,
 )
 from cdcsync.target.ddl.languages import CJK, kept_search
+from cdcsync.target.ddl.relations import entry_columns, relation_columns
 from cdcsync.target.ddl.views import schemas_read
+from cdcsync.target.stage import OWN as STAGED
+
+MOST_COLUMNS = 1_600
+"""MaxHeapAttributeNumber of PostgreSQL: the most columns of a table, a view or a composite type."""
 
 
 async def examine_layout(
@@ -48,6 +55,35 @@ async def examine_layout(
             if any(relation.name.name == own[0] and relation.of(OURS) for relation in relations):
                 plan.search = await kept_search(connection, schema, stem, index)
             findings += search_findings(plan, schema, stem)
+
+
+async def width_faults(connection: Connection, spec: IndexSpec) -> list[Finding]:
+    """Say whether a table or an index of the target would have more columns than PostgreSQL allows."""
+    where = f"indexes.{spec.name}"
+    findings = []
+    entry, most = len(entry_columns(spec)), await fetch_value(connection, "SHOW max_index_keys")
+    if entry > int(most):
+        findings.append(
+            Finding.error(
+                f"{where}.key",
+                f"the key has {entry - 1} columns, and an index of the target can have {most}: the chunk's number is"
+                " beside them",
+                "have a unique index of fewer columns identify the rows:"
+                f" ALTER TABLE {spec.shape.table} REPLICA IDENTITY USING INDEX …",
+            )
+        )
+    widths = {what: len(columns) for what, columns in relation_columns(spec).items()}
+    widths["the temporary table of a batch"] = len(spec.shape.key) + len(spec.shape.carried) + len(STAGED)
+    widest = max(widths, key=widths.__getitem__)
+    if (excess := widths[widest] - MOST_COLUMNS) > 0:
+        findings.append(
+            Finding.error(
+                f"{where}.columns",
+                f"{widest} would have {widths[widest]:,} columns, and PostgreSQL allows {MOST_COLUMNS:,}",
+                f"take {excess:,} or more out of {where}.columns",
+            )
+        )
+    return findings
 
 
 async def _view_faults(connection: Connection, config: Config, name: str, target: TargetFacts) -> list[Finding]:

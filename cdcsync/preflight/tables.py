@@ -195,8 +195,8 @@ def column_faults(
                 f"{quote(column)} belongs to the key, which is carried anyway",
                 f'remove "{column}" from indexes.{name}.columns',
             )
-    stored = (*table.key, *index.columns)
-    for column in dict.fromkeys(stored):
+    held = (*table.key, *index.columns)
+    for column in dict.fromkeys(held):
         if column in RESERVED:
             in_key = column in table.key
             yield Finding.error(
@@ -209,13 +209,13 @@ def column_faults(
                 + ("" if in_key else f', or remove "{column}" from indexes.{name}.columns'),
             )
     for column in index.indexed:
-        if column not in stored:
+        if column not in held:
             yield Finding.error(
                 f"indexes.{name}.indexed",
                 f"{quote(column)} is not a column of the index",
                 f'add "{column}" to indexes.{name}.columns'
                 if column in table.columns
-                else _meant(column, stored, "the index has"),
+                else _meant(column, held, "the index has"),
             )
 
 

@@ -64,8 +64,12 @@ class _Backlog(NamedTuple):
     discarded: int
 
 
-async def count_index(target: Connection, names: Names, generation: int) -> Counts:
-    """Count an index's chunks, the vectors of a generation and the chunks that wait for one."""
+async def count_index(target: Connection, names: Names, generation: int, *, filled: bool = False) -> Counts:
+    """Count an index's chunks, the vectors of a generation and the chunks that wait for one.
+
+    :param filled: whether a chunk that is not in the backlog has a vector, as is so unless the generation is being
+        filled: then an estimate of vectors that is too low does not look as if some were missing.
+    """
     settled = names.settled(generation)
     if await _small(target, names.chunks, settled, names.backlog):
         return await _count_small(target, names, generation)
@@ -80,7 +84,10 @@ async def count_index(target: Connection, names: Names, generation: int) -> Coun
     fresh, exact_fresh = await _count_fresh(target, names.fresh(generation), most=chunks - vectors)
     backlog, exact_backlog = await _count_backlog(target, names, generation)
     exact = exact_chunks and exact_vectors and exact_fresh and exact_backlog
-    return Counts(documents, chunks, vectors + fresh, fresh, *backlog, estimated=not exact)
+    vectors += fresh
+    if filled and exact_backlog and not exact:
+        vectors = max(vectors, chunks - backlog.waiting - backlog.failed - backlog.discarded)
+    return Counts(documents, chunks, vectors, fresh, *backlog, estimated=not exact)
 
 
 async def _small(target: Connection, *tables: sql.Identifier) -> bool:

@@ -136,7 +136,7 @@ async def _read(
     )
     chunks = vectors = waiting = failed = discarded = 0
     if there:
-        counts = await count_index(connection, names, number)
+        counts = await count_index(connection, names, number, filled=live)
         chunks, vectors, waiting, failed = counts.chunks, counts.vectors, counts.backlog, counts.failed
         discarded = counts.discarded
     recall = None

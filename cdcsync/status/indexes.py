@@ -241,7 +241,7 @@ async def _counted(
             target, schema, entry, own, noted.builds, other=other, left_out=of_other, evaluated=measured
         )
         status = msgspec.structs.replace(status, generations=generations)
-    counts = await count_index(target, Names(schema, entry.relations), entry.generation)
+    counts = await count_index(target, Names(schema, entry.relations), entry.generation, filled=True)
     seen = noted.tiers.get(entry.name, settling.Noted(0.0, 0.0)) if counts.fresh else None
     status = msgspec.structs.replace(
         status,

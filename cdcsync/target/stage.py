@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from enum import IntEnum
+from typing import LiteralString
 
 from psycopg import sql
 
@@ -23,7 +24,20 @@ STAGED_ROWS = 1_000
 """The temporary tables are emptied by DELETE, and by TRUNCATE once about so many rows went through them. TRUNCATE, and
 `ON COMMIT DELETE ROWS` with it, costs milliseconds of file operations, which at light load is more than all else."""
 
-_COLUMNS = ("op", "chunk_no", "chunk_total", "content", "content_hash", "document_hash", "commit_lsn", "lane")
+OWN: dict[str, LiteralString] = {
+    "op": "0::smallint",
+    "chunk_no": "chunk_no",
+    "chunk_total": "0",
+    "content": "content",
+    "content_hash": "content_hash",
+    "document_hash": "document_hash",
+    "commit_lsn": "commit_lsn",
+    "lane": "0::smallint",
+    "applied_at": "applied_at",
+}
+"""The columns of the stage after those for key and carried columns, and values of their types in the chunks table."""
+
+_COPIED = [name for name in OWN if name != "applied_at"]
 
 
 class Op(IntEnum):
@@ -58,7 +72,7 @@ class Stage:
         self.keys = [sql.Identifier(f"k{at}") for at in range(len(spec.shape.key))]
         self.carried = [sql.Identifier(f"c{at}") for at in range(len(spec.shape.carried))]
         self._no_carried: Row = (None,) * len(self.carried)
-        columns = [*self.keys, *self.carried, *map(sql.Identifier, _COLUMNS)]
+        columns = [*self.keys, *self.carried, *map(sql.Identifier, _COPIED)]
         self._copying = sql.SQL("COPY {} ({}) FROM STDIN").format(self.table, sql.SQL(", ").join(columns))
         tables = {"stage": self.table, "gone": self.gone, "put": self.put}
         self._truncating = sql.SQL("TRUNCATE {stage}, {gone}, {put}").format(**tables).as_bytes(connection)
@@ -80,12 +94,11 @@ class Stage:
             sql.SQL("{} AS {}").format(sql.Identifier(column), place)
             for column, place in zip((*shape.key, *shape.carried), self.keys + self.carried, strict=True)
         ]
+        columns += [sql.SQL(value + " AS {}").format(sql.Identifier(name)) for name, value in OWN.items()]
         await self._connection.execute(
-            sql.SQL(
-                "CREATE TEMP TABLE IF NOT EXISTS {} AS SELECT {}, chunk_no, 0 AS chunk_total,"
-                " content, content_hash, document_hash, commit_lsn, applied_at, 0::smallint AS lane, 0::smallint AS op"
-                " FROM {} WITH NO DATA"
-            ).format(sql.Identifier(self._name), sql.SQL(", ").join(columns), chunks)
+            sql.SQL("CREATE TEMP TABLE IF NOT EXISTS {} AS SELECT {} FROM {} WITH NO DATA").format(
+                sql.Identifier(self._name), sql.SQL(", ").join(columns), chunks
+            )
         )
         for name in ("gone", "put"):
             await self._connection.execute(

@@ -65,6 +65,7 @@ HELD = {
     "the role may not read": (PAUSES, "the role may not read"),
     "the target refuses a value": (PAUSES, "the target refuses a value"),
     "the target refuses a value …, too long": (f"{SCENARIOS}test_values.py", "test_a_key_that_the_target_cannot_take"),
+    "the target refuses a value …, in a row": ("tests/server/postgres/test_errors.py", "in a row too wide for a page"),
     "… would be empty after a crash": (PAUSES, "would be empty after a crash of the target"),
     "… has policies that hide rows": (
         "tests/server/test_roles.py",
@@ -194,6 +195,7 @@ def test_every_row_of_the_table_of_pauses_has_a_case_of_two_indexes() -> None:
         "old rows of its partition": PARTITIONS,
         "the vectors of index": "tests/server/scenarios/test_changed_models.py",
         "the target refuses a value …, too long": "tests/server/scenarios/test_values.py",
+        "the target refuses a value …, in a row": "tests/server/postgres/test_errors.py",
         "… has policies that hide rows": "tests/server/test_roles.py",
         "somebody began to detach it": "tests/server/target/ddl/test_missing.py",
         "its load failed": PAUSES,

@@ -9,8 +9,9 @@ Source: PostgreSQL, "Data Definition"; pgvector's README (operator classes, HNSW
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from typing import LiteralString
 
 import psycopg
 from psycopg import sql
@@ -28,6 +29,7 @@ from cdcsync.target.ddl.chunks_view import (
     release_chunks_view,
 )
 from cdcsync.target.ddl.grants import settings_kept
+from cdcsync.target.ddl.hits import wanted_attributes
 from cdcsync.target.ddl.languages import search_expression
 from cdcsync.target.ddl.names import MAX_ATTEMPTS as MAX_ATTEMPTS
 from cdcsync.target.ddl.names import OPCLASSES as OPCLASSES
@@ -41,25 +43,22 @@ from cdcsync.target.ddl.standing import continue_numbers, create_index, describe
 from cdcsync.target.ddl.tiers import create_vectors as create_vectors
 from cdcsync.target.ddl.views import Column, follow_name, put_view, release_columns, schemas_read
 
-RESERVED = frozenset(
-    (
-        "chunk_id",
-        "chunk_no",
-        "chunk_total",
-        "content",
-        "content_hash",
-        "document_hash",
-        "commit_lsn",
-        "applied_at",
-        "search",
-        "embedding",
-        "stale",
-    )
-)
-"""Our own columns of the chunks table and the view: a key or carried column cannot have these names."""
-
 POSITION = "No later than the commit on the source that brought this text to its document; 0/0 where that is unknown."
 """What `commit_lsn` is. `wait_for` compares it: a text that waits for its vector may have been committed there."""
+
+OWN: dict[str, LiteralString] = {
+    "chunk_no": "int NOT NULL",
+    "chunk_total": "int",
+    "content": "text NOT NULL",
+    "content_hash": "bytea NOT NULL",
+    "document_hash": "bytea NOT NULL",
+    "commit_lsn": "pg_lsn NOT NULL",
+    "applied_at": "timestamptz NOT NULL DEFAULT now()",
+}
+"""The columns of the chunks table after key and carried columns."""
+
+RESERVED = frozenset(("chunk_id", *OWN, "search", "embedding", "stale"))
+"""Our own columns of the chunks table and the view: a key or carried column cannot have these names."""
 
 FILLFACTOR = 85
 """Leaves room on each page for HOT updates of carried columns."""
@@ -67,6 +66,22 @@ FILLFACTOR = 85
 SEARCHED_CHARACTERS = 100_000
 """Keyword search reads this much of a chunk: a tsvector holds at most a megabyte, and a longer text would be refused
 with all that is in its batch. No text of this many characters gets there."""
+
+
+def relation_columns(spec: IndexSpec) -> dict[str, Collection[str]]:
+    """Return the columns of those relations of an index that have its key and carried columns, by what they are."""
+    searched = [] if spec.config.search is None else ["search"]
+    columns: dict[str, Collection[str]] = {
+        "the chunks table": ["chunk_id", *spec.shape.key, *spec.shape.carried, *OWN, *searched]
+    }
+    if not spec.hidden:
+        columns |= {"the view": _view_columns(spec), "a hit of the search function": wanted_attributes(spec)}
+    return columns
+
+
+def entry_columns(spec: IndexSpec) -> tuple[str, ...]:
+    """Return the columns of the unique index of the chunks table."""
+    return (*spec.shape.key, "chunk_no")
 
 
 async def create_index_relations(connection: Connection, schema: str, spec: IndexSpec) -> None:
@@ -94,25 +109,20 @@ async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
     present = await _columns_present(connection, schema, spec)
     key = _definitions(spec.shape.key, spec.key_types, " NOT NULL")
     carried = _definitions(spec.shape.carried, spec.carried_types, "")
+    own = [sql.SQL(f"{name} {definition}") for name, definition in OWN.items()]
     identifiers = {
         "chunks": names.chunks,
         "backlog": names.backlog,
-        "key": sql.SQL(", ").join(map(sql.Identifier, spec.shape.key)),
-        "columns": sql.SQL("").join(sql.SQL(", ") + one for one in key + carried),
+        "entry": sql.SQL(", ").join(map(sql.Identifier, entry_columns(spec))),
+        "columns": sql.SQL(", ").join(key + carried + own),
     }
     await connection.execute(
         sql.SQL(
             """
             CREATE TABLE IF NOT EXISTS {chunks} (
-                chunk_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY{columns},
-                chunk_no int NOT NULL,
-                chunk_total int,
-                content text NOT NULL,
-                content_hash bytea NOT NULL,
-                document_hash bytea NOT NULL,
-                commit_lsn pg_lsn NOT NULL,
-                applied_at timestamptz NOT NULL DEFAULT now(),
-                UNIQUE ({key}, chunk_no)
+                chunk_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+                {columns},
+                UNIQUE ({entry})
             ) WITH (fillfactor = """
             + str(FILLFACTOR)
             + ")"

@@ -6,6 +6,9 @@ import anyio
 import psycopg
 import pytest
 
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import connect
+from cdcsync.target.apply import IndexWriter
 from tests.support.indexes import make_spec
 from tests.support.preflight import ARTICLES, configured, examined, lay_out, the_error, warnings
 from tests.support.servers import Database
@@ -86,3 +89,50 @@ async def test_a_table_that_goes_while_it_is_examined_is_no_mistake_of_ours(data
             while not database.execute(f"{waiting} WHERE NOT l.granted"):  # noqa: ASYNC110 - the server tells nobody
                 await anyio.sleep(0.02)
         await other.commit()
+
+
+@pytest.mark.parametrize("search", ["", "simple"])
+@pytest.mark.parametrize("excess", [0, 1])
+async def test_an_index_is_refused_if_a_relation_of_it_would_have_more_columns_than_postgresql_allows(
+    database: Database, search: str, excess: int
+) -> None:
+    carried = [f"c{at}" for at in range(1_590 + excess)]
+    database.execute(f"CREATE TABLE t (id int PRIMARY KEY, body text, {', '.join(f'{one} bool' for one in carried)})")
+    report = await examined(
+        configured(database.dsn, t=f'table = "t"\ntext = "{{body}}"\nsearch = "{search}"\ncolumns = {carried}')
+    )
+    if excess:
+        error = the_error(report)
+        assert (error.where, error.hint) == ("indexes.t.columns", "take 1 or more out of indexes.t.columns")
+        assert "would have 1,601 columns, and PostgreSQL allows 1,600" in error.message
+        return
+    assert report.errors == []
+    await makes_and_opens(database, report.specs[0])
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["one table", "many tables"])
+@pytest.mark.parametrize("excess", [0, 1])
+async def test_an_index_is_refused_if_its_key_beside_a_chunks_number_is_too_wide_for_an_index(
+    database: Database, many: bool, excess: int
+) -> None:
+    key = [f"k{at}" for at in range((30 if many else 31) + excess)]
+    columns = ", ".join(f"{one} int" for one in key)
+    database.execute(f"CREATE TABLE t1 ({columns}, body text, PRIMARY KEY ({', '.join(key)}))")
+    table = 'tables = ["public.t*"]' if many else 'table = "t1"'
+    config = configured(database.dsn, t=f'{table}\ntext = "{{body}}"')
+    report = await examined(config)
+    if excess:
+        error = the_error(report)
+        assert error.where == "indexes.t.key"
+        assert "the key has 32 columns, and an index of the target can have 32" in error.message
+        database.execute("CREATE UNIQUE INDEX narrow ON t1 (k0); ALTER TABLE t1 REPLICA IDENTITY USING INDEX narrow")
+        report = await examined(config)
+    assert report.errors == []
+    await makes_and_opens(database, report.specs[0])
+
+
+async def makes_and_opens(database: Database, spec: IndexSpec) -> None:
+    """Make the relations of an index, and what a worker writes to it through."""
+    await lay_out(database, spec)
+    async with await connect(database.dsn, "target") as connection:
+        await IndexWriter(connection, "cdcsync", spec).open()

@@ -87,6 +87,7 @@ async def test_fresh_vectors_of_a_load_are_counted_up_to_a_limit_and_estimated_b
     monkeypatch.setattr(counting, "FRESH_UP_TO", 100)
     await stopped.target.execute("ALTER TABLE cdcsync.articles_vectors_1_fresh SET (autovacuum_enabled = off)")
     await fill(stopped, 2_000)
+    await queue(stopped, 1_000)
     await stopped.target.execute("ANALYZE cdcsync.articles_chunks")
 
     async def store(chunks: int) -> IndexStatus:
@@ -110,6 +111,32 @@ async def test_fresh_vectors_of_a_load_are_counted_up_to_a_limit_and_estimated_b
 
     monkeypatch.setattr(counting, "FRESH_UP_TO", 1_000)
     assert (await stopped.status()).indexes["articles"].fresh == 1_000
+
+
+async def test_an_estimate_of_vectors_that_is_too_low_does_not_say_that_some_are_missing(
+    stopped: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counting, "ROW_BYTES", 0)
+    monkeypatch.setattr(counting, "FRESH_UP_TO", 100)
+    fresh = "cdcsync.articles_vectors_1_fresh"
+    await stopped.target.execute(f"ALTER TABLE {fresh} SET (autovacuum_enabled = off)")
+    await fill(stopped, 2_000)
+    every = (
+        "INSERT INTO cdcsync.articles_vectors_1 SELECT chunk_id, content_hash, '[1,2,3]'::public.vector"
+        " FROM cdcsync.articles_chunks ON CONFLICT DO NOTHING"
+    )
+    await stopped.target.execute(every)
+    # The statistics are of pages that are nearly empty, which fill up again.
+    await stopped.target.execute(f"DELETE FROM {fresh} WHERE chunk_id % 20 > 0")
+    await stopped.target.execute(f"VACUUM ANALYZE {fresh}")
+    await stopped.target.execute(every)
+
+    index = (await stopped.status()).indexes["articles"]
+    assert (index.chunks, index.vectors, index.backlog, index.estimated) == (2_000, 2_000, 0, True)
+    assert index.fresh < 1_000
+
+    await queue(stopped, 10)
+    assert (await stopped.status()).indexes["articles"].vectors == 1_990
 
 
 async def test_what_was_never_analysed_is_counted_however_large_the_planner_takes_it_for(
