@@ -81,12 +81,12 @@ async def reload_on_signal(
         async for _ in signals:
             if manager is not None:
                 manager.reloading()
-            await reload(worker, reread)
+            await take_over(worker, reread)
             if manager is not None:
                 manager.reloaded()
 
 
-async def reload(worker: Reconfigurable, reread: Callable[[], Config]) -> None:
+async def take_over(worker: Reconfigurable, reread: Callable[[], Config]) -> None:
     """Read the configuration again and take over what may change live.
 
     It is read in a thread: a file system that does not answer keeps neither changes nor the worker's end waiting.

@@ -17,8 +17,8 @@ from cdcsync.config.names import beside_name
 from cdcsync.errors import SetupError
 from cdcsync.flows.migrate.models import Models
 from cdcsync.flows.migrate.present import opened, other_generation
-from cdcsync.flows.setup.attempts import withdraw
 from cdcsync.flows.setup.exchange import do_without_worker
+from cdcsync.flows.setup.withdrawn import withdraw
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import attempt

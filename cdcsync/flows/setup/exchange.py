@@ -14,7 +14,7 @@ import msgspec
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import beside_name, own_name
 from cdcsync.errors import SetupError
-from cdcsync.flows.setup.attempts import withdraw
+from cdcsync.flows.setup.withdrawn import withdraw
 from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.autovacuums import Vacuumed

@@ -15,7 +15,6 @@ import structlog
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import beside_name, own_name
 from cdcsync.errors import SchemaChanged, SetupError, TablesChanged
-from cdcsync.flows.setup.attempts import withdraw
 from cdcsync.flows.setup.differences import (
     as_followed,
     ask_for,
@@ -25,6 +24,7 @@ from cdcsync.flows.setup.differences import (
     stored_fingerprint,
 )
 from cdcsync.flows.setup.needs import need_of
+from cdcsync.flows.setup.withdrawn import withdraw
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.autovacuums import Vacuumed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -388,7 +389,8 @@ async def test_what_is_no_value_of_a_type_is_a_callers_mistake_whatever_its_inpu
             for value in (wrong, {"in": [wrong]}):
                 body = {"query": "cat", "mode": "text", "filter": {"of": value}}
                 answer = await client.post("/v1/indexes/articles/search", json=body)
-                assert (answer.status_code, answer.json()["fix"]) == (422, f"The column is of the type {type_}.")
+                assert answer.status_code == 422
+                assert re.match(rf"The column is of the type {re.escape(type_)}[.:]", answer.json()["fix"])
             fetched = await client.get(f"/v1/indexes/articles/documents/{quote(wrong, safe='')}")
             assert fetched.status_code == 404
 

@@ -22,7 +22,7 @@ from cdcsync import logs
 from cdcsync.config import Config, Worker, parse
 from cdcsync.errors import ConfigError
 from cdcsync.process.stopping import PutOff
-from cdcsync.worker.reload import LIVE, differences, merged, reload, reload_on_signal
+from cdcsync.worker.reload import LIVE, differences, merged, reload_on_signal, take_over
 from tests import ROOT
 
 TEXT = """
@@ -99,7 +99,7 @@ async def test_the_log_names_what_took_effect_and_what_needs_a_restart_and_no_va
     logged: Callable[[], list[dict[str, Any]]],
 ) -> None:
     running = Running(config())
-    await reload(running, lambda: config("batch_rows = 7\nverify_every_s = 60", password="hunter2"))
+    await take_over(running, lambda: config("batch_rows = 7\nverify_every_s = 60", password="hunter2"))
     assert running.config.worker.batch_rows == 7
     assert running.config.worker.verify_every_s == 0
     assert events(logged()) == [
@@ -112,15 +112,15 @@ async def test_the_log_names_what_took_effect_and_what_needs_a_restart_and_no_va
 async def test_what_needs_a_restart_is_named_each_time_until_then(logged: Callable[[], list[dict[str, Any]]]) -> None:
     running = Running(config())
     for _ in range(2):
-        await reload(running, lambda: config("verify_every_s = 60"))
+        await take_over(running, lambda: config("verify_every_s = 60"))
     assert events(logged()) == [("reloaded", []), ("restart_needed", ["worker.verify_every_s"])] * 2
 
 
 async def test_a_new_level_holds_for_the_next_line(logged: Callable[[], list[dict[str, Any]]]) -> None:
     running = Running(config())
-    await reload(running, lambda: config('log_level = "error"'))
+    await take_over(running, lambda: config('log_level = "error"'))
     structlog.get_logger().warning("unheard")
-    await reload(running, lambda: config('log_level = "debug"'))
+    await take_over(running, lambda: config('log_level = "debug"'))
     structlog.get_logger().debug("heard")
     assert [line["event"] for line in logged()] == ["reloaded", "heard"]
 
@@ -130,7 +130,7 @@ async def test_a_wrong_configuration_changes_nothing_and_is_told(logged: Callabl
         raise ConfigError("unknown key worker.batchrows", where="cdcsync.toml", hint="did you mean batch_rows?")
 
     running = Running(config())
-    await reload(running, wrong)
+    await take_over(running, wrong)
     (line,) = logged()
     assert (line["event"], line["level"]) == ("reload_failed", "error")
     assert (line["where"], line["fix"]) == ("cdcsync.toml", "did you mean batch_rows?")
