@@ -207,7 +207,7 @@ class Index:
         :raises TargetUnavailable: the target does not answer now.
         :raises UsageError: it was used in another event loop, or before a fork.
         """
-        self._resources.pool.admit()  # before anything that would close what others use
+        self._resources.pool.refuse_strangers()  # before anything that would close what others use
         try:
             spec = await self._with_connection(self._spec)
             with suppress(EmbedError):  # searches go by words, and say so
@@ -409,7 +409,7 @@ class Index:
 
         :raises UsageError: the index has no reranker, or an argument cannot be used.
         """
-        self._resources.pool.admit()
+        self._resources.pool.refuse_strangers()
         check_text(text, "rerank", hint=_QUOTED)
         given: object = hits
         if not isinstance(given, Sequence) or not all(isinstance(hit, Hit) for hit in given):

@@ -43,7 +43,7 @@ LOCKED_OUT_S = 5.0
 
 
 ATTEMPTS = 6
-"""How often a change is tried: for some seconds in all."""
+"""How many times `attempt` tries a change: for some seconds in all."""
 
 OPEN_FOR_S = 1.0
 """A transaction that is younger was not in the way of the first attempts."""
@@ -67,20 +67,20 @@ async def until_locked(
     :param vacuumed: what autovacuums are asked to let go of.
     :raises LockNotAvailable, DeadlockDetected: somebody was in its way each time.
     """
-    attempt = 0
+    failures = 0
     while True:
         try:
             return await change()
         except LOCKED_OUT as error:
-            log.info("lock_waits", table=table, attempt=attempt + 1, error=first_line(error))
-            if attempt + 1 == attempts:
+            log.info("lock_waits", table=table, attempt=failures + 1, error=first_line(error))
+            if failures + 1 == attempts:
                 raise
-            if vacuumed is not None and attempt % NUDGE_EVERY == FIRST_NUDGE and await end_autovacuums(vacuumed):
+            if vacuumed is not None and failures % NUDGE_EVERY == FIRST_NUDGE and await end_autovacuums(vacuumed):
                 pause_s = 0.0  # another one may begin as soon as the server looks for work again
             else:
-                pause_s = backoff_s(attempt, first=0.1, most=5)
+                pause_s = backoff_s(failures, first=0.1, most=5)
             await anyio.sleep(pause_s)
-            attempt += 1
+            failures += 1
 
 
 class Lock(msgspec.Struct, frozen=True):

@@ -30,7 +30,7 @@ class Pool:
         self._loop: asyncio.AbstractEventLoop | None = None
         """The event loop that has used it: a task of another one that waits here for its turn would never wake."""
 
-    def admit(self) -> None:
+    def refuse_strangers(self) -> None:
         """See that the caller is of the process and the event loop that first used what an index keeps open.
 
         :raises UsageError: it is not.
@@ -53,7 +53,7 @@ class Pool:
         :raises SourceUnavailable, TargetUnavailable, SetupError: a new one cannot be opened.
         :raises UsageError: the pool is closed, or was used before a fork or in another event loop.
         """
-        self.admit()
+        self.refuse_strangers()
         async with self._room:
             if self._closed:
                 raise UsageError("it is closed", where="cdcsync.Index", hint="use it inside of its `with` block")

@@ -193,7 +193,10 @@ class Gate:
 
 
 class WithItsClient:
-    """Ends a request when its client goes away, whichever route answers it: nobody takes the answer any more."""
+    """Ends a request when its client goes away, whichever route answers it: nobody takes the answer any more.
+
+    A route must not work on after its answer either, as a background task would.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

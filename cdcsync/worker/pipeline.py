@@ -349,7 +349,7 @@ class Pipeline:
                     async def end(error: CdcsyncError) -> None:
                         lost.append(error)
                         tasks.cancel_scope.cancel()
-                        # Whoever works for one index or request would take it for an error of that.
+                        # A task that works for one index or request would take the error for one of these.
                         await anyio.lowlevel.checkpoint()
 
                     async def admit(connection: Connection) -> None:
