@@ -20,7 +20,7 @@ from cdcsync.errors import (
     Unavailable,
 )
 from cdcsync.logs import without_quoted
-from cdcsync.postgres.refusals import explain
+from cdcsync.postgres.refusals import STILL_RUNS, attempts, explain
 from cdcsync.postgres.settings import Side
 
 _DAMAGE = 'docs/operations.md, "Damaged tables", says how to continue'
@@ -262,20 +262,42 @@ def first_line(error: psycopg.Error) -> str:
 def connect_error(error: psycopg.Error, side: Side, where: str) -> CdcsyncError:
     """Return what a failed attempt to connect means.
 
+    Of several hosts, each speaks for itself: waiting is no use only if every one of them refuses for good. One host
+    does if it did at any of its addresses: a server need not listen on all.
+    """
+    tried = attempts(str(error))
+    if not tried:
+        return _refused(first_line(error), error.sqlstate, side, where)
+    several = len(dict(tried)) > 1
+    said: dict[str, CdcsyncError] = {}
+    for host, text in tried:
+        found = _refused(text, None, side, where, host=host if several else None)
+        said[host] = min(said.get(host, found), found, key=lambda one: isinstance(one, Unavailable))
+    waits = [one for one in said.values() if isinstance(one, Unavailable)]
+    return min(waits, key=_rank) if waits else next(iter(said.values()))
+
+
+def _rank(error: Unavailable) -> tuple[bool, bool]:
+    """Order the hosts: first one that serves those who are in, last one whose state the DSN does not ask for."""
+    return error.sqlstate not in STILL_RUNS, "target_session_attrs" in error.message
+
+
+def _refused(text: str, code: str | None, side: Side, where: str, *, host: str | None = None) -> CdcsyncError:
+    """Return what the words of one attempt mean.
+
     libpq gives no error code for a refused login: its words are what the server sent, so they are looked for.
     """
-    text = first_line(error)
-    if (refusal := explain(text)) is not None:
-        code = error.sqlstate or refusal.sqlstate
+    if (refusal := explain(text, host=host)) is not None:
+        sqlstate = code or refusal.sqlstate
         if refusal.lasting:
-            return SetupError(refusal.message, where=where, hint=refusal.hint, sqlstate=code)
-        return unavailable(side, refusal.message, where=where, hint=refusal.hint, sqlstate=code)
-    for code, pattern in (
+            return SetupError(refusal.message, where=where, hint=refusal.hint, sqlstate=sqlstate)
+        return unavailable(side, refusal.message, where=where, hint=refusal.hint, sqlstate=sqlstate)
+    for known, pattern in (
         ("28P01", r"password authentication failed|no password supplied"),
         ("28000", r'pg_hba\.conf|role ".*" does not exist|role ".*" is not permitted to log in'),
         ("3D000", r'database ".*" does not exist'),
     ):
-        if error.sqlstate == code or re.search(pattern, text):
-            problem, hint = _HINTS[code]
+        if code == known or re.search(pattern, text):
+            problem, hint = _HINTS[known]
             return SetupError(f"{problem}: {text}", where=where, hint=hint)
     return unavailable(side, text, where=where, hint=_IT_RUNS if "FATAL: " in text else None)

@@ -38,6 +38,11 @@ _SOCKET = r'connection to server on socket "(?P<socket>[^"]*)" failed: '
 
 _WORDS: tuple[tuple[str, Refusal], ...] = (
     (
+        # The latter before PostgreSQL 16.
+        r"^(?P<said>.*(?:permission denied to start WAL sender|must be superuser or replication role).*)$",
+        Refusal("{said}", "ALTER ROLE … REPLICATION for the role in the DSN", lasting=True),
+    ),
+    (
         r"no password supplied",
         Refusal(
             "no password is given for this role",
@@ -260,10 +265,29 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
 )
 
 
-def explain(text: str) -> Refusal | None:
+_SEVERAL = "Multiple connection attempts failed. All failures were:\n"
+_VALUE = r"""('[^']*'|"[^"]*"|None)"""
+_ATTEMPT = re.compile(rf"^- host: {_VALUE}, port: {_VALUE}, hostaddr: {_VALUE}: ", re.MULTILINE)
+
+
+def attempts(text: str) -> list[tuple[str, str]]:
+    """Return the host and the words, in one line, of each attempt that psycopg lists; none where it made only one.
+
+    A host whose name has several addresses is tried at each of them.
+    """
+    parts = _ATTEMPT.split(text.partition(_SEVERAL)[2])
+    found = []
+    for *named, words in zip(parts[1::4], parts[2::4], parts[3::4], parts[4::4], strict=True):
+        name, port, address = ("" if value == "None" else value[1:-1] for value in named)
+        found.append(((name or address) + (port and f", port {port}"), " ".join(words.split())))
+    return found
+
+
+def explain(text: str, *, host: str | None = None) -> Refusal | None:
     """Return what libpq's words mean; None where they are not known.
 
     :param text: in one line.
+    :param host: whose words they are, if it is one of several: the message names it.
     """
     for pattern, refusal in _WORDS:
         if (match := re.search(pattern, text)) is not None:
@@ -273,6 +297,8 @@ def explain(text: str) -> Refusal | None:
             found |= {name: quote(found[name]) for name in ("role", "database") if name in found}
             found["passwords"] = to_edit(os.environ)
             message, hint = _filled(refusal.message, found), _filled(refusal.hint, found)
+            if host is not None and not any(name in refusal.message for name in ("{host}", "{socket}", "{said}")):
+                message += f" (host {host})"
             return msgspec.structs.replace(refusal, message=message, hint=hint)
     return None
 

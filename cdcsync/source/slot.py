@@ -96,11 +96,6 @@ class SlotConnection:
                 conninfo_for(dsn, application_name=FOLLOWER, replication="database"), autocommit=True
             )
         except psycopg.Error as error:
-            # "permission denied to start WAL sender" since 16, "must be superuser or replication role" before.
-            if "permission denied to start WAL sender" in str(error) or "replication role" in str(error):
-                raise SetupError(
-                    first_line(error), where=where, hint="ALTER ROLE … REPLICATION for the role in the DSN"
-                ) from error
             raise connect_error(error, "source", where) from error
         slot = cls(connection, where)
         try:

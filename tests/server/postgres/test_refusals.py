@@ -130,6 +130,28 @@ async def test_a_server_without_a_free_connection_or_sender_is_told_with_the_set
             assert "max_connections" in str(error.hint)
 
 
+@pytest.mark.parametrize("side", ["source", "target"])
+async def test_a_host_that_refuses_for_good_does_not_speak_for_another_that_is_full_or_away(
+    make_cluster: Callable[..., Cluster], side: Side
+) -> None:
+    primary, other = make_cluster(), make_cluster()  # the other has no such role
+    with psycopg.connect(primary.dsn(), autocommit=True) as admin:
+        admin.execute("CREATE ROLE ann LOGIN CONNECTION LIMIT 0")
+    orders = [f"{primary.port},{other.port}", f"{other.port},{primary.port}"]
+    dsns = [f"host=127.0.0.1,127.0.0.1 port={ports} user=ann dbname=postgres" for ports in orders]
+    at = f"127.0.0.1, port {primary.port}"
+    for dsn in dsns:
+        error = await refused(dsn, side)
+        assert isinstance(error, Unavailable)
+        assert error.message == f"role ann has as many connections as it may (host {at})"
+        assert error.sqlstate == TOO_MANY_CONNECTIONS
+    primary.stop()
+    for dsn in dsns:
+        error = await refused(dsn, side)
+        assert isinstance(error, Unavailable)
+        assert error.message == f"no server listens on {at}"
+
+
 @pytest.mark.parametrize("value", ["database", "true"])
 async def test_a_dsn_for_replication_serves_for_statements_as_well(
     database: Database, roles: Roles, value: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import psycopg
 import pytest
 
+from cdcsync.errors import CdcsyncError, SetupError, SourceUnavailable
 from cdcsync.postgres.errors import connect_error
 from cdcsync.postgres.refusals import explain
 
@@ -111,3 +112,98 @@ def test_words_that_are_not_known_are_left_alone() -> None:
 def test_only_a_server_that_has_not_answered_is_told_as_one_that_may_not_run(text: str, hint: str) -> None:
     error = connect_error(psycopg.OperationalError(text), "source", "source")
     assert str(error.hint).startswith(hint)
+
+
+NO_ENTRY = 'FATAL:  no pg_hba.conf entry for host "10.0.0.9", user "ann", database "shop", no encryption'
+NO_ROLE = 'FATAL:  role "ann" does not exist'
+NO_SENDER = "FATAL:  permission denied to start WAL sender\nDETAIL:  Only roles with REPLICATION may."
+LIMIT = 'FATAL:  too many connections for role "ann"'
+REFUSED = "Connection refused\n\tIs the server running on that host and accepting TCP/IP connections?"
+STANDBY = "session is read-only"
+POOLER = "FATAL:  no more connections allowed (max_client_conn)"
+
+
+def failed(*attempts: tuple[str, str, str]) -> CdcsyncError:
+    """Return what it means that these attempts failed: host, address and words, listed as psycopg does."""
+    told = [
+        (
+            f"host: {host!r}, port: '5432', hostaddr: {address!r}",
+            f'connection failed: connection to server at "{host}", port 5432 failed: {words}',
+        )
+        for host, address, words in attempts
+    ]
+    lines = [told[-1][1], "Multiple connection attempts failed. All failures were:"]
+    lines += [f"- {attempt}: {words}" for attempt, words in told]
+    return connect_error(psycopg.OperationalError("\n".join(lines)), "source", "source")
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("one", "other", "message", "hint", "code"),
+    [
+        (LIMIT, NO_ENTRY, "role ann has as many connections as it may (host a, port 5432)", "raise its limit", "53300"),
+        (REFUSED, NO_ENTRY, "no server listens on a, port 5432", "start it", None),
+        (REFUSED, NO_ROLE, "no server listens on a, port 5432", "start it", None),
+        (REFUSED, NO_SENDER, "no server listens on a, port 5432", "start it", None),
+        (STANDBY, NO_ENTRY, "the server takes only reads, and target_session_attrs asks", "promote it", None),
+        (LIMIT, REFUSED, "role ann has as many connections as it may (host a, port 5432)", "raise its limit", "53300"),
+        (LIMIT, STANDBY, "role ann has as many connections as it may (host a, port 5432)", "raise its limit", "53300"),
+        (REFUSED, STANDBY, "no server listens on a, port 5432", "start it", None),
+        (
+            POOLER,
+            STANDBY,
+            f'connection failed: connection to server at "a", port 5432 failed: {POOLER}',
+            "the se",
+            None,
+        ),
+        (
+            POOLER,
+            NO_ENTRY,
+            f'connection failed: connection to server at "a", port 5432 failed: {POOLER}',
+            "the se",
+            None,
+        ),
+    ],
+)
+def test_of_several_hosts_one_that_may_let_us_in_later_says_why_not_now(
+    one: str, other: str, message: str, hint: str, code: str | None, turned: bool
+) -> None:
+    error = failed(*[("a", "10.0.0.1", one), ("b", "10.0.0.2", other)][:: -1 if turned else 1])
+    assert isinstance(error, SourceUnavailable)
+    assert error.message.startswith(" ".join(message.split()))
+    assert "Multiple" not in error.message
+    assert "hostaddr" not in error.message
+    assert str(error.hint).startswith(hint)
+    assert error.sqlstate == code
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((NO_ENTRY, NO_ROLE), 'user "ann", database "shop", no encryption (host a, port 5432)'),
+        ((NO_ROLE, NO_ENTRY), "there is no role ann (host a, port 5432)"),
+        ((NO_SENDER, NO_ROLE), "WAL sender DETAIL: Only roles with REPLICATION may."),
+        ((NO_ROLE, NO_SENDER, NO_ENTRY), "there is no role ann (host a, port 5432)"),
+    ],
+)
+def test_several_hosts_that_all_refuse_for_good_are_told_by_the_first(words: tuple[str, ...], message: str) -> None:
+    error = failed(*[(host, f"10.0.0.{host}", said) for host, said in zip("abc", words, strict=False)])
+    assert isinstance(error, SetupError)
+    assert error.message.endswith(message)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_host_that_listens_on_one_of_its_addresses_is_told_by_what_it_says_there(turned: bool) -> None:
+    tried = [("localhost", "::1", REFUSED), ("localhost", "127.0.0.1", NO_ROLE)]
+    error = failed(*tried[:: -1 if turned else 1])
+    assert isinstance(error, SetupError)
+    assert error.message == "there is no role ann"
+
+
+def test_a_host_without_a_name_is_told_by_its_address() -> None:
+    listed = "\n".join(
+        f"- host: None, port: None, hostaddr: '{address}': connection timeout expired" for address in ("::1", "::2")
+    )
+    text = f"connection timeout expired\nMultiple connection attempts failed. All failures were:\n{listed}"
+    error = connect_error(psycopg.errors.ConnectionTimeout(text), "source", "source")
+    assert error.message == "the server does not answer (host ::1)"
