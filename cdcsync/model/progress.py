@@ -8,9 +8,10 @@ The rules, held by every method:
    at once. But if the target is on the source's server, the commit comes after the position in one WAL, and a standby
    may have the one without the other. So the source is told of a checkpoint, and tells its standbys, only once it has
    sent what comes after the commit: a server with `synchronized_standby_slots` sends nothing that its standbys lack.
-   A standby that is promoted then has each checkpoint that its slot has been told of.
-3. Where a commit ended is not asked for, which would take one more way to the server and back. The commit after it says
-   where the WAL ended as that one was written; it comes soon, because the checkpoint's own WAL moves the position.
+   A standby that is promoted then has each checkpoint that its slot has been told of. Where the role may not ask for
+   the end of the WAL, that cannot be known, and a checkpoint counts as kept at once there, too.
+3. Where a commit ended is not asked for, which would take an extra round trip. The commit after it says where the WAL
+   ended as that one was written; it comes soon, because the checkpoint's own WAL moves the position.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Progress:
         """Begin at a checkpoint.
 
         :param committed_before: a position of the source's WAL beyond the checkpoint's commit, if the target is in that
-            WAL. Nothing is acknowledged until the source has sent it.
+            WAL and commits can tell where it ends. Nothing is acknowledged until the source has sent it.
         """
         self.received = checkpoint
         self.checkpoint = checkpoint
@@ -44,8 +45,8 @@ class Progress:
     def commit(self, lsn: Lsn | None, *, wal_end: Lsn | None = None) -> None:
         """Note a commit in the target: it holds, durably, everything up to `lsn`, or with None no more than before.
 
-        :param wal_end: where the WAL of target and source ended as this was written, if they have one WAL: beyond the
-            commit before, and before this one.
+        :param wal_end: where the WAL of target and source ended as this was written, if they have one WAL and it may be
+            asked for: beyond the commit before, and before this one.
         """
         if wal_end is not None and self.checkpoint > (self._commits[-1][1] if self._commits else self.kept):
             self._commits.append((wal_end, self.checkpoint))
@@ -57,7 +58,7 @@ class Progress:
             self.kept = self.checkpoint
 
     def hear(self, lsn: Lsn) -> None:
-        """Note that the source has sent what it had up to `lsn`, be it in a transaction that is not whole yet."""
+        """Note that the source has sent what it had up to `lsn`, even inside an unfinished transaction."""
         while self._commits and self._commits[0][0] <= lsn:
             self.kept = self._commits.popleft()[1]
 

@@ -73,19 +73,11 @@ class PipelineState(msgspec.Struct, frozen=True):
 
 
 class Lease(msgspec.Struct, frozen=True):
-    """A worker's right to write, and the last values of the row that it saw committed.
-
-    :ivar wal_end: where the WAL ended as these were written, which is before their commit; None if nobody asked.
-    """
+    """A worker's right to write, and the last values of the row that it saw committed."""
 
     fence: int
     checkpoint: Lsn | None
     commits: int
-    wal_end: Lsn | None = None
-
-    def left(self, state: PipelineState) -> bool:
-        """Say whether these are the values of a row that was read."""
-        return (self.fence, self.checkpoint, self.commits) == (state.fence, state.checkpoint, state.commits)
 
 
 def overtaken(slot: str) -> LeaseLost:
@@ -407,15 +399,16 @@ class Pipelines:
         """
         self.refuse_successor(lease, state)
         assert state is not None
-        if not any(one.left(state) for one in (lease, proposed) if one is not None):
+        found = Lease(state.fence, state.checkpoint, state.commits)
+        if found not in (lease, proposed):
             raise TargetRewound(
-                f"the target is at checkpoint {state.checkpoint} (commit {state.commits}), and this worker has"
+                f"the target is at checkpoint {found.checkpoint} (commit {found.commits}), and this worker has"
                 f" committed {lease.checkpoint} (commit {lease.commits}): a standby was promoted before it had"
                 " everything, a backup was restored, or the row was edited",
                 where=f"slot {self._slot}",
                 hint="the worker starts again from the target's position, unless what follows it is lost",
             )
-        return Lease(state.fence, state.checkpoint, state.commits)
+        return found
 
     def refuse_successor(self, lease: Lease, state: PipelineState | None) -> None:
         """Refuse to continue once another worker, or a command that works like one, has raised the fence.
@@ -439,19 +432,32 @@ class Pipelines:
 
         :raises LeaseLost, TargetRewound: as `commit`.
         """
-        return await self._move(
+        moved, _ = await self._move(
             connection,
             lease,
             "checkpoint = %s, system_identifier = %s, timeline = %s, updated_at = now()",
             [str(checkpoint), system_identifier, timeline],
         )
+        return moved
 
     async def forget(self, connection: Connection, lease: Lease) -> Lease:
         """Forget the checkpoint inside the caller's transaction: the pipeline begins as one that never ran.
 
         :raises LeaseLost, TargetRewound: as `commit`.
         """
-        return await self._move(connection, lease, "checkpoint = NULL, ahead = NULL, updated_at = now()", [])
+        moved, _ = await self._move(connection, lease, "checkpoint = NULL, ahead = NULL, updated_at = now()", [])
+        return moved
+
+    async def tells_wal_end(self, connection: Connection) -> bool:
+        """Say whether a commit over this connection can tell where the WAL ends.
+
+        Not every service has the function for that, and its EXECUTE may have been revoked from PUBLIC.
+        """
+        usable = await fetch_value(
+            connection,
+            "SELECT has_function_privilege(to_regprocedure('pg_catalog.pg_current_wal_insert_lsn()')::oid, 'EXECUTE')",
+        )
+        return usable is True
 
     async def commit(
         self,
@@ -463,12 +469,13 @@ class Pipelines:
         commit_time: datetime | None = None,
         caught_up: bool = False,
         wal_end: bool = False,
-    ) -> Lease:
+    ) -> tuple[Lease, Lsn | None]:
         """Move the checkpoint, or with None just continue the chain, inside the caller's transaction.
 
         :param ahead: the position just after the commit record of a transaction that is applied in part.
-        :param wal_end: whether the lease is to tell where the WAL ends; not every service has a function for that.
-        :returns: the lease that holds once the caller's transaction has committed.
+        :param wal_end: whether to ask where the WAL ends, which only a connection that `tells_wal_end` can answer.
+        :returns: the lease that holds once the caller's transaction has committed, and where the WAL ended as the row
+            was written, which is before the commit; None if that was not asked for.
         :raises LeaseLost: another worker has taken over; the caller must roll back.
         :raises TargetRewound: the row is not as it was last committed; the caller must roll back.
         """
@@ -491,21 +498,23 @@ class Pipelines:
         values: Sequence[object],
         *,
         wal_end: bool = False,
-    ) -> Lease:
+    ) -> tuple[Lease, Lsn | None]:
         """Update the row if it is as it was last seen: the only statement by which a worker changes it."""
+        # PostgreSQL looks up the function, and checks who may call it, even in a branch of a CASE that is not taken.
+        position: LiteralString = "pg_catalog.pg_current_wal_insert_lsn()::text" if wal_end else "NULL"
         cursor = await connection.execute(
             sql.SQL(
                 "UPDATE {} SET " + assignments + ", commits = commits + 1 WHERE slot = %s AND fence = %s"
-                " AND commits = %s AND checkpoint IS NOT DISTINCT FROM %s::pg_lsn RETURNING checkpoint::text, commits,"
-                " CASE WHEN %s THEN pg_current_wal_insert_lsn()::text END"
+                " AND commits = %s AND checkpoint IS NOT DISTINCT FROM %s::pg_lsn RETURNING checkpoint::text, commits, "
+                + position
             ).format(self._table),
-            [*values, self._slot, lease.fence, lease.commits, _text(lease.checkpoint), wal_end],
+            [*values, self._slot, lease.fence, lease.commits, _text(lease.checkpoint)],
         )
         row = await cursor.fetchone()
         if row is None:
             self.continued(lease, await self.read(connection))
             raise TargetRewound("the pipeline's row changed while it was read", where=f"slot {self._slot}")
-        return Lease(lease.fence, _lsn(row[0]), row[1], _lsn(row[2]))
+        return Lease(lease.fence, _lsn(row[0]), row[1]), _lsn(row[2])
 
 
 @contextlib.asynccontextmanager

@@ -59,6 +59,10 @@ class ApplySession(LockedSession):
         """The look-ups over that connection, by index."""
         self._failed: dict[str, FailedDocuments] = {}
         self._source: Backend | None = None
+        self._tells_wal_end = False
+        """Whether the connection can tell where the WAL ends."""
+        self.wal_end: Lsn | None = None
+        """Where the WAL ended as the last commit was written, with `one_wal`."""
 
     def take_changes_of(self, source: Connection) -> None:
         """Note the server that the changes come from, to whose WAL this session may write as well."""
@@ -66,13 +70,10 @@ class ApplySession(LockedSession):
 
     @property
     def one_wal(self) -> bool:
-        """Whether this session writes to the WAL that the changes come from."""
-        return self._connection is not None and same_server(self._connection.backend, self._source)
-
-    @property
-    def wal_end(self) -> Lsn | None:
-        """Where the WAL ended as the last commit was written, if the changes come from that WAL."""
-        return self._held.wal_end
+        """Whether this session writes to the WAL that the changes come from, and can tell where that ends."""
+        return (
+            self._tells_wal_end and self._connection is not None and same_server(self._connection.backend, self._source)
+        )
 
     async def prepare(self, specs: Sequence[IndexSpec]) -> None:
         """Create the connection's stages for these indexes, except where an index's own tables are in the way.
@@ -83,6 +84,7 @@ class ApplySession(LockedSession):
             self._writers = {spec.name: IndexWriter(self.connection, self._schema, spec) for spec in specs}
             self._closed = set(self._writers)
             try:
+                self._tells_wal_end = await self._pipelines.tells_wal_end(self.connection)
                 for index in self._writers:
                     try:
                         await self.open_writers([index])
@@ -270,7 +272,7 @@ class ApplySession(LockedSession):
                 for index, change_set in changes.items():
                     for rebuild in change_set.rebuilds:
                         await self._rebuilds.ask(self.connection, index, rebuild)
-                self._proposed = await self._pipelines.commit(
+                self._proposed, self.wal_end = await self._pipelines.commit(
                     self.connection,
                     self._held,
                     checkpoint,

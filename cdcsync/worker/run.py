@@ -250,9 +250,8 @@ async def _work_through_schema_changes(
             left_out[why.index] = Pause.of(why)
         if state.stopping.is_set():
             return
-        if paused:
-            continue
-        report = ahead.pop() if ahead else await _examine_again(config, state, embedders)
+        if not paused:
+            report = ahead.pop() if ahead else await _examine_again(config, state, embedders)
         ahead.clear()
 
 

@@ -264,7 +264,7 @@ MUTANTS = (
     Mutant(
         "a target that went back is taken for what this worker left",
         "target/pipelines.py",
-        "        if not any(one.left(state) for one in (lease, proposed) if one is not None):\n",
+        "        if found not in (lease, proposed):\n",
         "        if False:\n",
         "chaos",
         "target fails over with loss",

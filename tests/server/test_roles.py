@@ -107,6 +107,40 @@ def test_a_worker_runs_end_to_end_under_roles_with_the_least_privilege(
     assert pipeline.stop(worker) == 0
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "REVOKE EXECUTE ON FUNCTION pg_current_wal_insert_lsn() FROM PUBLIC",
+        "ALTER FUNCTION pg_current_wal_insert_lsn() RENAME TO pg_another",  # as on a service that has none
+    ],
+    ids=["not granted", "absent"],
+)
+def test_a_target_on_the_sources_server_is_written_also_where_the_end_of_the_wal_may_not_be_asked_for(
+    roles: Roles,
+    make_database: Callable[[], Database],
+    make_pipeline: Callable[[str], Pipeline],
+    statement: str,
+) -> None:
+    source, target = make_database(), make_database()
+    source.execute(TABLE)
+    replicator, writer = roles.name("source"), roles.name("target")
+    grant(source, source_role=replicator, tables="shop.articles")
+    grant(target, target_role=writer)
+    target.execute(statement)
+    slot = f"s_{source.name}"
+    pipeline = make_pipeline(
+        config(roles.dsn(source, replicator), roles.dsn(target, writer), slot, view="public.articles_index")
+    )
+    worker = pipeline.start()
+    pipeline.live()
+    source.execute("UPDATE shop.articles SET title = title || ' changed' WHERE id < 20")
+    pipeline.in_step()
+    (checkpoint,) = pipeline.target.execute("SELECT checkpoint FROM cdcsync.pipelines").fetchone() or (None,)
+    acknowledged = "SELECT confirmed_flush_lsn >= %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s"
+    until(lambda: source.execute(acknowledged, [checkpoint, slot]) == [(True,)], pipeline.tail)
+    assert pipeline.stop(worker) == 0
+
+
 @pytest.mark.proof
 def test_what_a_first_try_as_superuser_made_is_handed_over_by_the_command_that_check_names(
     roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]

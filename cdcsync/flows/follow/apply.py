@@ -95,7 +95,7 @@ class Applier:
 
     @property
     def wal_end(self) -> Lsn | None:
-        """Where the WAL ended as the last commit was written, if the source's changes come from that WAL."""
+        """Where the WAL ended as the last commit was written, if the session's `one_wal` is true."""
         return self._session.wal_end
 
     @property

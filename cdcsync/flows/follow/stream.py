@@ -137,7 +137,7 @@ class Stream:
         """Receive and apply over a connection that has begun to stream at `checkpoint`.
 
         :param source_end: where the source's WAL ended when it was connected.
-        :param one_wal: whether the checkpoint was committed in that WAL.
+        :param one_wal: whether the checkpoint was committed in that WAL, and commits tell where it ends.
         :param silence_s: a source that sends nothing for longer is away.
         :returns: why indexes were paused, once that is stored; nothing when it was told to stop.
         :raises SourceUnavailable: the connection ended; call again with a new one.

@@ -19,7 +19,7 @@ from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target import pipelines
 from cdcsync.target.ddl.shared import create_shared
-from cdcsync.target.pipelines import Pipelines, PipelineState
+from cdcsync.target.pipelines import Lease, Pipelines, PipelineState
 from tests.support.clocks import set_back
 from tests.support.indexes import SCHEMA, until, until_blocked
 from tests.support.servers import Database
@@ -236,7 +236,7 @@ async def test_the_checkpoint_moves_only_from_what_was_last_committed(connection
     """As after a standby that lagged was promoted, a backup restored, or the row edited."""
     lease = await PIPELINES.take_over(connection, "me")
     lease = await PIPELINES.begin_at(connection, lease, Lsn(5), "sys", 1)
-    lease = await PIPELINES.commit(connection, lease, Lsn(9))
+    lease, _ = await PIPELINES.commit(connection, lease, Lsn(9))
     await connection.execute(f"UPDATE cdcsync.pipelines SET {back}".encode())
     before = await state(connection)
 
@@ -259,7 +259,7 @@ async def test_how_far_ahead_of_the_checkpoint_the_index_is_stays_until_the_posi
     lease = await PIPELINES.begin_at(connection, lease, Lsn(5), "sys", 1)
     seen = []
     for position, ahead in ((None, Lsn(40)), (Lsn(20), None), (None, Lsn(30)), (Lsn(50), None)):
-        lease = await PIPELINES.commit(connection, lease, position, ahead=ahead)
+        lease, _ = await PIPELINES.commit(connection, lease, position, ahead=ahead)
         found = await state(connection)
         seen.append((found.checkpoint, found.ahead, found.reach))
     assert seen == [(5, 40, 40), (20, 40, 40), (20, 40, 40), (50, 40, 50)]
@@ -271,14 +271,11 @@ async def test_how_far_ahead_of_the_checkpoint_the_index_is_stays_until_the_posi
 async def test_a_commit_tells_if_asked_where_the_wal_ended_before_it(connection: Connection) -> None:
     lease = await PIPELINES.take_over(connection, "me")
     lease = await PIPELINES.begin_at(connection, lease, Lsn(5), "sys", 1)
-    assert lease.wal_end is None
     before = Lsn.parse(await fetch_value(connection, INSERTED))
-    lease = await PIPELINES.commit(connection, lease, Lsn(9), wal_end=True)
-    assert lease.wal_end is not None
-    assert before <= lease.wal_end < Lsn.parse(await fetch_value(connection, INSERTED))
-    # It is not one of the values that continue the chain.
-    assert PIPELINES.continued(lease, await state(connection)).wal_end is None
-    assert (await PIPELINES.commit(connection, lease, Lsn(12))).wal_end is None
+    lease, wal_end = await PIPELINES.commit(connection, lease, Lsn(9), wal_end=True)
+    assert wal_end is not None
+    assert before <= wal_end < Lsn.parse(await fetch_value(connection, INSERTED))
+    assert await PIPELINES.commit(connection, lease, Lsn(12)) == (Lease(lease.fence, Lsn(12), lease.commits + 1), None)
 
 
 async def test_nothing_is_written_under_an_older_fence(connection: Connection) -> None:
@@ -446,16 +443,16 @@ async def test_the_checkpoint_only_moves_forward(connection: Connection) -> None
     lease = await PIPELINES.take_over(connection, "me")
     seen = []
     for position in (Lsn(10), Lsn(30), Lsn(20), None, Lsn(0xFFFF_FFFF_FFFF_FFFF)):
-        lease = await PIPELINES.commit(connection, lease, position)
+        lease, _ = await PIPELINES.commit(connection, lease, position)
         seen.append((await state(connection)).checkpoint)
     assert seen == [10, 30, 30, 30, 0xFFFF_FFFF_FFFF_FFFF]
 
 
 async def test_times_are_noted_and_kept_until_there_are_newer_ones(connection: Connection) -> None:
     lease = await PIPELINES.take_over(connection, "me")
-    lease = await PIPELINES.commit(connection, lease, Lsn(1), commit_time=COMMITTED)
+    lease, _ = await PIPELINES.commit(connection, lease, Lsn(1), commit_time=COMMITTED)
     first = await state(connection)
-    lease = await PIPELINES.commit(connection, lease, None, caught_up=True)
+    lease, _ = await PIPELINES.commit(connection, lease, None, caught_up=True)
     second = await state(connection)
     await PIPELINES.commit(connection, lease, Lsn(2), commit_time=COMMITTED + timedelta(seconds=1))
     third = await state(connection)

@@ -122,7 +122,7 @@ async def test_waiting_ends_when_the_checkpoint_gets_there(
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(wait)
         await until(sleeps)
-        lease = await pipelines.commit(connection, lease, Lsn(0x20))
+        lease, _ = await pipelines.commit(connection, lease, Lsn(0x20))
         await until(sleeps)
         assert answers == []
         await pipelines.commit(connection, lease, Lsn(0x30))
