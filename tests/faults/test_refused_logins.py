@@ -256,6 +256,6 @@ def test_loops_that_are_let_in_no_more_are_told_of_with_the_fix_while_the_stream
             until(lambda: shown in str(json.loads(pipeline.get("/status")[1])["problems"]), pipeline.tail)
     until(pipeline.in_step_now, lambda: pipeline.difference)
     until(lambda: pipeline.get("/readyz")[0] == 200, lambda: str(pipeline.get("/readyz")))
-    assert {state for _, state, _ in requests(pipeline)} == {"done"}
+    until(lambda: {state for _, state, _ in requests(pipeline)} == {"done"}, lambda: str(requests(pipeline)))
     assert failed(pipeline) == []
     assert worker.poll() is None
