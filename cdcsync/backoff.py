@@ -18,6 +18,10 @@ from cdcsync.errors import CdcsyncError, Unavailable
 FIRST_DELAY_S = 1.0
 MAX_DELAY_S = 300.0
 
+ATTEMPT_S = 30.0
+"""How long an attempt counts as failing like those before it: in that time a connection gives up on three hosts that do
+not answer. An attempt that lasts longer does its work, or waits for something else."""
+
 
 def backoff_s(attempt: int, *, first: float = FIRST_DELAY_S, most: float = MAX_DELAY_S) -> float:
     """Return how long to wait after failure number `attempt` (from 0), in seconds.
@@ -37,10 +41,11 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Outages:
-    """What the loops of a worker cannot do for now: a `Backoff` that says what waits joins it with its first failure.
+    """What the loops of a worker cannot do for now.
 
-    A worker has a dozen of those loops beside the stream. While one of them cannot reach a server, the stream may flow,
-    and nothing else would tell.
+    A `Backoff` that says what waits joins with its first failure and leaves once it has succeeded. A worker has a dozen
+    of those loops beside the stream. While one of them cannot reach a server, the stream may flow, and nothing else
+    would tell.
     """
 
     def __init__(self) -> None:
@@ -48,7 +53,7 @@ class Outages:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Take those of the loops that are begun in this block, until it ends."""
+        """Collect the failures of the loops that begin in this block, until it ends."""
         token = _OUTAGES.set(self)
         try:
             yield
@@ -60,13 +65,20 @@ class Outages:
         """Note that an attempt has failed."""
         self._failed[backoff] = None
 
+    def remove(self, backoff: Backoff) -> None:
+        """Note that an attempt has succeeded, if one had failed."""
+        self._failed.pop(backoff, None)
+
     def lasting(self, seconds: float) -> dict[str, list[str]]:
-        """Return what has failed for so long, by the cause with its fix."""
-        found: dict[str, list[str]] = {}
+        """Return what has failed for so long, by the cause with its fix.
+
+        A loop whose attempt lasts longer than failing ones do is left out: its cause may be gone by now.
+        """
+        found: dict[str, dict[str, None]] = {}
         for one in self._failed:
-            if (error := one.failing_for(seconds)) is not None and one.waits not in found.get(error.with_fix, ()):
-                found.setdefault(error.with_fix, []).append(one.waits)
-        return found
+            if one.attempting_s <= ATTEMPT_S and (error := one.failing_for(seconds)) is not None:
+                found.setdefault(error.with_fix, {})[one.waits] = None
+        return {cause: [*waits] for cause, waits in found.items()}
 
 
 _OUTAGES: ContextVar[Outages | None] = ContextVar("outages", default=None)
@@ -113,11 +125,20 @@ class Backoff:
         """Failures in a row."""
         self._began_s = 0.0
         """When the first of them came."""
+        self._again_s = 0.0
+        """When the attempt after the last of them begins."""
         self._error: CdcsyncError | None = None
 
     def succeeded(self) -> None:
         """Begin again with the shortest wait."""
         self.failures = 0
+        if (outages := _OUTAGES.get()) is not None:
+            outages.remove(self)
+
+    @property
+    def attempting_s(self) -> float:
+        """How long the attempt after the last failure has taken; below 0 until it begins."""
+        return anyio.current_time() - self._again_s
 
     def failing_for(self, seconds: float) -> CdcsyncError | None:
         """Return the last error if more than one in a row came, the first so long ago: less may pass in a moment."""
@@ -129,8 +150,10 @@ class Backoff:
         :param asked_s: how long the other side asked us to wait, if it did.
         """
         delay_s = asked_s or backoff_s(self.failures, first=self._first, most=self._most)
+        now = anyio.current_time()
+        self._again_s = now + delay_s
         if self.failures == 0:
-            self._began_s = anyio.current_time()
+            self._began_s = now
         self._error = error
         self.failures += 1
         if self.waits and (outages := _OUTAGES.get()) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from cdcsync.backoff import Backoff, Cooldown, Failure, Outages, backoff_s
+from cdcsync.backoff import ATTEMPT_S, Backoff, Cooldown, Failure, Outages, backoff_s
 from cdcsync.errors import CdcsyncError, GapError, SourceUnavailable, TargetUnavailable
 from tests.support.virtual import in_virtual_time
 
@@ -81,6 +81,38 @@ def test_what_waits_for_a_cause_is_told_by_cause_from_when_it_has_lasted_until_i
 
     waits = ["the audit waits", "backfills wait"]
     assert in_virtual_time(main) == [{}, {FULL.with_fix: waits}, {FULL.with_fix: waits[1:]}, {}]
+
+
+@pytest.mark.parametrize(("attempt_s", "still_told"), [(ATTEMPT_S - 1.0, True), (ATTEMPT_S + 1.0, False)])
+def test_an_outage_is_told_into_the_next_attempt_but_not_while_the_loop_waits_for_something_else(
+    attempt_s: float, still_told: bool
+) -> None:
+    async def main() -> list[dict[str, list[str]]]:
+        outages, loop, told = Outages(), Backoff(waits="vectors are not stored"), []
+        with outages.noted():
+            for _ in range(2):
+                await loop.wait(AWAY, asked_s=60.0)
+            for seconds in (attempt_s, 0.0):
+                await anyio.sleep(seconds)
+                told.append(outages.lasting(10.0))
+                await loop.wait(AWAY, asked_s=60.0)
+            loop.succeeded()
+            return [*told, outages.lasting(0.0)]
+
+    waits = {AWAY.with_fix: ["vectors are not stored"]}
+    assert in_virtual_time(main) == [waits if still_told else {}, waits, {}]
+
+
+def test_an_outage_is_told_for_as_long_as_the_next_attempt_is_waited_for() -> None:
+    async def main() -> dict[str, list[str]]:
+        outages, loop = Outages(), Backoff(waits="the audit waits")
+        with outages.noted():
+            await loop.wait(AWAY, asked_s=1.0)
+            with anyio.move_on_after(1_000.0):
+                await loop.wait(AWAY, asked_s=3_600.0)
+            return outages.lasting(10.0)
+
+    assert in_virtual_time(main) == {AWAY.with_fix: ["the audit waits"]}
 
 
 def test_outside_of_a_worker_nobody_is_told_of_what_waits() -> None:

@@ -204,7 +204,6 @@ class Backfills:
         spec, table, pages = self._specs[request.index], self._tables[request.index], self._pages[request.index]
         with speaking_of("source", where=str(spec.shape.table)):
             source = await self._source.connection()
-            self._backoff.succeeded()  # both servers answer, however long it takes to read a table
             if request.up_to is not None:
                 bound = await table.up_to(source, request.up_to)
                 bound = bound if request.filter is None else f"({request.filter}) AND ({bound})"
@@ -332,7 +331,11 @@ class Backfills:
         return found + [(key, "undecided") for key in changed]
 
     async def _may_go_on(self, target: Connection, request: Request, wait_s: float) -> bool:
-        """Wait as long as the pace asks for; False as soon as it was paused or cancelled, or another one goes first."""
+        """Wait after a page for as long as the pace asks.
+
+        :returns: False as soon as somebody pauses or cancels the request, or another one goes first.
+        """
+        self._backoff.succeeded()  # not before: a server that lets us in may fail whatever we read of it
         until = anyio.current_time() + wait_s
         while True:
             indexes = self._readable if anyio.current_time() >= self._turn_ends else [request.index]
