@@ -201,7 +201,7 @@ _LATIN = str.maketrans({"æ": "ae", "œ": "oe", "ø": "o", "đ": "d", "ð": "d",
 def _index_name(table: str) -> str:
     """Return the table's name as an index's may be: lower case, digits and single underscores, at most 40.
 
-    Letters lose their accents; a name in a script without Latin letters is no help, and the index is `documents`.
+    Letters lose their accents; a name without Latin letters and digits gives `documents`.
     """
     last = re.sub(r"^.*\.(?=[^.]+$)", "", table).strip('"')
     latin = unicodedata.normalize("NFKD", last).casefold().translate(_LATIN)

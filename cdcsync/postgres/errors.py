@@ -262,8 +262,8 @@ def first_line(error: psycopg.Error) -> str:
 def connect_error(error: psycopg.Error, side: Side, where: str) -> CdcsyncError:
     """Return what a failed attempt to connect means.
 
-    Of several hosts, each speaks for itself: waiting is no use only if every one of them refuses for good. One host
-    does if it did at any of its addresses: a server need not listen on all.
+    Each of several hosts is explained by itself: it is an error of the set-up only if all of them refuse for good. A
+    host does if it did so at any of its addresses, because a server need not listen on all.
     """
     tried = attempts(str(error))
     if not tried:

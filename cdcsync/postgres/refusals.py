@@ -18,7 +18,7 @@ _NOT_GRANTED = "42501"
 _CLOSED = "55000"
 
 STILL_RUNS = (TOO_MANY_CONNECTIONS, _NOT_GRANTED, _CLOSED)
-"""The codes by which a server lets nobody in for now, and goes on serving those who are in."""
+"""SQLSTATEs with which a server refuses new sessions for now, and still serves those that are open."""
 
 
 class Refusal(msgspec.Struct, frozen=True):

@@ -45,12 +45,12 @@ _ADMITTING: ContextVar[tuple[Admit, Refused] | None] = ContextVar("admitting", d
 def admitting(admit: Admit, refused: Refused) -> Iterator[None]:
     """Answer for each session that is opened in this block or in a task begun there.
 
-    A worker has a dozen of them. One that was forgotten would write behind a successor's back. If a server refuses a
-    session, that is no fault of the index or the request that it was opened for.
+    A worker has a dozen of them. One that was forgotten would write behind a successor's back. A server that refuses a
+    session is no fault of the index or the request that the session was for.
 
     :param admit: called with each session with the target before its use; raises what is to be raised where it is not
         admitted.
-    :param refused: called where waiting does not help, before whoever asked for the session hears of it.
+    :param refused: called with an error that waiting does not mend, before `connect` raises it.
     """
     token = _ADMITTING.set((admit, refused))
     try:

@@ -211,8 +211,9 @@ def _is_text(column: Column) -> bool:
 
 def _may_be_text(column: Column, seen: Look) -> bool:
     """Say whether people could want to search a column."""
-    named = _TEMPLATE_NAME.fullmatch(column.name) and not _PRIVATE.search(column.name)
-    return bool(named) and _is_text(column) and column.readable and seen.sent(column)
+    if not _is_text(column) or _PRIVATE.search(column.name) or not _TEMPLATE_NAME.fullmatch(column.name):
+        return False
+    return column.readable and seen.sent(column)
 
 
 def _is_prose(column: Column, seen: Look) -> bool:

@@ -18,7 +18,7 @@ from cdcsync.documents.related import LISTED, ONE, Facts, RelatedRows, columns_r
 from cdcsync.model.rows import Shape
 from cdcsync.postgres.errors import first_line, locked_out, translate
 from cdcsync.postgres.sessions import Connection
-from cdcsync.preflight.findings import Finding, nearest
+from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.indexes import Plan
 from cdcsync.preflight.sending import sending_findings
 from cdcsync.preflight.tables import (
@@ -133,9 +133,7 @@ def _missing_table(where: str, name: QualifiedName, catalog: Catalog, stored: En
 def _missing(where: str, table: Table, columns: Sequence[str], stored: Entry | None) -> Iterator[Finding]:
     for column in dict.fromkeys(columns):
         if column not in table.columns:
-            close = nearest(column, table.columns)
-            hint = f'did you mean "{close}"?' if close else f"its columns are {named(table.columns)}"
-            yield no_column(where, table, column, hint, stored)
+            yield no_column(where, table, column, stored)
 
 
 def _collation_faults(where: str, table: Table, before: Table, on: Sequence[tuple[str, str]]) -> Iterator[Finding]:

@@ -156,15 +156,15 @@ def table_faults(
     ]
 
 
-def no_column(where: str, table: Table, column: str, meant: str, stored: Entry | None) -> Finding:
+def no_column(where: str, table: Table, column: str, stored: Entry | None, meant: str | None = None) -> Finding:
     """Say that a table has no such column.
 
-    :param meant: the fix if it was misspelled, which is not so if the index has read it before.
+    :param meant: the fix if it was misspelled, by default by the table's columns; not so if the index has read it.
     """
     message = f"{table.name} has no column {quote(column)}"
     known = stored.numbers.get((str(table.name), column)) if stored is not None else None
     if known is None:
-        return Finding.error(where, message, meant)
+        return Finding.error(where, message, meant or _meant(column, table.columns, "its columns are"))
     called = next((quote(one.name) for one in table.columns.values() if (table.oid, one.number) == known), None)
     if called is None:
         return Finding.error(where, message, f"add the column again, or take it out of {where}")
@@ -185,9 +185,8 @@ def column_faults(
             # Of a section that cannot be read it is unknown what it makes.
             unread = documents is None and column.partition(ONE)[0] in index.related
             if column not in table.columns and column not in computed and not unread:
-                of_related = _related_meant(name, index, column, table)
-                meant = of_related or _meant(column, table.columns, "its columns are")
-                yield no_column(f"indexes.{name}.{key}", table, column, meant, stored)
+                meant = _related_meant(name, index, column, table)
+                yield no_column(f"indexes.{name}.{key}", table, column, stored, meant)
     for column in dict.fromkeys(index.columns):
         if column in table.key:
             yield Finding.error(
@@ -352,7 +351,7 @@ def named_key_faults(name: str, table: Table, stored: Entry | None) -> Iterator[
     where = f"indexes.{name}.key"
     if missing := [column for column in table.named if column not in table.columns]:
         for column in missing:
-            yield no_column(where, table, column, _meant(column, table.columns, "its columns are"), stored)
+            yield no_column(where, table, column, stored)
         return
     key = ", ".join(map(quote, table.key))
     yield from _null_faults(where, table)

@@ -335,7 +335,7 @@ class Backfills:
 
         :returns: False as soon as somebody pauses or cancels the request, or another one goes first.
         """
-        self._backoff.succeeded()  # not before: a server that lets us in may fail whatever we read of it
+        self._backoff.succeeded()  # only now: a server may let us in and then fail each page
         until = anyio.current_time() + wait_s
         while True:
             indexes = self._readable if anyio.current_time() >= self._turn_ends else [request.index]

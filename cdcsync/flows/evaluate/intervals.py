@@ -27,8 +27,6 @@ OUTSIDE = 0.025
 FEWEST = 6
 """Questions that have an interval: the least of their 2^6 parts is less probable than `OUTSIDE`."""
 
-TOO_FEW = f"too few questions, fewer than {FEWEST},"
-
 SUBSETS = 5_000
 """Of more questions than have so few, this many at random are taken.
 

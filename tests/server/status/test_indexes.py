@@ -9,7 +9,7 @@ import pytest
 from cdcsync.config import Index
 from cdcsync.model.pauses import Pause
 from cdcsync.postgres.sessions import connect
-from cdcsync.status import Headline
+from cdcsync.status import BackfillStatus, Headline
 from cdcsync.target.requests.submission import Requests
 from cdcsync.worker.state import WorkerState
 from tests.support.statuses import ARTICLES, Pipeline, problem
@@ -144,14 +144,21 @@ async def test_a_target_of_before_the_list_of_failed_documents_has_none(stopped:
     assert (status.indexes["articles"].failed_documents, status.indexes["articles"].state) == (0, "live")
 
 
-async def test_a_running_backfill_has_rate_and_time_left(stopped: Pipeline) -> None:
+async def begun(stopped: Pipeline, ago: str) -> BackfillStatus:
+    """Return the status of a load that has begun so long ago, and has read 250 of 1,000 rows."""
     await Requests("cdcsync").add(stopped.target, "articles", "initial", rewrite=False, filter_=None)
     await stopped.target.execute(
         "UPDATE cdcsync.backfills SET state = 'running', rows_done = 250, rows_total = 1000,"
-        " started_at = now() - interval '100 s'"
+        " started_at = now() - %s::interval",
+        [ago],
     )
     backfill = (await stopped.status()).indexes["articles"].backfill
     assert backfill is not None
+    return backfill
+
+
+async def test_a_running_backfill_has_rate_and_time_left(stopped: Pipeline) -> None:
+    backfill = await begun(stopped, "100 s")
     assert (backfill.kind, backfill.state, backfill.phase) == ("initial", "running", "rows")
     assert (backfill.rows_done, backfill.rows_total) == (250, 1000)
     assert backfill.rate is not None
@@ -161,13 +168,7 @@ async def test_a_running_backfill_has_rate_and_time_left(stopped: Pipeline) -> N
 
 
 async def test_of_a_backfill_that_began_before_the_clock_went_back_no_rate_is_known(stopped: Pipeline) -> None:
-    await Requests("cdcsync").add(stopped.target, "articles", "initial", rewrite=False, filter_=None)
-    await stopped.target.execute(
-        "UPDATE cdcsync.backfills SET state = 'running', rows_done = 250, rows_total = 1000,"
-        " started_at = now() + interval '100 s'"
-    )
-    backfill = (await stopped.status()).indexes["articles"].backfill
-    assert backfill is not None
+    backfill = await begun(stopped, "-100 s")
     assert (backfill.rate, backfill.eta_s) == (None, None)
 
 
