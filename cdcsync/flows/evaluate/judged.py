@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from itertools import count
 from time import perf_counter
@@ -46,6 +46,9 @@ DEPTH = 100
 
 MEASURES = ("nDCG@10", "R@100", "RR@10")
 """The measures taken by default; the first decides."""
+
+OF_JUDGEMENTS = ("NumQ", "NumRel")
+"""Measures that do not look at what was found."""
 
 INSTALL = "pip install 'cdcsync[evaluate]'"
 
@@ -347,16 +350,16 @@ def _measure(
 def _take(
     measure: ir_measures.Measure, judged: dict[str, dict[str, int]], ranked: dict[str, dict[str, float]]
 ) -> dict[str, float]:
-    """Return a measure of each question, also of those for which nothing was found.
+    """Return a measure of each question for which something was found; the others have its default.
 
-    A provider of ir-measures that divides by the number of documents found is not asked about these: they have the
-    measure's default.
+    Providers of ir-measures are not asked about a question for which nothing was found: some divide by the number of
+    documents, and pytrec-eval now and then says 0 for all questions if every ranking is empty. A measure of the
+    judgements alone is taken as if what they name had been found.
     """
-    if not all(ranked.values()):
-        with suppress(ArithmeticError):
-            return {metric.query_id: metric.value for metric in measure.iter_calc(judged, ranked)}
-        ranked = {number: found for number, found in ranked.items() if found}
-    return {metric.query_id: metric.value for metric in measure.iter_calc(judged, ranked)}
+    if measure.NAME in OF_JUDGEMENTS:
+        ranked = {number: dict.fromkeys(grades, 0.0) for number, grades in judged.items()}
+    ranked = {number: found for number, found in ranked.items() if found}
+    return {metric.query_id: metric.value for metric in measure.iter_calc(judged, ranked)} if ranked else {}
 
 
 def _figures(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Figure]:

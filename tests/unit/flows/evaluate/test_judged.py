@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from shutil import which
+from typing import Any
 from uuid import UUID
 
 import msgspec
@@ -89,6 +91,24 @@ def measures_that_can_be_taken() -> list[str]:
 
 OF_JUDGEMENTS = {"NumQ": 1, "NumRel": 2}
 """Measures that do not look at what was found, of a question with two answers."""
+
+
+@pytest.mark.parametrize("name", measures_that_can_be_taken())
+async def test_a_mode_that_finds_nothing_asks_no_provider(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # pytrec-eval now and then says 0 of all questions, the judgements' measures too, if every ranking is empty.
+    measure = parse_measures([name])[0]
+    asked = []
+    calculate = type(measure).iter_calc
+
+    def iter_calc(of: Any, judged: Any, ranked: dict[str, dict[str, float]]) -> Iterator[Any]:
+        asked.append(ranked)
+        return calculate(of, judged, ranked)
+
+    monkeypatch.setattr(type(measure), "iter_calc", iter_calc)
+    found = answers({"q1": ["a", "x", "y"]})
+    await evaluate_judged("pets", 1, COLLECTION, {"text": answers({}), "vector": found}, measures=[name])
+    assert asked
+    assert all(all(ranked.values()) for ranked in asked)
 
 
 @pytest.mark.parametrize("name", measures_that_can_be_taken())
