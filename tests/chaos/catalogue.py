@@ -82,10 +82,20 @@ CATALOGUE = (
         ),
     ),
     P(
-        "acknowledged ≤ checkpoint ≤ received",
+        "acknowledged ≤ kept ≤ checkpoint ≤ received",
         "The source is told of nothing that is not committed in the target.",
         "model/progress.py:Progress",
         ("test_an_index_equals_its_source_whatever_went_wrong", "status sent", "simulation"),
+    ),
+    P(
+        "a promoted standby has what its slot was told of",
+        "With source and target on one server, no checkpoint is acknowledged that a standby may lack.",
+        "model/progress.py:Progress.hear",
+        (
+            "test_a_standby_without_the_last_checkpoint_has_no_acknowledgement_of_it_if_the_index_is_in_the_source",
+            "source fails over",
+            "simulation",
+        ),
     ),
     P(
         "whole transactions",

@@ -70,6 +70,26 @@ MUTANTS = (
         "self.acknowledged = self.received\n        return",
         words=r"^Wrong: \S+ was acknowledged, beyond the checkpoint",
     ),
+    *(
+        Mutant(name, "model/progress.py", old, new, words=r"^Wrong: \S+ was acknowledged, and the standby's checkpoint")
+        for name, old, new in (
+            (
+                "what a standby of one server for source and target may lack is acknowledged",
+                "        if wal_end is None:\n",
+                "        if True:\n",
+            ),
+            (
+                "on one server, a checkpoint counts as kept where its commit was written, not where it ended",
+                "self._commits.append((wal_end, self.checkpoint))",
+                "self._commits.append((wal_end, lsn or self.checkpoint))",
+            ),
+            (
+                "on one server, the checkpoint that a connection begins with is acknowledged at once",
+                "self.kept = checkpoint if committed_before is None else INVALID_LSN",
+                "self.kept = checkpoint",
+            ),
+        )
+    ),
     Mutant(
         "the checkpoint moves past a transaction of which a part is applied",
         "model/batch.py",

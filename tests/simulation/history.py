@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from cdcsync.lsn import Lsn
 from tests.simulation.source import Open, Source
 from tests.simulation.worker import Target, Worker, Wrong
 
@@ -27,6 +28,7 @@ WEIGHTS = {
     "prune": 2,
     "reconnect": 2,
     "kill": 1.5,
+    "promote": 1,
 }
 """How often each kind of step comes."""
 
@@ -76,13 +78,14 @@ class _History:
         self.seed = seed
         self.chance = random.Random(seed)
         self.source = Source(self.chance)
-        self.target = Target()
+        self.target = Target(self.source if self.chance.random() < 0.3 else None)
         for _ in range(self.chance.randint(0, 6)):
             one = self.source.begin()
             self.source.write(one)
             self.source.commit(one)
         self.worker = Worker(self.source, self.target, self.chance)
         self.worker.ask()
+        self.source.sent = self.source.lsn  # a standby without all of this has nothing set up, which is begun anew
 
     def step(self, number: int, name: str) -> None:
         self.chance.seed(self.seed * 100_003 + number)
@@ -128,6 +131,18 @@ class _History:
             case "kill":
                 worker.close()
                 self.worker = Worker(source, self.target, self.chance)
+            case "promote":
+                if self.target.server is not None:
+                    worker.close()
+                    self._promote()
+                    self.worker = Worker(source, self.target, self.chance)
+
+    def _promote(self) -> None:
+        self.target.promote(self.source.promote())
+        if self.source.flushed > (self.target.checkpoint or 0):
+            raise Wrong(
+                f"{Lsn(self.source.flushed)} was acknowledged, and the standby's checkpoint is {self.target.checkpoint}"
+            )
 
     def _aborted(self, one: Open, undone: list[int] | None) -> None:
         assert self.worker.slot is not None

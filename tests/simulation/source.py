@@ -1,8 +1,8 @@
 """A source that exists in memory: tables with transactions and snapshots, a log of commits, and a slot that reads it.
 
 It may do whatever a real server may: deliver a commit that no snapshot sees yet, deliver transactions again, stream
-large ones while they are open and abort parts of them, leave large values out of updates that did not change them, and
-give out transaction ids beyond the point where they wrap.
+large ones while they are open and abort parts of them, leave large values out of updates that did not change them, give
+out transaction ids beyond the point where they wrap, and have a standby promoted that has no more than it has sent.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ class Source:
         """How far the slot was told that everything is safe."""
         self.begin_lsn = 0
         """Where the slot began."""
+        self.sent = 0
+        """How far the slot has sent the WAL."""
         self._number = 0
         self._subs = 0
 
@@ -191,6 +193,21 @@ class Source:
         """Let every commit be visible."""
         self.invisible.clear()
 
+    def promote(self) -> int:
+        """Be a standby that is promoted; returns up to where it has the WAL: all that its slot has sent, or more."""
+        if self.chance.random() < 0.5:
+            self.lsn = self.sent
+        else:
+            self.lsn = self.chance.randint(self.sent, self.lsn)
+        self.open.clear()
+        self.log = [done for done in self.log if done.end <= self.lsn]
+        self.invisible.clear()
+        self.rows = {}
+        for done in self.log:
+            for write in done.writes:
+                _do(self.rows, write)
+        return self.lsn
+
     # -- readers ------------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
@@ -269,9 +286,11 @@ class Slot:
     def next(self) -> Iterator[tuple[int, PgoutputMessage]] | None:
         """Return the messages of the next committed transaction, None if there is none."""
         if self._place == len(self._source.log):
+            self._source.sent = self._source.lsn
             return None
         done = self._source.log[self._place]
         self._place += 1
+        self._source.sent = max(self._source.sent, done.end)
         return self._of(done)
 
     def _of(self, done: Done) -> Iterator[tuple[int, PgoutputMessage]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
@@ -42,7 +43,11 @@ class Wrong(AssertionError):
 class Target:
     """What is committed."""
 
-    def __init__(self) -> None:
+    def __init__(self, server: Source | None = None) -> None:
+        """:param server: the source, if the target is on its server, so that both are in one WAL."""
+        self.server = server
+        self._states: list[tuple[int, dict[str, Any]]] = []
+        """What was committed, by where its commit ended in the source's WAL."""
         self.rows: dict[Key, Row] = {}
         self.checkpoint: Lsn | None = None
         self.phase = "done"
@@ -50,6 +55,24 @@ class Target:
         self.cursor: Key | None = None
         self.orphans = False
         """Whether rows that the source lacks are looked for after the rows that it has."""
+
+    def commit(self) -> Lsn | None:
+        """Commit what was changed; returns where the WAL ended as it was written, None if that is not the source's."""
+        if self.server is None:
+            return None
+        self.server.lsn += 1
+        written = Lsn(self.server.lsn)
+        if self.server.open and self.server.chance.random() < 0.3:
+            self.server.commit(self.server.open[0])
+        self.server.lsn += 2
+        state = {name: value for name, value in vars(self).items() if name not in ("server", "_states")}
+        self._states.append((self.server.lsn, state))
+        return written
+
+    def promote(self, end: int) -> None:
+        """Be what a standby has that has the WAL up to here."""
+        self._states = [one for one in self._states if one[0] <= end]
+        vars(self).update(self._states[-1][1])
 
 
 class Page(msgspec.Struct):
@@ -84,6 +107,7 @@ class Worker:
                 self.source.commit(one)
             self.target.checkpoint = Lsn(self.source.lsn)
             self.source.flushed = self.source.begin_lsn = self.source.lsn
+            self.target.commit()
         self.pages: dict[str, Page] = {}
         self._unmarked: str | None = None
         if not self._known:
@@ -92,7 +116,7 @@ class Worker:
             self.deliveries.suspect({one.xid for one in self.source.open} | self.source.invisible)
         checkpoint = self.target.checkpoint
         self.slot = Slot(self.source, checkpoint, streaming=self.chance.random() < 0.8)
-        self.progress = Progress(checkpoint)
+        self.progress = Progress(checkpoint, committed_before=Lsn(self.source.lsn) if self.target.server else None)
         self.assembler = Assembler({("public", "t"): [SHAPE]}, checkpoint)
         self.batch = Batch()
         self.applying: Batch | None = None
@@ -111,6 +135,7 @@ class Worker:
         if message is not None:
             self._hand_on(message)
             return True
+        self.progress.hear(Lsn(self.source.sent))
         sent = next(self._coming, None)
         if sent is None:
             assert self.slot is not None
@@ -187,7 +212,7 @@ class Worker:
         """Move the checkpoint over what needs no apply, if nothing is in flight."""
         if self.applying is None and not self.batch:
             self.target.checkpoint = max(self.target.checkpoint or lsn, lsn)
-            self.progress.commit(lsn)
+            self.progress.commit(lsn, wal_end=self.target.commit())
 
     @property
     def full(self) -> bool:
@@ -233,11 +258,11 @@ class Worker:
             self.target.phase = "done" if end.done else end.phase
         if batch.end_lsn is not None:
             self.target.checkpoint = max(self.target.checkpoint or batch.end_lsn, batch.end_lsn)
+        wal_end = self.target.commit()
         if fate < 0.2:
             return True  # committed, and the answer was lost: the same batch is applied again
         self.applying = None
-        if batch.end_lsn is not None:
-            self.progress.commit(batch.end_lsn)
+        self.progress.commit(batch.end_lsn, wal_end=wal_end)
         for mark in batch.marks:
             page = self.pages.pop(mark, None)
             if page is not None:
@@ -251,8 +276,11 @@ class Worker:
         told = self.progress.acknowledge()
         if told > (self.target.checkpoint or 0):
             raise Wrong(f"{told} was acknowledged, beyond the checkpoint {self.target.checkpoint}")
-        if not self.progress.acknowledged <= self.progress.checkpoint <= self.progress.received:
-            raise Wrong("acknowledged ≤ checkpoint ≤ received does not hold")
+        progress = self.progress
+        if not progress.acknowledged <= progress.kept <= progress.checkpoint <= progress.received:
+            raise Wrong("acknowledged ≤ kept ≤ checkpoint ≤ received does not hold")
+        if not told:
+            return
         self.source.flushed = max(self.source.flushed, int(told))
         if told != self.source.begin_lsn and all(done.end != told for done in self.source.log):
             raise Wrong(f"the checkpoint {told} is not the end of a transaction: readers would wait for that in vain")
@@ -264,6 +292,7 @@ class Worker:
         if self.target.phase == "done":
             self.target.phase, self.target.cursor = "rows", None
             self.target.orphans = self.chance.random() < 0.3
+            self.target.commit()
 
     def page(self) -> bool:
         """Read the next page, or write the mark of one that was read; returns whether there was something to do."""
