@@ -274,11 +274,13 @@ class Worker:
     def acknowledge(self) -> None:
         """Tell the source what is safe."""
         told = self.progress.acknowledge()
-        if told > (self.target.checkpoint or 0):
-            raise Wrong(f"{told} was acknowledged, beyond the checkpoint {self.target.checkpoint}")
         progress = self.progress
-        if not progress.acknowledged <= progress.kept <= progress.checkpoint <= progress.received:
-            raise Wrong("acknowledged ≤ kept ≤ checkpoint ≤ received does not hold")
+        if told > min(self.target.checkpoint or 0, progress.kept):
+            raise Wrong(
+                f"{told} was acknowledged, beyond the checkpoint {self.target.checkpoint}, of which {progress.kept} is kept"
+            )
+        if not progress.kept <= progress.checkpoint <= progress.received:
+            raise Wrong("kept ≤ checkpoint ≤ received does not hold")
         if not told:
             return
         self.source.flushed = max(self.source.flushed, int(told))
