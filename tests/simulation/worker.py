@@ -277,7 +277,8 @@ class Worker:
         progress = self.progress
         if told > min(self.target.checkpoint or 0, progress.kept):
             raise Wrong(
-                f"{told} was acknowledged, beyond the checkpoint {self.target.checkpoint}, of which {progress.kept} is kept"
+                f"{told} was acknowledged, beyond the checkpoint {self.target.checkpoint}, of which {progress.kept} is"
+                " kept"
             )
         if not progress.kept <= progress.checkpoint <= progress.received:
             raise Wrong("kept ≤ checkpoint ≤ received does not hold")
