@@ -63,7 +63,9 @@ def _labels(_: str, __: str) -> str:
 
 # -- events -------------------------------------------------------------------------------------------------------
 
-_METHODS = ("debug", "info", "warning", "error", "exception", "critical")
+_LEVELS = ("debug", "info", "warning", "error", "critical")
+_LEVEL_OF = {level: level for level in _LEVELS} | {"exception": "error"}
+"""By method of a logger, the level that is written."""
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -99,11 +101,11 @@ def log_calls() -> Iterator[tuple[str, tuple[str, ...], ast.Call]]:
 def _levels(node: ast.AST) -> tuple[str, ...]:
     """Return the levels of the module's logger that an expression names."""
     named = {
-        part.attr
+        _LEVEL_OF.get(part.attr)
         for part in ast.walk(node)
         if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == "log"
     }
-    return tuple(method for method in _METHODS if method in named)
+    return tuple(level for level in _LEVELS if level in named)
 
 
 def logged() -> dict[str, Event]:
@@ -113,7 +115,7 @@ def logged() -> dict[str, Event]:
         name = ast.literal_eval(call.args[0])
         before = events.get(name, Event((), ()))
         events[name] = Event(
-            tuple(method for method in _METHODS if method in (*before.levels, *levels)),
+            tuple(level for level in _LEVELS if level in (*before.levels, *levels)),
             tuple(dict.fromkeys((*before.keys, *(keyword.arg or "**" for keyword in call.keywords)))),
         )
     return events
