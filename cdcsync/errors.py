@@ -2,7 +2,7 @@
 
     CdcsyncError
     ├── ConfigError            the file, a key or a value is wrong                      operator
-    │   └── UsageError         the command line is wrong                                operator
+    │   └── UsageError         an argument of a command or function cannot be used      operator
     ├── SetupError             a server, table, slot or privilege is not as needed      operator
     │   ├── EmbedderSetupError the model or provider cannot be used as configured       operator
     │   └── ModelChanged       a query was embedded for vectors that are gone           automatic

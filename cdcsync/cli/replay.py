@@ -158,7 +158,7 @@ async def _change(config: Config, index: str, action: RequestAction, as_json: bo
         await open_index(target, config, index, even_paused=True)
         changed, kept = await change(target, config.target.schema, index, action)
     if as_json:
-        print_json({"index": index, "wish": action, "requests": changed, "kept": kept})
+        print_json({"index": index, "action": action, "requests": changed, "kept": kept})
     else:
         past = {"pause": "paused", "resume": "resumed", "cancel": "cancelled"}[action]
         console().print(f"{past}: request {', '.join(map(str, changed))}")

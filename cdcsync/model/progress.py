@@ -57,13 +57,13 @@ class Progress:
             self._commits.clear()
             self.kept = self.checkpoint
 
-    def hear(self, lsn: Lsn) -> None:
+    def sent(self, lsn: Lsn) -> None:
         """Note that the source has sent what it had up to `lsn`, even inside an unfinished transaction."""
         while self._commits and self._commits[0][0] <= lsn:
             self.kept = self._commits.popleft()[1]
 
     @property
-    def owed(self) -> bool:
+    def unacknowledged(self) -> bool:
         """Whether there is something to acknowledge."""
         return self.kept > self.acknowledged
 

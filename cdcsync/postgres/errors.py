@@ -20,53 +20,81 @@ from cdcsync.errors import (
     Unavailable,
 )
 from cdcsync.logs import without_quoted
-from cdcsync.postgres.refusals import STILL_RUNS, attempts, explain
+from cdcsync.postgres.refusals import REPORTED, STILL_RUNS, attempts, explain
 from cdcsync.postgres.settings import Side
 
-_DAMAGE = 'docs/operations.md, "Damaged tables", says how to continue'
+_DAMAGE_FIX = 'docs/operations.md, "Damaged tables", says how to continue'
 
-_HINTS: dict[str, tuple[str, str]] = {
-    "25006": (
-        "the server takes only reads",
+_FIXES = {
+    "25006": (  # read_only_sql_transaction
         "point the DSN at the primary; or, if transactions are read-only there by default, change that:"
-        " `cdcsync check` says how",
+        " `cdcsync check` says how"
     ),
-    "28P01": ("the password is wrong", "correct the password in the DSN, in PGPASSWORD, or in the password file"),
-    "28000": ("the server refuses this role or host", "allow the role in pg_hba.conf, or use another role"),
-    "3D000": ("the database does not exist", "create it, or correct the database name in the DSN"),
-    "42501": ("the role lacks a privilege", "grant it; `cdcsync config roles` lists what each role needs"),
-    "53100": ("the disk is full", "free disk space on the server, or make it larger"),
-    "53200": ("the server is out of memory", "give the server more memory, or lower work_mem and maintenance_work_mem"),
-    "53300": ("too many connections", "raise max_connections, or close some"),
-    "53400": ("a limit of the configuration is reached", "raise it: the server's log names it"),
-    "55P03": ("another session holds a lock", "wait for that session, or end it: pg_locks names it"),
-    "57014": ("a statement was cancelled", "find out who cancels it, such as a monitor that ends what takes long"),
-    "58030": ("the server cannot read or write a file", _DAMAGE),
-    "XX001": ("data of the server is damaged", _DAMAGE),
-    "XX002": ("an index of the server is damaged", "find out what damaged it, then REINDEX it"),
+    "28000": "ALTER ROLE … LOGIN for the role in the DSN, or use another role",  # invalid_authorization_specification
+    "42501": "grant it; `cdcsync config roles` lists what each role needs",  # insufficient_privilege
+    "53100": "free disk space on the server, or make it larger",  # disk_full
+    "53200": "give the server more memory, or lower work_mem and maintenance_work_mem",  # out_of_memory
+    "53300": "raise max_connections, or close some",  # too_many_connections
+    "53400": "raise it: the server's log names it",  # configuration_limit_exceeded
+    "55P03": "wait for that session, or end it: pg_locks names it",  # lock_not_available
+    "57014": "find out who cancels it, such as a monitor that ends what takes long",  # query_canceled
+    "58030": _DAMAGE_FIX,  # io_error
+    "XX001": _DAMAGE_FIX,  # data_corrupted
+    "XX002": "find out what damaged it, then REINDEX it",  # index_corrupted
 }
+"""The fix of a statement's error by its code, for the server's message about it.
 
-_SHARED_MEMORY = "give the server more shared memory: /dev/shm of a container has 64 MB (docker run --shm-size)"
+28000 is for a role that lost LOGIN while its session is open: in some versions, such as PostgreSQL 16.2, each parallel
+worker of the session logs in as a client does.
+"""
+
+_SHARED_MEMORY_FIX = "give the server more shared memory: /dev/shm of a container has 64 MB (docker run --shm-size)"
 """The fix if 53100 is not about a disk: parallel workers keep shared data in a file in /dev/shm."""
 
-_IT_RUNS = "the server runs, and lets nobody in for this reason: correct that there or in the DSN; its log may say more"
-"""The fix if a server refuses a connection in words that are not known."""
-
-_OF_A_FUNCTION = "correct the function, or the row, that it fails for: the server's log names the function"
+_FUNCTION_FIX = "correct the function, or the row, that it fails for: the server's log names the function"
 """The fix if an error that passes comes from inside a function or a trigger."""
 
-_EARLIER_TABLES = (
+_EARLIER_TABLES_FIX = (
     "if our tables are those of an earlier cdcsync, start `cdcsync run` of this one: it adds what they lack"
 )
 """The fix if a column is missing: a command may read columns that a worker which still runs did not add."""
 
-_DROPPED = "start `cdcsync run` again: it puts back what is missing of our tables, and loads what they lack"
+_DROPPED_FIX = "start `cdcsync run` again: it puts back what is missing of our tables, and loads what they lack"
 """The fix if a table of the target, or its schema, is missing: somebody dropped what is ours, or no worker ran yet."""
 
-_TARGET_HINTS = {"42703": _EARLIER_TABLES, "42P01": _DROPPED, "3F000": _DROPPED}
+_TARGET_FIXES = {"42703": _EARLIER_TABLES_FIX, "42P01": _DROPPED_FIX, "3F000": _DROPPED_FIX}
 """The fixes if a column, a table or a schema is missing, where those are ours."""
 
-_PASSING = ("55P03", "25006", "57014", "25P03", "25P04")
+_REFUSED_FIX = (
+    "the server runs, and lets nobody in for this reason: correct that there or in the DSN; its log may say more"
+)
+"""The fix if a server refuses a connection in words that are not known."""
+
+_PASSING_CODES = ("55P03", "25006", "57014", "25P03", "25P04")
+"""The codes of errors that pass, beside those of whole classes; see `passing`."""
+
+_STATEMENT_CODES = ("40", "53200", "53400", "55P03", "57014")
+"""How the codes begin by which one statement fails while others succeed: it met a lock or another transaction, took
+more memory of the source or temporary files than there may be, or was cancelled."""
+
+_SHARED_MEMORY_FILES = ("lock.c", "predicate.c", "shmem.c")
+"""Files of the server that raise 53200 if the memory is full that all sessions share, such as the table of locks."""
+
+_ENTRY_FILES = ("nbt", "indextuple", "gin", "gist", "spg", "hash", "brin")
+"""How the names of the server's files begin that raise 54000 if an entry of an index would be too long."""
+
+_ROW_FILES = ("hio", "rewriteheap")
+"""The same if a row would be, whose long values lie elsewhere already."""
+
+_NAMES = re.compile(r"[^\w\s]|\d")
+"""In what an error's context says of a function or a COPY: a quotation mark, a parenthesis, a number. What the server
+adds if a parallel worker met the error, `parallel worker`, is words alone in every language."""
+
+LOCKED_OUT = (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)
+"""The errors by which a statement ends because another session holds a lock on what it needs."""
+
+REFUSALS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
+"""The errors by which a server refuses a value."""
 
 
 def unavailable(
@@ -88,19 +116,7 @@ def passing(error: psycopg.Error) -> bool:
     code = error.sqlstate
     if code is None:
         return isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
-    return code[:2] in ("08", "53", "40") or code.startswith("57P") or code in _PASSING
-
-
-_OF_A_STATEMENT = ("40", "53200", "53400", "55P03", "57014")
-"""How the codes begin by which one statement fails while others succeed: it met a lock or another transaction, took
-more memory of the source or temporary files than there may be, or was cancelled."""
-
-_OF_SHARED_MEMORY = ("lock.c", "predicate.c", "shmem.c")
-"""Files of the server that raise 53200 if the memory is full that all sessions share, such as the table of locks."""
-
-_NAMES = re.compile(r"[^\w\s]|\d")
-"""In what an error's context says of a function or a COPY: a quotation mark, a parenthesis, a number. What the server
-adds if a parallel worker met the error, `parallel worker`, is words alone in every language."""
+    return code[:2] in ("08", "53", "40") or code.startswith("57P") or code in _PASSING_CODES
 
 
 def of_a_statement(error: psycopg.Error, side: Side) -> bool:
@@ -112,7 +128,7 @@ def of_a_statement(error: psycopg.Error, side: Side) -> bool:
     if _of_the_server(error, side):
         return False
     code = error.sqlstate or ""
-    return code.startswith(_OF_A_STATEMENT) or (side, code) == ("source", "25006") or _from_inside(error)
+    return code.startswith(_STATEMENT_CODES) or (side, code) == ("source", "25006") or _from_inside(error)
 
 
 def _of_the_server(error: psycopg.Error, side: Side) -> bool:
@@ -123,7 +139,7 @@ def _of_the_server(error: psycopg.Error, side: Side) -> bool:
     indexes: if there is no memory for that, the server is short of it.
     """
     code = error.sqlstate
-    memory = code == "53200" and (side == "target" or error.diag.source_file in _OF_SHARED_MEMORY)
+    memory = code == "53200" and (side == "target" or error.diag.source_file in _SHARED_MEMORY_FILES)
     return (code == "53100" or memory) and not chosen(error)
 
 
@@ -138,10 +154,6 @@ def chosen(error: psycopg.Error) -> bool:
     return error.diag.source_function == "exec_stmt_raise"
 
 
-LOCKED_OUT = (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)
-"""The errors by which a statement ends because another session holds a lock on what it needs."""
-
-
 def locked_out(error: BaseException) -> bool:
     """Say whether an error is one of `LOCKED_OUT`, or says that in our tree."""
     if isinstance(error, psycopg.Error):
@@ -152,17 +164,17 @@ def locked_out(error: BaseException) -> bool:
 def translate(error: psycopg.Error, side: Side, *, where: str | None = None) -> CdcsyncError:
     """Return the error of our tree that says what a driver's error means for the pipeline."""
     message = without_values(error)
-    _, hint = _HINTS.get(error.sqlstate or "", (message, None))
+    hint = _FIXES.get(error.sqlstate or "")
     if error.sqlstate == "55P03":
-        message = _HINTS["55P03"][0]  # in place of the limit that we ourselves have set
+        message = "another session holds a lock"  # in place of the limit that we ourselves have set
     if error.sqlstate == "53100" and "shared memory" in message:
-        hint = _SHARED_MEMORY
+        hint = _SHARED_MEMORY_FIX
     if error.sqlstate in ("42501", "53200") and error.diag.message_hint:
         hint = error.diag.message_hint  # not a privilege is lacking, but a policy hides rows; or shared memory is full
     if passing(error) and not locked_out(error) and _from_inside(error) and not _of_the_server(error, side):
-        hint = _OF_A_FUNCTION
+        hint = _FUNCTION_FIX
     if side == "target":
-        hint = _TARGET_HINTS.get(error.sqlstate or "", hint)
+        hint = _TARGET_FIXES.get(error.sqlstate or "", hint)
     if passing(error):
         return unavailable(side, message, where=where, hint=hint, sqlstate=error.sqlstate)
     return SetupError(message, where=where or side, hint=hint or error.diag.message_hint, sqlstate=error.sqlstate)
@@ -183,17 +195,6 @@ def ours(error: psycopg.Error) -> bool:
     )
 
 
-REFUSALS = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
-"""The errors by which a server refuses a value."""
-
-
-_OF_AN_ENTRY = ("nbt", "indextuple", "gin", "gist", "spg", "hash", "brin")
-"""How the names of the server's files begin that raise 54000 if an entry of an index would be too long."""
-
-_OF_A_ROW = ("hio", "rewriteheap")
-"""The same if a row would be, whose long values lie elsewhere already."""
-
-
 def fault_of(index: str, error: psycopg.Error, side: Side, *, where: str | None = None) -> SchemaChanged:
     """Return the error of a statement for one index as the reason why that index, and only that one, is paused.
 
@@ -208,10 +209,10 @@ def fault_of(index: str, error: psycopg.Error, side: Side, *, where: str | None 
     hint = "compare the types of the table's key and carried columns with those of the chunks table"
     if isinstance(error, psycopg.errors.ProgramLimitExceeded) and not chosen(error):
         file = error.diag.source_file or ""
-        if file.startswith(_OF_AN_ENTRY):
+        if file.startswith(_ENTRY_FILES):
             # A value of more than 8 kB after compression is refused before the server says for which index.
             what += f", too long for the index {error.diag.constraint_name or 'of a key or column'}"
-        elif file.startswith(_OF_A_ROW):
+        elif file.startswith(_ROW_FILES):
             what += ", in a row too wide for a page"
         # The server's words about a limit hold sizes, and the names of types and indexes.
         what += f": {without_values(error)}"
@@ -260,18 +261,18 @@ def first_line(error: psycopg.Error) -> str:
 
 
 def connect_error(error: psycopg.Error, side: Side, where: str) -> CdcsyncError:
-    """Return what a failed attempt to connect means.
+    """Return what a failed attempt to connect means: by its words, because libpq passes on no code of a refused login.
 
     Each of several hosts is explained by itself: it is an error of the set-up only if all of them refuse for good. A
     host does if it did so at any of its addresses, because a server need not listen on all.
     """
     tried = attempts(str(error))
     if not tried:
-        return _refused(first_line(error), error.sqlstate, side, where)
+        return _refused(str(error), side, where)
     several = len(dict(tried)) > 1
     said: dict[str, CdcsyncError] = {}
-    for host, text in tried:
-        found = _refused(text, None, side, where, host=host if several else None)
+    for host, words in tried:
+        found = _refused(words, side, where, host=host if several else None)
         said[host] = min(said.get(host, found), found, key=lambda one: isinstance(one, Unavailable))
     waits = [one for one in said.values() if isinstance(one, Unavailable)]
     return min(waits, key=_rank) if waits else next(iter(said.values()))
@@ -282,22 +283,12 @@ def _rank(error: Unavailable) -> tuple[bool, bool]:
     return error.sqlstate not in STILL_RUNS, "target_session_attrs" in error.message
 
 
-def _refused(text: str, code: str | None, side: Side, where: str, *, host: str | None = None) -> CdcsyncError:
-    """Return what the words of one attempt mean.
-
-    libpq gives no error code for a refused login: its words are what the server sent, so they are looked for.
-    """
-    if (refusal := explain(text, host=host)) is not None:
-        sqlstate = code or refusal.sqlstate
-        if refusal.lasting:
-            return SetupError(refusal.message, where=where, hint=refusal.hint, sqlstate=sqlstate)
-        return unavailable(side, refusal.message, where=where, hint=refusal.hint, sqlstate=sqlstate)
-    for known, pattern in (
-        ("28P01", r"password authentication failed|no password supplied"),
-        ("28000", r'pg_hba\.conf|role ".*" does not exist|role ".*" is not permitted to log in'),
-        ("3D000", r'database ".*" does not exist'),
-    ):
-        if code == known or re.search(pattern, text):
-            problem, hint = _HINTS[known]
-            return SetupError(f"{problem}: {text}", where=where, hint=hint)
-    return unavailable(side, text, where=where, hint=_IT_RUNS if "FATAL: " in text else None)
+def _refused(words: str, side: Side, where: str, *, host: str | None = None) -> CdcsyncError:
+    """Return what the words of one attempt mean."""
+    refusal = explain(words, host=host)
+    if refusal is None:
+        hint = _REFUSED_FIX if REPORTED in words else None
+        return unavailable(side, " ".join(words.split()), where=where, hint=hint)
+    if refusal.lasting:
+        return SetupError(refusal.message, where=where, hint=refusal.hint, sqlstate=refusal.sqlstate)
+    return unavailable(side, refusal.message, where=where, hint=refusal.hint, sqlstate=refusal.sqlstate)

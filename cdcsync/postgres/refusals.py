@@ -20,6 +20,9 @@ _CLOSED = "55000"
 STILL_RUNS = (TOO_MANY_CONNECTIONS, _NOT_GRANTED, _CLOSED)
 """SQLSTATEs with which a server refuses new sessions for now, and still serves those that are open."""
 
+REPORTED = ":  "
+"""What libpq writes between the severity and the message of an error that a server reported, in any language."""
+
 
 class Refusal(msgspec.Struct, frozen=True):
     """A failed attempt to connect; waiting helps unless it is `lasting`.
@@ -35,6 +38,7 @@ class Refusal(msgspec.Struct, frozen=True):
 
 _SERVER = r'connection to server at "(?P<host>[^"]*)"(?: \([^)]*\))?, port (?P<port>\d+) failed: '
 _SOCKET = r'connection to server on socket "(?P<socket>[^"]*)" failed: '
+_LOGIN = r'host "[^"]*", user "[^"]*"(?:, database "[^"]*")?(?:, \w+ encryption)?'
 
 _WORDS: tuple[tuple[str, Refusal], ...] = (
     (
@@ -59,6 +63,14 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
         ),
     ),
     (
+        r'(?P<method>\w+(?: bearer)?) authentication failed for user "(?P<role>[^"]*)"',
+        Refusal(
+            "the server's {method} authentication refuses role {role}",
+            "its log says why: correct that, or the line of pg_hba.conf for this login",
+            lasting=True,
+        ),
+    ),
+    (
         r'role "(?P<role>[^"]*)" does not exist',
         Refusal(
             "there is no role {role}",
@@ -75,12 +87,25 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
         Refusal("there is no database {database}", "create it, or correct the database name in the DSN", lasting=True),
     ),
     (
-        r"no pg_hba\.conf entry for (?P<what>.*?)(?:, (?P<tls>no encryption|SSL encryption))?$",
+        rf"no pg_hba\.conf entry for (?P<what>(?:replication connection from )?{_LOGIN})",
         Refusal(
-            "pg_hba.conf of the server lets nobody in from here as {what}, {tls}",
+            "pg_hba.conf of the server lets nobody in from here as {what}",
             "add a line to pg_hba.conf and reload the server",
             lasting=True,
         ),
+    ),
+    (
+        rf"pg_hba\.conf rejects (?P<what>(?:replication )?connection for {_LOGIN})",
+        Refusal(
+            "a line in pg_hba.conf of the server rejects this {what}",
+            "change that line, or put one that allows this login above it, and reload the server",
+            lasting=True,
+        ),
+    ),
+    (
+        # In other languages: the name of the file is not translated.
+        r"^(?P<said>.*pg_hba\.conf.*)$",
+        Refusal("{said}", "allow this login in pg_hba.conf and reload the server", lasting=True),
     ),
     (
         _SERVER + "Connection refused",
@@ -271,7 +296,7 @@ _ATTEMPT = re.compile(rf"^- host: {_VALUE}, port: {_VALUE}, hostaddr: {_VALUE}: 
 
 
 def attempts(text: str) -> list[tuple[str, str]]:
-    """Return the host and the words, in one line, of each attempt that psycopg lists; none where it made only one.
+    """Return the host and the words of each attempt that psycopg lists; none where it made only one.
 
     A host whose name has several addresses is tried at each of them.
     """
@@ -279,16 +304,16 @@ def attempts(text: str) -> list[tuple[str, str]]:
     found = []
     for *named, words in zip(parts[1::4], parts[2::4], parts[3::4], parts[4::4], strict=True):
         name, port, address = ("" if value == "None" else value[1:-1] for value in named)
-        found.append(((name or address) + (port and f", port {port}"), " ".join(words.split())))
+        found.append(((name or address) + (port and f", port {port}"), words))
     return found
 
 
-def explain(text: str, *, host: str | None = None) -> Refusal | None:
+def explain(words: str, *, host: str | None = None) -> Refusal | None:
     """Return what libpq's words mean; None where they are not known.
 
-    :param text: in one line.
     :param host: whose words they are, if it is one of several: the message names it.
     """
+    text = " ".join(words.split())
     for pattern, refusal in _WORDS:
         if (match := re.search(pattern, text)) is not None:
             found = {name: value for name, value in match.groupdict().items() if value is not None}
@@ -305,5 +330,4 @@ def explain(text: str, *, host: str | None = None) -> Refusal | None:
 
 def _filled(template: str, values: dict[str, str]) -> str:
     """Put values into the template; `${NAME}` is not one of its places."""
-    filled = re.sub(r"(?<!\$)\{(\w+)\}", lambda match: values.get(match[1], ""), template)
-    return filled.removesuffix(", ")
+    return re.sub(r"(?<!\$)\{(\w+)\}", lambda match: values.get(match[1], ""), template)

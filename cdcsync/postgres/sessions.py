@@ -66,9 +66,11 @@ IDLE_S = 20.0
 SETTINGS_S = 30.0
 """How long a server that has accepted a login may take for the first statements, which wait for nothing."""
 
-_LENT: set[tuple[str, ...]] = set()
-"""Pools that lend a client the same session for as long as it is connected, as far as this process has found out: once,
-because it takes another login and another session of the pool."""
+_SESSION_MODE: set[tuple[str, ...]] = set()
+"""The pools that were found to be in session mode: host, hostaddr, port, database and user of each.
+
+A process finds that out once for each pool, because it takes another login and another session of the pool. It does not
+notice if the mode of a pool changes later."""
 
 
 def answers(connection: Connection, error: CdcsyncError) -> bool:
@@ -161,7 +163,7 @@ async def _refuse_shared(connection: WatchedConnection, here: str, side: Side, w
     """
     info = connection.info
     pool = (info.host, info.hostaddr, str(info.port), info.dbname, info.user)
-    if pool in _LENT:
+    if pool in _SESSION_MODE:
         return
     other = await _log_in(here, side, where)
     try:
@@ -175,7 +177,7 @@ async def _refuse_shared(connection: WatchedConnection, here: str, side: Side, w
             where=where,
             hint="connect to the server itself, or to a pool in session mode (PgBouncer: pool_mode = session)",
         )
-    _LENT.add(pool)
+    _SESSION_MODE.add(pool)
 
 
 async def _set_up(connection: WatchedConnection, side: Side, lock_wait_ms: int | None, *, works: bool) -> None:
@@ -215,7 +217,7 @@ class Session:
         self._idle_s = idle_s
         self._lock_wait_ms = lock_wait_ms
         self._works = works
-        self._rest: asyncio.TimerHandle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._connection: WatchedConnection | None = None
 
     @property
@@ -238,7 +240,7 @@ class Session:
                 works=self._works,
             )
             if self._idle_s is not None:
-                self._rest = asyncio.get_running_loop().call_later(self._idle_s, self._close_if_idle)
+                self._idle_timer = asyncio.get_running_loop().call_later(self._idle_s, self._close_if_idle)
         return self._connection
 
     def _close_if_idle(self) -> None:
@@ -247,16 +249,16 @@ class Session:
         assert self._idle_s is not None
         unused_s = loop.time() - connection.used_at
         if unused_s < self._idle_s or connection.info.transaction_status != TransactionStatus.IDLE:
-            self._rest = loop.call_later(self._idle_s, self._close_if_idle)
+            self._idle_timer = loop.call_later(self._idle_s, self._close_if_idle)
             return
         self._connection = None
         connection.pgconn.finish()
 
     async def aclose(self) -> None:
         """Close the connection, if one is open; the next use opens another."""
-        if self._rest is not None:
-            self._rest.cancel()
-            self._rest = None
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
         if self._connection is not None:
             connection, self._connection = self._connection, None
             with contextlib.suppress(psycopg.Error):

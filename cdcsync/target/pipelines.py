@@ -315,6 +315,7 @@ class Pipelines:
         :raises LeaseLost: somebody has taken over by now.
         :raises TargetRewound: the target went back to before this worker took over.
         :raises TargetUnavailable: the session is with a standby.
+        :raises RunError: the pipeline's row is gone.
         """
         self._refuse_standby(connection)
         cursor = await connection.execute(

@@ -90,7 +90,7 @@ CATALOGUE = (
     P(
         "a promoted standby has what its slot was told of",
         "With source and target on one server, no checkpoint is acknowledged that a standby may lack.",
-        "model/progress.py:Progress.hear",
+        "model/progress.py:Progress.sent",
         (
             "test_a_standby_without_the_last_checkpoint_has_no_acknowledgement_of_it_if_the_index_is_in_the_source",
             "source fails over",

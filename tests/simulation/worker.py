@@ -133,9 +133,9 @@ class Worker:
             return False
         message = next(self._replaying, None)
         if message is not None:
-            self._hand_on(message)
+            self._take_in(message)
             return True
-        self.progress.hear(Lsn(self.source.sent))
+        self.progress.sent(Lsn(self.source.sent))
         sent = next(self._coming, None)
         if sent is None:
             assert self.slot is not None
@@ -148,7 +148,7 @@ class Worker:
         return True
 
     def take(self, xid: int, message: PgoutputMessage) -> None:
-        """Keep a message of an open transaction for later, or hand it on."""
+        """Keep a message of an open transaction for later, or take it in."""
         if self.spool.receiving and not isinstance(message, StreamStop):
             self._payloads.append(message)
             self.spool.append(xid, (len(self._payloads) - 1).to_bytes(4, "big"))
@@ -163,7 +163,7 @@ class Worker:
             case StreamCommit():
                 self._replaying = self._replay(message)
             case _:
-                self._hand_on(message)
+                self._take_in(message)
 
     @property
     def between_blocks(self) -> bool:
@@ -184,7 +184,7 @@ class Worker:
         )
         self.spool.drop(commit.xid)
 
-    def _hand_on(self, message: PgoutputMessage) -> None:
+    def _take_in(self, message: PgoutputMessage) -> None:
         for event in self.assembler.feed(message):
             match event:
                 case Began():

@@ -203,7 +203,7 @@ class Receiver:
         while self._open_batch.applying:
             await self._open_batch.wait_for_applier(self._patience())
             await self._report_when_due()
-        self._progress.hear(self._told)
+        self._progress.sent(self._told)
         await self._slot.send_status(self._progress.received, self._progress.acknowledge())
         crash_point("last status sent")
 
@@ -269,14 +269,14 @@ class Receiver:
     def _patience(self) -> float:
         """Return how long to wait before a status is due, in seconds."""
         left_s = min(self._status_due, self._nudge_due) - anyio.current_time()
-        if self._progress.owed or self._open_batch.applying:
+        if self._progress.unacknowledged or self._open_batch.applying:
             left_s = min(left_s, PROMPT_STATUS_S)
         return max(0.0, left_s)
 
     async def _report_when_due(self) -> None:
         now = anyio.current_time()
-        self._progress.hear(self._told)
-        prompt = self._progress.owed and self._status_due - self._status_every_s + PROMPT_STATUS_S <= now
+        self._progress.sent(self._told)
+        prompt = self._progress.unacknowledged and self._status_due - self._status_every_s + PROMPT_STATUS_S <= now
         due, nudge = now >= self._status_due or prompt, now >= self._nudge_due
         if due:
             self._status_due = now + self._status_every_s

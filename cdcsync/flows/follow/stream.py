@@ -182,7 +182,7 @@ class Stream:
                     async with cancelled_by(self._stopping), aclosing(receiver.events()) as events:
                         async for heard in events:
                             for one in heard:
-                                self._hand_on(one)
+                                self._take(one)
                     await receiver.finish()
                 tasks.cancel_scope.cancel()
         except BaseExceptionGroup as group:
@@ -191,7 +191,7 @@ class Stream:
             self._lag.end()
         return paused
 
-    def _hand_on(self, heard: Heard) -> None:
+    def _take(self, heard: Heard) -> None:
         """Put what was heard into the open batch.
 
         Changes are remembered as well, for pages that are read under an older snapshot.

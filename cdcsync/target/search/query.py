@@ -163,12 +163,12 @@ async def search(
         if traceparent is not None and _TRACEPARENT.fullmatch(traceparent):
             statement += sql.SQL(f" /*traceparent='{traceparent}'*/")
         numbers = None if vector is None else ",".join([repr(float(value)) for value in vector])
-        wishes = msgspec.json.encode(plain_filter(filter)).decode()
+        filter_json = msgspec.json.encode(plain_filter(filter)).decode()
         arguments: list[object] = [
             text,
             None if numbers is None else f"[{numbers}]",
             int(k),  # the driver sends numpy's integers as a type for which there is no search function
-            wishes,
+            filter_json,
             mode,
             per_document,
             int(skip),
@@ -197,7 +197,7 @@ async def search(
                     headline=trial,
                     text=sql.SQL("SELECT {}::pg_catalog.text").format(sql.Literal(text)),
                     vector=sql.SQL("SELECT {}::pg_catalog.float4[]").format(sql.Literal(f"{{{numbers or ''}}}")),
-                    filter=sql.SQL("SELECT {}::pg_catalog.jsonb").format(sql.Literal(wishes)),
+                    filter=sql.SQL("SELECT {}::pg_catalog.jsonb").format(sql.Literal(filter_json)),
                     settings=settling,  # the last one, as it changes how others are read
                 )
             if isinstance(error, _GONE):

@@ -189,7 +189,8 @@ def test_requests_are_queued_paused_resumed_and_cancelled(live: Pipeline) -> Non
     states = "SELECT array_agg(state ORDER BY id) FROM cdcsync.backfills WHERE id >= %s"
     until(lambda: live.target.execute(states, [first]).fetchone() == (["running", "requested"],), "the first to begin")
 
-    assert live.answer("replay", "articles", "--pause")["requests"] == [first, second]
+    paused = live.answer("replay", "articles", "--pause")
+    assert paused == {"index": "articles", "action": "pause", "requests": [first, second], "kept": []}
     assert live.answer("replay", "articles", "--resume")["requests"] == [first, second]
     assert live.answer("replay", "articles", "--cancel")["requests"] == [first, second]
     assert "nothing to cancel" in refused(live, "replay", "articles", "--cancel")

@@ -10,10 +10,11 @@ import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
-from cdcsync.errors import SchemaChanged, Unavailable
+from cdcsync.errors import SchemaChanged, SetupError, Unavailable
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.postgres.settings import Side
+from tests.support.clusters import OTHER_VERSIONS
 from tests.support.disks import LACK_MEMORY, tight_disk_or_skip
 from tests.support.indexes import until
 from tests.support.servers import Database
@@ -89,6 +90,23 @@ async def test_a_parallel_worker_that_is_ended_is_no_fault_of_the_index(cluster:
             found = await failed
     assert (found.index, found.sqlstate) == (None, "57P01")
     assert "function" not in str(found.hint)
+
+
+@pytest.mark.skipif(not OTHER_VERSIONS[16].exists(), reason="PostgreSQL 16 is not installed")
+async def test_a_parallel_worker_of_a_role_that_lost_its_login_says_so_with_the_fix(
+    make_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = make_cluster(bin_dir=OTHER_VERSIONS[16])
+    with psycopg.connect(cluster.dsn(), autocommit=True) as admin:
+        admin.execute("CREATE ROLE ann LOGIN")
+        async with Session(cluster.dsn(user="ann"), "source", application_name="cdcsync test") as session:
+            connection = await session.connection()
+            await in_parallel(connection)
+            admin.execute("ALTER ROLE ann NOLOGIN")
+            with pytest.raises(SetupError) as caught, speaking_of("source"):
+                await connection.execute("SELECT 1")
+    assert (caught.value.message, caught.value.sqlstate) == ('role "ann" is not permitted to log in', "28000")
+    assert str(caught.value.hint).startswith("ALTER ROLE … LOGIN")
 
 
 @SIDES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import psycopg
@@ -15,6 +15,7 @@ from cdcsync.postgres.refusals import TOO_MANY_CONNECTIONS
 from cdcsync.postgres.sessions import connect
 from cdcsync.postgres.settings import Side
 from cdcsync.source.slot import SlotConnection
+from tests.support.clusters import OTHER_VERSIONS
 from tests.support.roles import Roles
 from tests.support.servers import Database
 
@@ -97,6 +98,130 @@ async def test_what_a_dsn_asks_for_and_a_server_is_not_is_told_with_the_fix(
     error = await refused(conninfo.make_conninfo(database.dsn, **parameters))
     assert told in str(error.hint)
     assert isinstance(error, SetupError) == (parameters == {"target_session_attrs": "any of them"})
+
+
+RULES = """\
+host all postgres,absent,closed,"Ann-Marie" all trust
+host all rejected all reject
+host all identified all ident
+host all asked all scram-sha-256
+"""
+"""The lines of pg_hba.conf: for the role `unlisted` there is none, and `absent` is no role."""
+
+LOGIN = 'host "127.0.0.1", user "{}", database "postgres", no encryption'
+
+LOGINS = {
+    "rejected": (
+        {"user": "rejected"},
+        f"a line in pg_hba.conf of the server rejects this connection for {LOGIN.format('rejected')}",
+        "change that line, or put one that allows this login above it, and reload the server",
+    ),
+    "unlisted": (
+        {"user": "unlisted"},
+        f"pg_hba.conf of the server lets nobody in from here as {LOGIN.format('unlisted')}",
+        "add a line to pg_hba.conf and reload the server",
+    ),
+    "identified": (
+        {"user": "identified"},
+        "the server's Ident authentication refuses role identified",
+        "its log says why: correct that, or the line of pg_hba.conf for this login",
+    ),
+    "without a password": (
+        {"user": "asked"},
+        "no password is given for this role",
+        "set PGPASSWORD, add a line to /dev/null, or put ${NAME} into the DSN",
+    ),
+    "with a wrong password": (
+        {"user": "asked", "password": "wrong"},
+        "the server refuses the password of role asked",
+        "correct it in the DSN, PGPASSWORD or /dev/null",
+    ),
+    "absent": (
+        {"user": "absent"},
+        "there is no role absent",
+        "create it (`cdcsync init` and `cdcsync config roles` print the SQL), or correct the role in the DSN",
+    ),
+    "closed": ({"user": "closed"}, "role closed may not log in", "ALTER ROLE closed LOGIN, or use another role"),
+    "closed, and quoted": (
+        {"user": "Ann-Marie"},
+        'role "Ann-Marie" may not log in',
+        'ALTER ROLE "Ann-Marie" LOGIN, or use another role',
+    ),
+    "no such database": (
+        {"dbname": "absent"},
+        "there is no database absent",
+        "create it, or correct the database name in the DSN",
+    ),
+}
+"""What a login is refused for, by its parameters, and what is told of that with the fix."""
+
+
+def guard(cluster: Cluster) -> None:
+    """Make the roles and let them in by `RULES` alone."""
+    with psycopg.connect(cluster.dsn(), autocommit=True) as admin:
+        admin.execute("CREATE ROLE rejected LOGIN; CREATE ROLE unlisted LOGIN; CREATE ROLE identified LOGIN")
+        admin.execute("CREATE ROLE closed; CREATE ROLE \"Ann-Marie\"; CREATE ROLE asked LOGIN PASSWORD 'right'")
+    (cluster.data / "pg_hba.conf").write_text(RULES)
+    cluster.restart()
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Cluster]:
+    """A server with `RULES`."""
+    with Cluster() as cluster:
+        guard(cluster)
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def translated() -> Iterator[Cluster]:
+    """The same server, speaking Russian."""
+    if not OTHER_VERSIONS[15].exists():
+        pytest.skip("PostgreSQL 15 is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LANGUAGE", "ru")  # in place of the messages of a locale that is not installed
+        with Cluster(bin_dir=OTHER_VERSIONS[15]) as cluster:
+            guard(cluster)
+            with psycopg.connect(cluster.dsn()) as admin, pytest.raises(psycopg.errors.DivisionByZero) as told:
+                admin.execute("SELECT 1 / 0")
+            if "division" in str(told.value):
+                pytest.skip("this PostgreSQL 15 speaks English only")
+            yield cluster
+
+
+@pytest.fixture
+def no_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No password is taken from this machine."""
+    monkeypatch.delenv("PGPASSWORD", raising=False)
+    monkeypatch.setenv("PGPASSFILE", "/dev/null")
+
+
+@pytest.mark.usefixtures("no_passwords")
+@pytest.mark.parametrize("side", ["source", "target"])
+@pytest.mark.parametrize("login", LOGINS)
+async def test_a_login_that_is_refused_for_good_is_told_with_the_fix(guarded: Cluster, login: str, side: Side) -> None:
+    parameters, message, hint = LOGINS[login]
+    error = await refused(conninfo.make_conninfo(guarded.dsn(), **parameters), side)
+    assert isinstance(error, SetupError)
+    assert (error.message, error.hint) == (message, hint)
+
+
+@pytest.mark.usefixtures("no_passwords")
+@pytest.mark.parametrize("login", LOGINS)
+async def test_a_server_that_speaks_another_language_is_told_as_one_that_runs(translated: Cluster, login: str) -> None:
+    """libpq passes on no code of a refused login, and the words are known in English alone, but for a file's name."""
+    parameters, message, hint = LOGINS[login]
+    error = await refused(conninfo.make_conninfo(translated.dsn(), **parameters))
+    assert isinstance(error.__cause__, psycopg.Error)
+    assert error.__cause__.sqlstate is None
+    if login == "without a password":  # in libpq's words
+        assert (error.message, error.hint) == (message, hint)
+    elif login in ("rejected", "unlisted"):
+        assert isinstance(error, SetupError)
+        assert error.hint == "allow this login in pg_hba.conf and reload the server"
+    else:
+        assert isinstance(error, Unavailable)
+        assert str(error.hint).startswith("the server runs, and lets nobody in for this reason")
 
 
 @pytest.mark.proof

@@ -9,7 +9,7 @@ from cdcsync.lsn import INVALID_LSN, Lsn
 from cdcsync.model.progress import Progress
 
 LSNS = st.integers(min_value=0, max_value=2**64 - 1).map(Lsn)
-STEPS = st.lists(st.tuples(st.sampled_from(["receive", "commit", "hear", "acknowledge"]), LSNS, st.none() | LSNS))
+STEPS = st.lists(st.tuples(st.sampled_from(["receive", "commit", "sent", "acknowledge"]), LSNS, st.none() | LSNS))
 
 
 def test_a_connection_begins_with_all_positions_at_the_checkpoint() -> None:
@@ -31,31 +31,31 @@ def test_what_the_target_holds_is_acknowledged_once_asked_for() -> None:
 
     progress.commit(Lsn(200))
 
-    assert progress.owed
+    assert progress.unacknowledged
     assert progress.acknowledged == 100
     assert progress.acknowledge() == 200
     assert progress.acknowledged == 200
-    assert not progress.owed
+    assert not progress.unacknowledged
 
 
 def test_a_checkpoint_in_the_same_wal_is_acknowledged_once_the_source_has_sent_what_is_beyond_its_commit() -> None:
     progress = Progress(Lsn(100), committed_before=Lsn(150))
-    progress.hear(Lsn(149))
-    assert (progress.owed, progress.acknowledge()) == (False, INVALID_LSN)
-    progress.hear(Lsn(150))
-    assert (progress.owed, progress.acknowledge()) == (True, 100)
+    progress.sent(Lsn(149))
+    assert (progress.unacknowledged, progress.acknowledge()) == (False, INVALID_LSN)
+    progress.sent(Lsn(150))
+    assert (progress.unacknowledged, progress.acknowledge()) == (True, 100)
 
     progress.commit(Lsn(200), wal_end=Lsn(210))
-    progress.hear(Lsn(1000))
+    progress.sent(Lsn(1000))
     assert progress.acknowledge() == 100  # where its commit ended nobody knows before the next one is written
     progress.commit(None, wal_end=Lsn(300))
     progress.commit(Lsn(250), wal_end=Lsn(320))
-    progress.hear(Lsn(299))
+    progress.sent(Lsn(299))
     assert progress.acknowledge() == 100
-    progress.hear(Lsn(300))
+    progress.sent(Lsn(300))
     assert progress.acknowledge() == 200
     progress.commit(Lsn(260), wal_end=Lsn(400))
-    progress.hear(Lsn(400))
+    progress.sent(Lsn(400))
     assert progress.acknowledge() == 250
 
 
@@ -64,10 +64,10 @@ def test_checkpoints_in_the_same_wal_are_let_go_of_one_after_the_other_however_l
     for number in range(1, 5):
         progress.commit(Lsn(100 + number), wal_end=Lsn(200 + number))
 
-    progress.hear(Lsn(203))
+    progress.sent(Lsn(203))
 
     assert (progress.checkpoint, progress.acknowledge()) == (104, 102)
-    progress.hear(Lsn(204))
+    progress.sent(Lsn(204))
     assert progress.acknowledge() == 103
 
 
@@ -95,8 +95,8 @@ def test_positions_keep_their_order_and_never_move_backwards(
             progress.commit(lsn, wal_end=wal_end)
             committed.append(lsn)
             elsewhere = wal_end is None
-        elif step == "hear":
-            progress.hear(lsn)
+        elif step == "sent":
+            progress.sent(lsn)
         elif elsewhere:
             assert progress.acknowledge() == max(committed)
         else:

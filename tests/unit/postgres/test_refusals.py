@@ -53,6 +53,28 @@ SERVER = 'connection failed: connection to server at "10.0.0.1", port 5433 faile
             ' replication connection from host "10.0.0.9", user "ann"',
             True,
         ),
+        (
+            f'{SERVER}FATAL:  pg_hba.conf rejects connection for host "10.0.0.9", user "ann", database "shop",'
+            f' SSL encryption\n{SERVER}FATAL:  no pg_hba.conf entry for replication connection from host "10.0.0.9"',
+            "a line in pg_hba.conf of the server rejects this connection for"
+            ' host "10.0.0.9", user "ann", database "shop", SSL encryption',
+            True,
+        ),
+        (
+            f'{SERVER}FATAL:  pg_hba.conf rejects replication connection for host "10.0.0.9", user "ann"',
+            'a line in pg_hba.conf of the server rejects this replication connection for host "10.0.0.9", user "ann"',
+            True,
+        ),
+        (
+            f'{SERVER}FATAL:  Peer authentication failed for user "ann"',
+            "the server's Peer authentication refuses role ann",
+            True,
+        ),
+        (
+            f'{SERVER}FATAL:  OAuth bearer authentication failed for user "ann"',
+            "the server's OAuth bearer authentication refuses role ann",
+            True,
+        ),
         ('invalid sslmode value: "fulll"', "there is no sslmode fulll", True),
         ('definition of service "shop" not found', "no service file defines the service shop", True),
         ("FATAL: the database system is starting up", "the server is starting up", False),
@@ -106,6 +128,7 @@ def test_words_that_are_not_known_are_left_alone() -> None:
     ("text", "hint"),
     [
         (f"{SERVER}FATAL:  no more connections allowed (max_client_conn)", "the server runs, and lets nobody in"),
+        (f'{SERVER}致命错误:  用户 "ann" 的密码认证失败', "the server runs, and lets nobody in"),
         (f"{SERVER}server closed the connection unexpectedly", "check that the source server runs and is reachable"),
     ],
 )
