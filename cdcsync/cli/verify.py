@@ -86,12 +86,13 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
     from cdcsync.flows import audit as flow
     from cdcsync.flows.replay import as_on_source, open_index
     from cdcsync.postgres.sessions import connect
+    from cdcsync.target.version import open_target
     from cdcsync.worker.substitute import worker_ensured
 
     schema = config.target.schema
     async with AsyncExitStack() as stack:
         target = await stack.enter_async_context(
-            await connect(config.target.dsn, "target", application_name="cdcsync verify", works=True)
+            await open_target(config.target, application_name="cdcsync verify", works=True)
         )
         source = await stack.enter_async_context(
             await connect(config.source.dsn, "source", application_name="cdcsync verify")
