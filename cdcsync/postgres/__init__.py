@@ -10,6 +10,7 @@
     errors        what the driver's errors mean for the pipeline
     sessions      connections that come back after an outage
     queries       one row, one value, or rows as text
+    estimates     about how many rows a table has
     autovacuums   autovacuums that are to give way
     horizons      snapshots from before a moment
     locking       locks that nobody else has to suffer for
