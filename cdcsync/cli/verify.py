@@ -8,6 +8,7 @@ import typer
 
 from cdcsync.cli.commands import ConfigOption, IndexArgument, Invocation, JsonOption
 from cdcsync.errors import EXIT_FAILED
+from cdcsync.process.stopping import interruptible
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
@@ -59,7 +60,7 @@ def verify(
 
     configuration = context.ensure_object(Invocation).load(config)
     logs.configure("error", configuration.worker.log_format)
-    first, last, repaired = anyio.run(_verify, configuration, index, repair)
+    first, last, repaired = anyio.run(interruptible, _verify, configuration, index, repair)
     if as_json:
         import msgspec
 

@@ -40,8 +40,9 @@ from cdcsync.errors import (
 from cdcsync.lsn import Lsn
 from cdcsync.pgoutput.frames import Keepalive, XLogData, decode_frame, encode_status_update
 from cdcsync.pgoutput.wire import from_datetime
-from cdcsync.postgres.errors import connect_error, first_line, passing, translate, without_values
+from cdcsync.postgres.errors import first_line, passing, translate, without_values
 from cdcsync.postgres.interrupts import CANCEL_S
+from cdcsync.postgres.logins import log_in
 from cdcsync.postgres.settings import LEAVING, RENDERING, SAFETY, conninfo_for, describe
 
 FOLLOWER = "cdcsync"
@@ -91,12 +92,8 @@ class SlotConnection:
         :raises SourceUnavailable: the server does not answer now.
         """
         where = f"source ({describe(dsn)})"
-        try:
-            connection = await psycopg.AsyncConnection.connect(
-                conninfo_for(dsn, application_name=FOLLOWER, replication="database"), autocommit=True
-            )
-        except psycopg.Error as error:
-            raise connect_error(error, "source", where) from error
+        settings = conninfo_for(dsn, application_name=FOLLOWER, replication="database")
+        connection: psycopg.AsyncConnection[Any] = await log_in(psycopg.AsyncConnection, settings, "source", where)
         slot = cls(connection, where)
         try:
             await slot._command(RENDERING)
