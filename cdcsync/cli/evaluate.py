@@ -267,11 +267,11 @@ async def _measure_answers(config: Config, name: str, asked: _Judging) -> _Answe
 
 @asynccontextmanager
 async def _opened(config: Config, name: str) -> AsyncIterator[tuple[Connection, IndexSpec]]:
-    from cdcsync.postgres.sessions import connect
     from cdcsync.target.search import stored_spec
+    from cdcsync.target.version import open_target
 
     index = config.index_named(name)
-    async with await connect(config.target.dsn, "target", application_name="cdcsync evaluate") as connection:
+    async with await open_target(config.target, application_name="cdcsync evaluate") as connection:
         yield connection, await stored_spec(connection, config.target.schema, name, index)
 
 

@@ -122,9 +122,9 @@ async def _list(config: Config, name: str, limit: int, discarded: bool) -> tuple
     import msgspec
 
     from cdcsync.postgres.errors import speaking_of
-    from cdcsync.postgres.sessions import connect
+    from cdcsync.target.version import open_target
 
-    async with await connect(config.target.dsn, "target", application_name="cdcsync failures", works=True) as target:
+    async with await open_target(config.target, application_name="cdcsync failures", works=True) as target:
         spec, failed = await _open(target, config, name)
         with speaking_of("target", where=f"index {name}"):
             found, listed = await failed.some(limit, discarded=discarded), await failed.listed()
@@ -145,9 +145,9 @@ async def _list(config: Config, name: str, limit: int, discarded: bool) -> tuple
 
 async def _discard(config: Config, name: str) -> int:
     from cdcsync.postgres.errors import speaking_of
-    from cdcsync.postgres.sessions import connect
+    from cdcsync.target.version import open_target
 
-    async with await connect(config.target.dsn, "target", application_name="cdcsync failures", works=True) as target:
+    async with await open_target(config.target, application_name="cdcsync failures", works=True) as target:
         spec, failed = await _open(target, config, name)
         with speaking_of("target", where=f"index {name}"):
             return await failed.discard() + await _of_beside(target, config, spec, lambda other: other.discard(), 0)
@@ -157,10 +157,10 @@ async def _retry(config: Config, name: str, as_json: bool, discarded: bool) -> b
     """Request another attempt for everything, and follow the rows that are read again; returns whether that worked."""
     from cdcsync.flows.replay import open_index, require_followed
     from cdcsync.postgres.errors import speaking_of
-    from cdcsync.postgres.sessions import connect
     from cdcsync.target.failures.listing import Failures
+    from cdcsync.target.version import open_target
 
-    async with await connect(config.target.dsn, "target", application_name="cdcsync failures", works=True) as target:
+    async with await open_target(config.target, application_name="cdcsync failures", works=True) as target:
         spec, _ = await _open(target, config, name)
         texts, lacking = 0, []
         for side in (spec, spec.beside):

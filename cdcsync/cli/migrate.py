@@ -242,8 +242,8 @@ async def _activate(
     from cdcsync.flows.evaluate.judged import evaluate_index
     from cdcsync.flows.migrate import switch
     from cdcsync.flows.migrate.compare import compare, parse_floors
-    from cdcsync.postgres.sessions import connect
     from cdcsync.target import judged_runs
+    from cdcsync.target.version import open_target
 
     own, of_answers = parse_floors(least)
     if of_answers and judged is None:
@@ -254,7 +254,7 @@ async def _activate(
         )
     questions = None if judged is None else gates.read_questions(judged, of_answers)
     live, other = await switch.candidates(config, index)
-    async with await connect(config.target.dsn, "target", application_name="cdcsync migrate") as connection:
+    async with await open_target(config.target, application_name="cdcsync migrate") as connection:
         quality = await compare(connection, config.target.schema, live, other)
         verdicts = quality.judge(other.generation, own)
         runs = None

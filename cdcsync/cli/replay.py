@@ -152,9 +152,9 @@ def _keys(given: list[str]) -> list[str]:
 async def _change(config: Config, index: str, action: RequestAction, as_json: bool) -> None:
     from cdcsync.cli.printing import console, print_json
     from cdcsync.flows.replay import change, open_index
-    from cdcsync.postgres.sessions import connect
+    from cdcsync.target.version import open_target
 
-    async with await connect(config.target.dsn, "target", application_name="cdcsync replay") as target:
+    async with await open_target(config.target, application_name="cdcsync replay") as target:
         await open_index(target, config, index, even_paused=True)
         changed, kept = await change(target, config.target.schema, index, action)
     if as_json:
@@ -200,12 +200,10 @@ async def _checked(
 async def _estimate(config: Config, index: str, wanted: Replay, keys: list[str] | None, as_json: bool) -> None:
     from cdcsync.cli.printing import print_json
     from cdcsync.flows.dry_run import estimate
-    from cdcsync.postgres.sessions import connect
+    from cdcsync.target.version import open_target
 
     async with AsyncExitStack() as stack:
-        target = await stack.enter_async_context(
-            await connect(config.target.dsn, "target", application_name="cdcsync replay")
-        )
+        target = await stack.enter_async_context(await open_target(config.target, application_name="cdcsync replay"))
         spec, wanted, source = await _checked(stack, target, config, index, wanted, keys, needs_source=True)
         assert source is not None
         found = await estimate(source, target, config, spec, wanted)
@@ -243,15 +241,13 @@ async def _replay(
     import anyio
 
     from cdcsync.flows.replay import ask, backlog_left, follow
-    from cdcsync.postgres.sessions import connect
     from cdcsync.target.requests.submission import Requests
+    from cdcsync.target.version import open_target
     from cdcsync.worker.substitute import worker_ensured
 
     schema = config.target.schema
     async with AsyncExitStack() as stack:
-        target = await stack.enter_async_context(
-            await connect(config.target.dsn, "target", application_name="cdcsync replay")
-        )
+        target = await stack.enter_async_context(await open_target(config.target, application_name="cdcsync replay"))
         spec, wanted, _ = await _checked(stack, target, config, index, wanted, keys, needs_source=False)
         id_ = await ask(target, schema, spec, wanted)
         if detach:
@@ -268,7 +264,7 @@ async def _replay(
             left_to = "left to the worker: --cancel cancels it"
             if on_interrupt is OnInterrupt.cancel:
                 with anyio.CancelScope(shield=True):
-                    async with await connect(config.target.dsn, "target") as again:
+                    async with await open_target(config.target, application_name="cdcsync replay") as again:
                         await Requests(schema).action(again, index, "cancel", id_=id_)
                 left_to = "cancelled"
             print(f"request {id_} is {left_to}", file=sys.stderr)

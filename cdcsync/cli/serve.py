@@ -11,6 +11,8 @@ import typer
 
 from cdcsync.cli.commands import ConfigOption, Invocation, JsonOption, print_help_instead
 from cdcsync.errors import SetupError, UsageError
+from cdcsync.process.stopping import interruptible
+from cdcsync.process.threads import leave_name_servers_behind
 
 EPILOG = "docs/serve.md describes the API, docs/agents.md how an agent uses it."
 
@@ -41,7 +43,12 @@ def serve(
     from cdcsync.logs import configure
 
     configure(configuration.worker.log_level, "json" if stdio else configuration.worker.log_format)
-    anyio.run(run_stdio if stdio else run, configuration)
+
+    async def serving() -> None:
+        leave_name_servers_behind()
+        await (run_stdio if stdio else run)(configuration)
+
+    anyio.run(serving)
 
 
 def _needed() -> tuple[Any, Any]:
@@ -151,7 +158,7 @@ def audit(
                     limit=limit,
                 )
 
-    calls = anyio.run(ask)
+    calls = anyio.run(interruptible, ask)
     if as_json:
         print_json(calls)
         return

@@ -8,6 +8,7 @@ import typer
 
 from cdcsync.cli.commands import ConfigOption, IndexArgument, Invocation, JsonOption
 from cdcsync.errors import EXIT_FAILED
+from cdcsync.process.stopping import interruptible
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
@@ -59,7 +60,7 @@ def verify(
 
     configuration = context.ensure_object(Invocation).load(config)
     logs.configure("error", configuration.worker.log_format)
-    first, last, repaired = anyio.run(_verify, configuration, index, repair)
+    first, last, repaired = anyio.run(interruptible, _verify, configuration, index, repair)
     if as_json:
         import msgspec
 
@@ -86,12 +87,13 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
     from cdcsync.flows import audit as flow
     from cdcsync.flows.replay import as_on_source, open_index
     from cdcsync.postgres.sessions import connect
+    from cdcsync.target.version import open_target
     from cdcsync.worker.substitute import worker_ensured
 
     schema = config.target.schema
     async with AsyncExitStack() as stack:
         target = await stack.enter_async_context(
-            await connect(config.target.dsn, "target", application_name="cdcsync verify", works=True)
+            await open_target(config.target, application_name="cdcsync verify", works=True)
         )
         source = await stack.enter_async_context(
             await connect(config.source.dsn, "source", application_name="cdcsync verify")

@@ -39,7 +39,7 @@ from cdcsync.target.embedders import rate_of
 from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Registry
-from cdcsync.target.version import VERSION, Stored, read_version
+from cdcsync.target.version import VERSION, Stored, open_target, read_version
 
 Action = Literal["created", "read again", "compared", "changed", "paused", "unchanged"]
 """The action on an index; "read again" is of all its rows or of those of new partitions."""
@@ -394,7 +394,7 @@ async def approve(config: Config, report: Report, plan: IndexPlan) -> bool:
     if spec is None or plan.embedding is None:
         return False
     schema = config.target.schema
-    async with await connect(config.target.dsn, "target", application_name="cdcsync plan") as target:
+    async with await open_target(config.target, application_name="cdcsync plan") as target:
         with speaking_of("target", where=f"index {index}"):
             if not await Approvals(schema).present(target):
                 raise SetupError(

@@ -40,7 +40,7 @@ from cdcsync.target.registry import Registry
 from cdcsync.target.requests.history import History
 from cdcsync.target.requests.submission import Requests
 from cdcsync.target.search import stored_spec
-from cdcsync.target.version import require_upgraded
+from cdcsync.target.version import require_ours
 
 KEYS_AT_ONCE = 10_000
 """Keys in one query."""
@@ -70,7 +70,7 @@ async def open_index(target: Connection, config: Config, name: str, *, even_paus
     :raises SetupError: the target holds no such index, or it is paused.
     """
     with speaking_of("target"):
-        await require_upgraded(target, config.target.schema)
+        await require_ours(target, config.target.schema)
     spec = await stored_spec(target, config.target.schema, name, config.index_named(name))
     with speaking_of("target", where=f"index {name}"):
         entry = await Registry(config.target.schema).find(target, name)

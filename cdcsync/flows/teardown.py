@@ -29,7 +29,7 @@ from cdcsync.errors import SetupError, SlotInUse
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import BRIEFLY, attempt
-from cdcsync.postgres.sessions import Connection, Session
+from cdcsync.postgres.sessions import Connection, Session, connect
 from cdcsync.source.catalog import Slot, other_readers, read_slot
 from cdcsync.source.families import single_names
 from cdcsync.source.publications import Publication, published_names, read_publication
@@ -48,6 +48,7 @@ from cdcsync.target.embedders import forget_embedders
 from cdcsync.target.entries import Entry
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
+from cdcsync.target.version import open_target
 
 T = TypeVar("T")
 
@@ -71,8 +72,7 @@ async def read_belongings(config: Config) -> Belongings:
 
     :raises TargetUnavailable, SetupError: the target cannot be asked.
     """
-    async with Session(config.target.dsn, "target", application_name="cdcsync teardown") as session:
-        target = await session.connection()
+    async with await open_target(config.target, application_name="cdcsync teardown") as target:
         with speaking_of("target"):
             return await belongings_of(target, config.target.schema, config.source.slot)
 
@@ -102,10 +102,9 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
     """
     schema, slot_name = config.target.schema, config.source.slot
     async with (
-        Session(config.target.dsn, "target", application_name="cdcsync teardown") as target_session,
+        await open_target(config.target, application_name="cdcsync teardown") as target,
         Session(config.source.dsn, "source", application_name="cdcsync teardown") as source_session,
     ):
-        target = await target_session.connection()
         await _lock(target, config)
         source = await source_session.connection()
         with speaking_of("target"):
@@ -139,10 +138,9 @@ async def drop_index(config: Config, index: str) -> list[Step]:
     """
     schema = config.target.schema
     async with (
-        Session(config.target.dsn, "target", application_name="cdcsync drop") as target_session,
-        Session(config.source.dsn, "source", application_name="cdcsync drop") as source_session,
+        await open_target(config.target, application_name="cdcsync drop") as target,
+        await connect(config.source.dsn, "source", application_name="cdcsync drop") as source,
     ):
-        target, source = await target_session.connection(), await source_session.connection()
         with speaking_of("target"):
             entries = await Registry(schema).all(target)
             entry = entries.get(index)

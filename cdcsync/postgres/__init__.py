@@ -8,8 +8,10 @@
     poolers       whether the pooler before a server shares sessions between its clients
     settings      what a session is opened with, and set to: it renders every value the same way
     errors        what the driver's errors mean for the pipeline
+    logins        finding the addresses of a server, and logging in there
     sessions      connections that come back after an outage
     queries       one row, one value, or rows as text
+    estimates     about how many rows a table has
     autovacuums   autovacuums that are to give way
     horizons      snapshots from before a moment
     locking       locks that nobody else has to suffer for

@@ -126,6 +126,10 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
         Refusal("there is no way to {host} in the network", "check the address, and the network of this machine"),
     ),
     (
+        r"failed to resolve host '(?P<host>[^']*)': no name server",
+        Refusal("no name server answers for {host}", "check the name servers of this machine, and the way to them"),
+    ),
+    (
         r"failed to resolve host '(?P<host>[^']*)'|could not translate host name \"(?P<name>[^\"]*)\"",
         Refusal("the host name {host} is not known here", "correct the host in the DSN, or the name server's answer"),
     ),

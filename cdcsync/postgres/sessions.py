@@ -18,8 +18,9 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from cdcsync.errors import CdcsyncError, SetupError, Unavailable
-from cdcsync.postgres.errors import connect_error, speaking_of, unavailable
+from cdcsync.postgres.errors import speaking_of, unavailable
 from cdcsync.postgres.liveness import WatchedConnection, at_its_host, backend_of
+from cdcsync.postgres.logins import log_in
 from cdcsync.postgres.poolers import shares_sessions
 from cdcsync.postgres.settings import (
     DURABILITY,
@@ -124,7 +125,7 @@ async def _open(
     lock_wait_ms: int | None,
     works: bool,
 ) -> WatchedConnection:
-    connection = await _log_in(settings, side, where)
+    connection = await log_in(WatchedConnection, settings, side, where)
     here = at_its_host(connection, settings)
     connection.watch(here)
     # Planned anew each time: a plan made while a table was empty would scan it for ever, and one that is kept over an
@@ -148,13 +149,6 @@ async def _open(
     return connection
 
 
-async def _log_in(settings: str, side: Side, where: str) -> WatchedConnection:
-    try:
-        return await WatchedConnection.connect(settings, autocommit=True)
-    except psycopg.Error as error:
-        raise connect_error(error, side, where) from error
-
-
 async def _refuse_shared(connection: WatchedConnection, here: str, side: Side, where: str) -> None:
     """Raise an error if the pooler that this connection is with shares sessions; nothing has been set until now.
 
@@ -165,7 +159,7 @@ async def _refuse_shared(connection: WatchedConnection, here: str, side: Side, w
     pool = (info.host, info.hostaddr, str(info.port), info.dbname, info.user)
     if pool in _SESSION_MODE:
         return
-    other = await _log_in(here, side, where)
+    other = await log_in(WatchedConnection, here, side, where)
     try:
         shared = await shares_sessions(connection, other)
     finally:

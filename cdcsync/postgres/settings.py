@@ -6,6 +6,7 @@ Source: PostgreSQL, "Client Connection Defaults"; "Database Connection Control F
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, Literal, LiteralString
 
 import psycopg
@@ -128,11 +129,11 @@ def conninfo_for(dsn: str, **settings: str | int) -> str:
     The encoding is always ours: the stream and texts are read as UTF-8. So is the protocol: statements with parameters
     cannot be sent over a connection for replication.
 
-    :raises SetupError: it is not a DSN, or libpq's environment cannot be read.
+    :raises SetupError: it is not a DSN, a host of it cannot exist, or libpq's environment cannot be read.
     """
     if fault := dsn_fault(dsn):
         raise SetupError(fault, where=describe(dsn), hint="correct the DSN")
-    environment_options()
+    environment = environment_options()
     try:
         own = conninfo.conninfo_to_dict(dsn)
     except psycopg.ProgrammingError:
@@ -146,6 +147,24 @@ def conninfo_for(dsn: str, **settings: str | int) -> str:
             if unknown
             else "write postgresql://user@host/database, or key=value pairs",
         ) from None
+    _refuse_impossible_hosts(dsn, environment | own)
     defaults = {"connect_timeout": CONNECT_TIMEOUT_S, **_DEAD_PEER}
     merged: dict[str, Any] = {**defaults, **own, "client_encoding": "UTF8", "replication": "", **settings}
     return conninfo.make_conninfo("", **merged)
+
+
+def _refuse_impossible_hosts(dsn: str, options: Mapping[str, Any]) -> None:
+    """Refuse a host that no name server could be asked for, such as `db..example.org`, whose middle is missing.
+
+    :raises SetupError: there is one.
+    """
+    for host in str(options.get("host") or "").split(","):
+        try:
+            if not host.startswith("/") and not options.get("hostaddr"):
+                host.encode("idna")
+        except UnicodeError:
+            raise SetupError(
+                f"{host} cannot be a host name: each part between its dots has 1 to 63 letters, digits and hyphens",
+                where=describe(dsn),
+                hint="correct the host in the DSN or in PGHOST; of a ${NAME} in it, see that it is set",
+            ) from None

@@ -4,9 +4,9 @@
     crashpoints    named points at which tests kill it
     files          files that are written whole or not at all
     memory         how much memory it may use, and how large a value may be
-    stopping       signals: Ctrl-C, once and twice, and those before the start
     terminals      text from elsewhere, made safe for a terminal
-    threads        threads that load or run a model or read a file, which nobody has to wait for
+    threads        threads that load or run a model, read a file or ask a name server, which nobody has to wait for
+    stopping       signals: Ctrl-C, once and twice, and those before the start
 
-None of these files imports another one.
+A file imports only from lines above its own.
 """

@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import NoReturn, TypeVar, TypeVarTuple, Unpack
 
+from cdcsync.process.threads import leave_name_servers_behind
+
 T = TypeVar("T")
 
 SHOW_CURSOR = b"\x1b[?25h"
@@ -67,7 +69,7 @@ def end_before_the_start(number: int, frame: FrameType | None) -> NoReturn:
 async def interruptible(function: Callable[[Unpack[Arguments]], Awaitable[T]], *arguments: *Arguments) -> T:
     """Run a command's function; the first SIGINT says so and cancels it, the second ends the process.
 
-    For the main task of `anyio.run`, whose own handler cancels it.
+    The process ends without waiting for name servers. For the main task of `anyio.run`, whose own handler cancels it.
     """
     cancel = signal.getsignal(signal.SIGINT)
 
@@ -77,6 +79,7 @@ async def interruptible(function: Callable[[Unpack[Arguments]], Awaitable[T]], *
         if callable(cancel):
             cancel(number, frame)
 
+    leave_name_servers_behind()
     if callable(cancel):
         signal.signal(signal.SIGINT, interrupted)
     try:

@@ -1,4 +1,4 @@
-"""Threads that load a model or run it, or read a file, and that nobody has to wait for.
+"""Threads that load a model or run it, read a file, or ask a name server, and that nobody has to wait for.
 
 A thread cannot be stopped. A caller that is cancelled while its thread works therefore leaves the thread behind. A load
 that was left behind is joined by the next caller instead of being done a second time; a call keeps its place among
@@ -12,16 +12,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import os
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cdcsync.errors import CdcsyncError
 
 T = TypeVar("T")
+
+LOOKUPS = 32
+"""So many names are asked for at a time: of those whose answers nobody awaits any more, some are still under way."""
 
 _under_way: set[object] = set()
 
@@ -88,6 +92,23 @@ def _start(load: Callable[[], None]) -> Future[None]:
 
     threading.Thread(target=work, name="load").start()
     return future
+
+
+class _OfALoop(ThreadPoolExecutor):
+    """An event loop's own threads, which ask name servers; the loop's end waits for none of them."""
+
+    def submit(self, call: Callable[..., T], /, *arguments: Any, **named: Any) -> Future[T]:
+        """Have a thread call it, and be known to be under way meanwhile."""
+        return super().submit(_counted, functools.partial(call, *arguments, **named))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let the threads end once they are done."""
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
+
+
+def leave_name_servers_behind() -> None:
+    """Have the end of the running event loop wait for no name server, which may not answer for minutes."""
+    asyncio.get_running_loop().set_default_executor(_OfALoop(LOOKUPS, thread_name_prefix="loop"))
 
 
 def _counted(call: Callable[[], T]) -> T:

@@ -40,8 +40,9 @@ from cdcsync.errors import (
 from cdcsync.lsn import Lsn
 from cdcsync.pgoutput.frames import Keepalive, XLogData, decode_frame, encode_status_update
 from cdcsync.pgoutput.wire import from_datetime
-from cdcsync.postgres.errors import connect_error, first_line, passing, translate, without_values
+from cdcsync.postgres.errors import first_line, passing, translate, without_values
 from cdcsync.postgres.interrupts import CANCEL_S
+from cdcsync.postgres.logins import log_in
 from cdcsync.postgres.settings import LEAVING, RENDERING, SAFETY, conninfo_for, describe
 
 FOLLOWER = "cdcsync"
@@ -56,6 +57,9 @@ MIN_VERSION = 140000
 
 _EXCHANGED = ("was not created in this database", "physical replication slot")
 """Of a slot that is foreign: the server's code is that of a slot that has lost WAL, but a resync would not help."""
+
+_SETTINGS = ("wal_level", "max_replication_slots")
+"""Settings without which a server decodes nothing: of these, too, the code is that of a slot that has lost WAL."""
 
 
 _UNNOTED = (
@@ -91,12 +95,8 @@ class SlotConnection:
         :raises SourceUnavailable: the server does not answer now.
         """
         where = f"source ({describe(dsn)})"
-        try:
-            connection = await psycopg.AsyncConnection.connect(
-                conninfo_for(dsn, application_name=FOLLOWER, replication="database"), autocommit=True
-            )
-        except psycopg.Error as error:
-            raise connect_error(error, "source", where) from error
+        settings = conninfo_for(dsn, application_name=FOLLOWER, replication="database")
+        connection: psycopg.AsyncConnection[Any] = await log_in(psycopg.AsyncConnection, settings, "source", where)
         slot = cls(connection, where)
         try:
             await slot._command(RENDERING)
@@ -171,7 +171,7 @@ class SlotConnection:
         :raises SlotInUse: another connection reads the slot.
         """
         statement = sql.SQL("ALTER_REPLICATION_SLOT {} (FAILOVER)").format(sql.Identifier(name))
-        await self._command(statement.as_string(self._connection))
+        await self._command(statement.as_string(self._connection), slot=name)
 
     async def start(self, slot: str, publications: Sequence[str], lsn: Lsn, *, streaming: bool) -> int:
         """Begin to stream from `lsn`; returns the protocol version spoken.
@@ -303,20 +303,23 @@ class SlotConnection:
                 f"the replication connection has not answered for {within_s:.0f} s", where=self._where
             ) from None
 
-    async def _command(self, statement: str, *, within_s: float | None = COMMAND_S) -> list[tuple[Any, ...]]:
+    async def _command(
+        self, statement: str, *, within_s: float | None = COMMAND_S, slot: str | None = None
+    ) -> list[tuple[Any, ...]]:
         """Run a command of the replication grammar and return its rows as text.
 
+        :param slot: the slot that there has to be for it.
         :raises SourceUnavailable: it was not answered in time.
         """
         with self._answered(within_s):
-            return await self._answer(statement)
+            return await self._answer(statement, slot)
 
-    async def _answer(self, statement: str) -> list[tuple[Any, ...]]:
+    async def _answer(self, statement: str, slot: str | None) -> list[tuple[Any, ...]]:
         await self._send(statement)
         rows: list[tuple[Any, ...]] = []
         while (result := await self._result()) is not None:
             if result.status not in (pq.ExecStatus.TUPLES_OK, pq.ExecStatus.COMMAND_OK):
-                failure = self._failure(result)
+                failure = self._failure(result, slot=slot)
                 while await self._result() is not None:
                     pass
                 raise failure
@@ -329,6 +332,7 @@ class SlotConnection:
     def _failure(self, result: pq.abc.PGresult | None, *, slot: str | None = None, decoding: bool = False) -> Exception:
         """Return what an error result of the server, or a COPY that ended, means.
 
+        :param slot: the slot that was to be read or changed, so that the error may be about it.
         :param decoding: whether changes were being sent, so that the error may be about one of them.
         """
         if result is None or result.status in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.COPY_IN):
@@ -348,8 +352,13 @@ class SlotConnection:
             # Only since somebody looked at it: whoever looks again says how to continue.
             return SourceUnavailable(message, where=where)
         # A file of its own that a server lacks, such as a spilled transaction's, says nothing of the WAL that it has.
-        if code == "55000" or (code == "58P01" and "WAL" in message):
+        lacks_wal = code == "58P01" and "WAL" in message
+        of_a_setting = any(name in message for name in _SETTINGS)
+        if (slot or decoding) and (lacks_wal or (code == "55000" and not of_a_setting)):
             return GapError(message, where=where, hint="the slot has lost WAL it needs: resync, see docs/operations.md")
+        if code == "55000":  # the server is not prepared for what was asked of it
+            hint = "`cdcsync check` names the settings that the source needs, and how to change them"
+            return SetupError(message, where=where, hint=hint)
         if code == "42501":
             return SetupError(message, where=where, hint="ALTER ROLE … REPLICATION for the role in the DSN")
         if code and code.startswith("08P"):

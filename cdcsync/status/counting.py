@@ -1,7 +1,4 @@
-"""How much is in an index's tables, at a bounded price: the status page asks every second.
-
-Source: PostgreSQL, "Using EXPLAIN"; "Row Estimation Examples".
-"""
+"""How much is in an index's tables, at a bounded price: the status page asks every second."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from typing import LiteralString, NamedTuple, cast
 import msgspec
 from psycopg import sql
 
+from cdcsync.postgres.estimates import estimate_rows, planned_rows
 from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import DISCARDED_ATTEMPTS, MAX_ATTEMPTS, Names
@@ -20,9 +18,6 @@ COUNT_UP_TO = 200_000
 FRESH_UP_TO = 20_000
 """Fresh vectors that are counted one by one. A page may hold a single wide vector, so these are 160 MB at most. Only
 during a load there are many more: each of them adds to every search."""
-
-SAMPLED = 1_000
-"""Rows that tell how many are on a page of a table without statistics."""
 
 ROW_BYTES = 28
 """The least that a row takes: its header and its line pointer. A table of so many pages has no more rows than that."""
@@ -151,8 +146,8 @@ async def _count_backlog(target: Connection, names: Names, generation: int) -> t
         " FROM {backlog} WHERE generation = {generation} AND attempts >= {most}) AS f"
     ).format(**parts)
     live, failed, discarded = await _numbers(target, by_lane)
-    planned = await _planned(target, names.backlog) - failed - discarded
-    return _Backlog(max(counted.waiting, live, planned), live, failed, discarded), False
+    waiting = await planned_rows(target, names.backlog) - failed - discarded
+    return _Backlog(max(counted.waiting, live, waiting), live, failed, discarded), False
 
 
 async def _count_fresh(target: Connection, fresh: sql.Identifier, *, most: int) -> tuple[int, bool]:
@@ -165,52 +160,23 @@ async def _count_fresh(target: Connection, fresh: sql.Identifier, *, most: int) 
     counted = await _up_to(target, fresh, FRESH_UP_TO)
     if counted <= FRESH_UP_TO:
         return counted, True
-    estimate, _ = await _estimate(target, fresh)
-    return max(counted, min(estimate, most)), False
+    about, _ = await estimate_rows(target, fresh)
+    return max(counted, min(about, most)), False
 
 
 async def _rows(target: Connection, table: sql.Identifier) -> tuple[int, bool]:
     """Return about how many rows a table has, and whether these are few enough to be counted."""
-    estimate, analysed = await _estimate(target, table)
+    about, analysed = await estimate_rows(target, table)
     if analysed:
-        return estimate, estimate <= COUNT_UP_TO
+        return about, about <= COUNT_UP_TO
     counted = await _up_to(target, table, COUNT_UP_TO)
-    return max(estimate, counted), counted <= COUNT_UP_TO
+    return max(about, counted), counted <= COUNT_UP_TO
 
 
 async def _up_to(target: Connection, table: sql.Identifier, limit: int) -> int:
     """Return how many rows a table has; `limit + 1` if it has more than the limit."""
     statement = sql.SQL("SELECT count(*) FROM (SELECT FROM {} LIMIT {}) AS t").format(table, sql.Literal(limit + 1))
     return (await _numbers(target, statement))[0]
-
-
-async def _estimate(target: Connection, table: sql.Identifier) -> tuple[int, bool]:
-    """Return about how many rows a table has, and whether its statistics say so.
-
-    Without statistics the planner guesses a row's width, and can be wrong by an order of magnitude. Then some rows tell
-    how many are on a page.
-    """
-    name = sql.Literal(table.as_string(target))
-    (analysed,) = await _numbers(
-        target,
-        sql.SQL("SELECT (reltuples >= 0 AND relpages > 0)::int FROM pg_class WHERE oid = {}::regclass").format(name),
-    )
-    if analysed:
-        return await _planned(target, table), True
-    (estimate,) = await _numbers(
-        target,
-        sql.SQL(
-            "SELECT coalesce(pg_relation_size({}::regclass) / current_setting('block_size')::int8 * count(*)"
-            " / nullif(count(DISTINCT (ctid::text::point)[0]), 0), 0) FROM (SELECT ctid FROM {} LIMIT {}) AS t"
-        ).format(name, table, sql.Literal(SAMPLED)),
-    )
-    return estimate, False
-
-
-async def _planned(target: Connection, table: sql.Identifier) -> int:
-    """Return how many rows the planner expects: its statistics, scaled by the table's present size."""
-    row = await fetch_one(target, sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {}").format(table), prepare=False)
-    return int(row[0][0]["Plan"]["Plan Rows"])
 
 
 async def _numbers(target: Connection, query: sql.Composed) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ from cdcsync.status.stream import (
 )
 from cdcsync.status.tables import BRIEFLY, relations
 from cdcsync.target.pipelines import Pipelines
-from cdcsync.target.version import require_upgraded
+from cdcsync.target.version import require_ours
 
 
 async def read_status(config: Config, source: Connection | CdcsyncError, target: Connection) -> Status:
@@ -51,7 +51,7 @@ async def read_status(config: Config, source: Connection | CdcsyncError, target:
     schema, name = config.target.schema, config.source.slot
     with speaking_of("target"):
         await target.execute(BRIEFLY)
-        await require_upgraded(target, schema)
+        await require_ours(target, schema)
         present = await relations(target, schema)
         pipelines = Pipelines(schema, name)
         set_up = {"pipelines", "indexes", "backfills"} <= present

@@ -18,8 +18,9 @@ import msgspec
 from psycopg import sql
 
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.estimates import estimate_rows
 from cdcsync.postgres.locking import BRIEFLY
-from cdcsync.postgres.queries import fetch_one, fetch_value
+from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.names import OPERATORS, Names, vector_schema
@@ -77,8 +78,9 @@ class Settling:
         self._connection = connection
         self._spec = spec
         self._hnsw = sql.Identifier(schema, names.hnsw_name(spec.generation)).as_string(connection)
+        self._tiers = names.tiers(spec.generation)
         self._parts: dict[str, sql.Composable] = {
-            **names.tiers(spec.generation),
+            **self._tiers,
             "backlog": names.backlog,
             "noted": sql.Identifier(schema, TABLE),
             "indexes": sql.Identifier(schema, "indexes"),
@@ -91,12 +93,12 @@ class Settling:
         Before HNSW is built nothing settles, and everything may be fresh: then no search is made, and counting ends at
         `COUNTED`.
         """
-        settled, built = await fetch_one(
+        built = await fetch_value(
             self._connection,
-            "SELECT (SELECT greatest(reltuples, 0)::int8 FROM pg_class WHERE oid = %s::regclass),"
-            " coalesce((SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)), false)",
-            [self._name("settled"), self._hnsw],
+            "SELECT coalesce((SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)), false)",
+            [self._hnsw],
         )
+        settled, _ = await estimate_rows(self._connection, self._tiers["settled"])
         fresh = cast(
             int,
             await fetch_value(
@@ -230,9 +232,6 @@ class Settling:
             [scan_ms, per_s, self._spec.name],
         )
         crash_point("tiers noted")
-
-    def _name(self, tier: str) -> str:
-        return self._parts[tier].as_string(self._connection)
 
     def _sql(self, statement: str) -> sql.Composed:
         return sql.SQL(statement).format(**self._parts)

@@ -1,8 +1,9 @@
 """The version of our tables in a schema of the target, in the table `schema_version`.
 
-`run` brings older tables to `VERSION` in one transaction, and refuses newer ones: a worker that does not know a table
-or a column would write as if it were not there. Raise `VERSION` with every change of the tables after which an earlier
-worker must not write to them, or would read them wrongly; a column that it may ignore needs no new version.
+`run` brings older tables to `VERSION` in one transaction, and refuses newer ones, as every command does that may write
+to them (`open_target`) or that tells how an index does: whoever does not know a table or a column would write as if it
+were not there. Raise `VERSION` with every change of the tables after which an earlier cdcsync must not write to them,
+or would read them wrongly; a column that it may ignore needs no new version. Searches only read, and go on.
 
     1   before there was a version: one table of vectors for each index
     2   vectors in two tiers; what an index is made of and was configured by; approvals; tables that are not named
@@ -17,9 +18,11 @@ import msgspec
 from psycopg import sql
 
 from cdcsync import __version__
+from cdcsync.config import Target
 from cdcsync.errors import SetupError
+from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.queries import fetch_one, fetch_row
-from cdcsync.postgres.sessions import Connection
+from cdcsync.postgres.sessions import Connection, connect
 
 VERSION = 2
 
@@ -75,14 +78,29 @@ def refusal(schema: str, stored: Stored | None) -> SetupError | None:
     )
 
 
-async def require_upgraded(connection: Connection, schema: str) -> None:
-    """Check that our tables, if there are any, are not of an earlier version, which a command that reads cannot read.
+async def open_target(target: Target, *, application_name: str, works: bool = False) -> Connection:
+    """Open a session for a command that may change what our tables hold. The caller closes it.
 
-    :raises SetupError: they are.
+    :param works: see `connect`.
+    :raises SetupError: they are of a newer version than this cdcsync knows; or as `connect`.
+    :raises TargetUnavailable: the target does not answer now.
     """
-    table = sql.Identifier(schema, TABLE).as_string(connection)
-    hidden = await fetch_row(connection, "SELECT WHERE NOT has_table_privilege(to_regclass(%s), 'SELECT')", [table])
-    stored = None if hidden is not None else await read_version(connection, schema)
+    connection = await connect(target.dsn, "target", application_name=application_name, works=works)
+    try:
+        with speaking_of("target"):
+            await _require_known(connection, target.schema)
+    except BaseException:
+        connection.pgconn.finish()
+        raise
+    return connection
+
+
+async def require_ours(connection: Connection, schema: str) -> None:
+    """Check that our tables, if there are any, are of the one version that a command reads rightly.
+
+    :raises SetupError: they are of another.
+    """
+    stored = await _require_known(connection, schema)
     if stored is not None and stored.version < VERSION:
         raise SetupError(
             f"the tables of schema {schema} are of version {stored.version}; this is cdcsync {__version__}, which reads"
@@ -90,6 +108,19 @@ async def require_upgraded(connection: Connection, schema: str) -> None:
             where="target.schema",
             hint="start `cdcsync run` of this version, which upgrades them",
         )
+
+
+async def _require_known(connection: Connection, schema: str) -> Stored | None:
+    """Return the version of our tables; None if there are none, or if this role may not see it.
+
+    :raises SetupError: it is newer than ours.
+    """
+    table = sql.Identifier(schema, TABLE).as_string(connection)
+    hidden = await fetch_row(connection, "SELECT WHERE NOT has_table_privilege(to_regclass(%s), 'SELECT')", [table])
+    stored = None if hidden is not None else await read_version(connection, schema)
+    if (newer := refusal(schema, stored)) is not None:
+        raise newer
+    return stored
 
 
 async def write_version(connection: Connection, schema: str) -> None:

@@ -11,7 +11,7 @@ from cdcsync.config import Config
 from cdcsync.config.names import beside_name
 from cdcsync.errors import SetupError
 from cdcsync.postgres.errors import speaking_of
-from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.generations import live_generation
 from cdcsync.status.builds import read_builds
 from cdcsync.status.generations import GenerationStatus, read_generations
@@ -19,6 +19,7 @@ from cdcsync.target.entries import Entry
 from cdcsync.target.failures.documents import Listed, count_failed, has_list
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Registry
+from cdcsync.target.version import open_target
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -54,7 +55,7 @@ async def opened(config: Config, index: str) -> AsyncIterator[tuple[Connection, 
     """
     schema, where = config.target.schema, f"index {index}"
     config.index_named(index)
-    async with await connect(config.target.dsn, "target", application_name="cdcsync migrate", works=True) as connection:
+    async with await open_target(config.target, application_name="cdcsync migrate", works=True) as connection:
         with speaking_of("target", where=where):
             entry = await Registry(schema).find(connection, index)
         if entry is None:

@@ -23,7 +23,8 @@ from cdcsync.flows.setup.approval import confirm_above
 from cdcsync.flows.setup.needs import content_changes
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
-from cdcsync.postgres.queries import fetch_one
+from cdcsync.postgres.estimates import estimate_rows
+from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight import build_embedders
 from cdcsync.preflight.findings import Finding
@@ -35,6 +36,9 @@ from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation, Generations
 from cdcsync.target.registry import Registry
 from cdcsync.target.search import stored_spec
+
+COUNT_UP_TO = 1_000_000
+"""Chunks that are counted to tell what a migration embeds; of more, an estimate is told."""
 
 
 async def start(config: Config, index: str, *, max_rows_per_s: int | None = None, confirmed: bool = True) -> Started:
@@ -208,14 +212,14 @@ async def _started(
     begun: bool,
 ) -> Started:
     names = Names(config.target.schema, entry.relations)
-    chunks, characters = await fetch_one(
+    chunks, _ = await estimate_rows(connection, names.chunks)
+    if chunks <= COUNT_UP_TO:
+        chunks = await fetch_value(connection, sql.SQL("SELECT count(*) FROM {}").format(names.chunks))
+    characters = await fetch_value(
         connection,
         sql.SQL(
-            "SELECT CASE WHEN c.reltuples > 1000000 THEN c.reltuples::int8 ELSE (SELECT count(*) FROM {}) END,"
-            " coalesce((SELECT avg(length(s.content)) FROM (SELECT content FROM {} LIMIT 10000) AS s), 0)::float8"
-            " FROM pg_class AS c WHERE c.oid = %s::regclass"
-        ).format(names.chunks, names.chunks),
-        [names.chunks.as_string(connection)],
+            "SELECT coalesce(avg(length(s.content)), 0)::float8 FROM (SELECT content FROM {} LIMIT 10000) AS s"
+        ).format(names.chunks),
     )
     same = (live.model, live.dimensions) == (new.model, new.dimensions)
     converted = same and not (live.vector_type == "halfvec" and new.vector_type == "vector")

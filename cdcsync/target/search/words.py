@@ -11,6 +11,7 @@ from __future__ import annotations
 from psycopg import sql
 
 from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.estimates import estimate_rows
 from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
@@ -30,11 +31,7 @@ async def count_words(connection: Connection, schema: str, spec: IndexSpec) -> i
     :param connection: a session on the target, in autocommit.
     """
     chunks = Names(schema, spec.relations).chunks
-    cursor = await connection.execute(
-        "SELECT greatest(c.reltuples, 0) FROM pg_class c WHERE c.oid = to_regclass(%s)", [chunks.as_string(connection)]
-    )
-    row = await cursor.fetchone()
-    rows = float(row[0]) if row is not None else 0.0
+    rows, _ = await estimate_rows(connection, chunks)
     share = min(1.0, SAMPLE_CHUNKS / rows) if rows else 1.0
     sample = sql.SQL("SELECT search FROM {}").format(chunks)
     if share < 1:

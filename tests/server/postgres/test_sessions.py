@@ -57,6 +57,14 @@ async def test_a_session_that_may_only_read_is_opened_again_once_it_was_refused_
     assert database.execute("SELECT id FROM public.written") == [(2,)]
 
 
+async def test_a_server_is_reached_by_its_name_whichever_address_it_listens_on(database: Database) -> None:
+    dsn = conninfo.make_conninfo(database.dsn, host="localhost")
+    async with await connect(dsn, "source") as connection:
+        assert connection.info.host == "localhost"
+    async with await SlotConnection.connect(dsn) as slot:
+        assert (await slot.identify()).database == database.name
+
+
 async def test_a_replication_connection_that_a_time_limit_ended_is_away(database: Database) -> None:
     slot = await SlotConnection.connect(database.dsn)
     ((pid,),) = await slot._command("SELECT pg_backend_pid()")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -569,6 +570,17 @@ async def test_a_slot_that_lost_its_wal_is_a_gap(strict: Cluster) -> None:
         with pytest.raises(GapError) as gap:
             await slot.start("behind", ["p"], begin, streaming=False)
     assert "resync" in (gap.value.hint or "")
+
+
+async def test_a_server_that_cannot_decode_says_so_and_has_lost_nothing(make_cluster: Callable[..., Cluster]) -> None:
+    """Its error has the code of a slot that has lost WAL."""
+    cluster = make_cluster(settings={"wal_level": "replica"})
+    async with await SlotConnection.connect(cluster.dsn()) as slot:
+        starts = partial(slot.start, "s", ["p"], INVALID_LSN, streaming=False)
+        for asked in (partial(slot.create_slot, "s"), starts):
+            with pytest.raises(SetupError, match="wal_level") as refused:
+                await asked()
+            assert "`cdcsync check` names the settings" in (refused.value.hint or "")
 
 
 async def test_a_server_that_shuts_down_is_unavailable(make_cluster: Callable[..., Cluster]) -> None:

@@ -110,6 +110,14 @@ async def test_a_vector_that_was_stored_before_the_clock_went_back_has_rested(
     assert await settling.rested(10, rest_s=3_600) == rested
 
 
+async def test_a_settled_tier_without_statistics_is_not_taken_for_empty(index: LiveIndex, settling: Settling) -> None:
+    """As after pg_upgrade: everything fresh would be more than a share of nothing, and all HNSW be built anew."""
+    await move(settling)
+    without = "SELECT reltuples FROM pg_class WHERE oid = 'cdcsync.articles_vectors_1'::regclass"
+    assert await index.rows(without) == [(-1,)]
+    assert (await settling.look()).settled == 2
+
+
 async def test_the_oldest_vectors_move_first(index: LiveIndex, settling: Settling) -> None:
     await index.apply(changes(document("1", "a, again", existed=True), inline=["a, again"]))
     assert await settling.settle(await settling.rested(1, rest_s=0)) == 1

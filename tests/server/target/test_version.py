@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+from typer.core import TyperArgument, TyperGroup
 
 from cdcsync import __version__
+from cdcsync.cli.entry import command_line
 from cdcsync.target.version import VERSION
 from tests.support.configs import Section, configuration
 from tests.support.servers import Database
@@ -130,18 +134,67 @@ def test_an_upgrade_gives_way_to_searches_until_a_transaction_that_read_the_tabl
     until(lambda: in_step(earlier), lambda: earlier.difference or earlier.tail())
 
 
-def test_a_worker_refuses_tables_of_a_newer_version_and_names_both(earlier: Pipeline) -> None:
+APART = ("demo", "init", "config", "token", "search", "serve", "audit")
+"""The commands that have nothing to do with our tables, or only search or read what others recorded."""
+
+
+def command_lines(command: Any, *path: str) -> Iterator[list[str]]:
+    """Yield each command with its arguments, once for each action that it takes."""
+    if isinstance(command, TyperGroup):
+        for name, one in command.commands.items():
+            if path or name not in APART:
+                yield from command_lines(one, *path, name)
+        return
+    lines = [list(path)]
+    for parameter in command.params:
+        if isinstance(parameter, TyperArgument):
+            kind = parameter.type_descriptor.annotation
+            values = [one.value for one in kind] if isinstance(kind, type) and issubclass(kind, Enum) else ["articles"]
+            lines = [[*line, value] for line in lines for value in values]
+    yield from lines
+
+
+MORE = [
+    ["teardown", "--purge"],
+    ["plan", "--approve", "articles"],
+    *(["replay", "articles", option] for option in ("--cancel", "--detach", "--dry-run")),
+    ["verify", "articles", "--repair"],
+]
+"""Options by which a command does something else."""
+
+
+def stored(pipeline: Pipeline) -> dict[str, list[str]]:
+    """Return what all of our tables hold."""
+    tables = pipeline.target.execute(
+        "SELECT relname::text FROM pg_class WHERE relnamespace = 'cdcsync'::regnamespace AND relkind = 'r'"
+    ).fetchall()
+    return {
+        name: sorted(
+            row for (row,) in pipeline.target.execute(f'SELECT t::text FROM cdcsync."{name}" AS t'.encode()).fetchall()
+        )
+        for (name,) in tables
+    }
+
+
+def test_every_command_refuses_tables_of_a_newer_version_and_names_both(earlier: Pipeline) -> None:
     worker = earlier.start()
     earlier.event("streaming")
+    until(lambda: in_step(earlier), lambda: earlier.difference or earlier.tail())
     earlier.stop(worker)
-    earlier.target.execute("UPDATE cdcsync.schema_version SET version = 99, cdcsync = '9.9'")
-    for command in ("run", "check", "plan"):
-        done = earlier.command(command)
+    earlier.target.execute("UPDATE cdcsync.schema_version SET version = %s, cdcsync = '9.9'", [VERSION + 1])
+    before, wrong = stored(earlier), []
+    lines = [*command_lines(command_line()), *MORE]
+    assert {"run", "check", "status", "drop", "migrate", "failures"} <= {line[0] for line in lines}
+    for line in lines:
+        done = earlier.command(*line, answer="y\n")
         said = " ".join((done.stdout + done.stderr).split())
-        assert done.returncode == 2, said
-        assert f"are of version 99, made by cdcsync 9.9; this is cdcsync {__version__}" in said
-        assert f"which knows version {VERSION}" in said
-    assert version(earlier) == (99, "9.9")
+        named = f"are of version {VERSION + 1}, made by cdcsync 9.9; this is cdcsync {__version__}, which knows version"
+        if done.returncode != 2 or f"{named} {VERSION}" not in said:
+            wrong.append((line, done.returncode, said))
+        if stored(earlier) != before:
+            wrong.append((line, done.returncode, "it has written"))
+            break
+    assert not wrong
 
 
 def test_a_standby_of_a_newer_version_leaves_the_tables_to_the_worker_that_runs(earlier: Pipeline) -> None:

@@ -24,6 +24,11 @@ SERVER = 'connection failed: connection to server at "10.0.0.1", port 5433 faile
             False,
         ),
         (
+            "failed to resolve host 'db.example': no name server has answered for 10 s",
+            "no name server answers for db.example",
+            False,
+        ),
+        (
             'could not translate host name "db" to address: Name or service not known',
             "the host name db is not known here",
             False,
