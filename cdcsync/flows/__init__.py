@@ -10,6 +10,7 @@
     setup/       what is created before following starts; gaps; partitions
     plan         what `run` would do, and what that embeds
     retention    how much WAL the slot holds of what it may
+    address      whether the source's address still leads to the server that is followed
     heartbeat    a message now and then, which shows that an idle pipeline moves
     truncations  tables with new files that a TRUNCATE of the stream explains
     watch        changes that the stream does not report

@@ -156,6 +156,8 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
     """When it was last waited for, by the event loop's clock."""
     _refused_at: float | None = None
     """When the server first refused to write in this session."""
+    _cut: bool = False
+    """Whether the session was ended from here."""
     _look: asyncio.Task[None] | None = None
     _beat: asyncio.Task[None] | None = None
     _beats: bool = False
@@ -191,7 +193,7 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         otherwise every attempt would log in again.
         """
         refused = self._refused_at is not None and asyncio.get_running_loop().time() - self._refused_at >= REFUSED_S
-        return not refused and (self._beats or self.pgconn.transaction_status == TransactionStatus.IDLE)
+        return not (refused or self._cut) and (self._beats or self.pgconn.transaction_status == TransactionStatus.IDLE)
 
     def beat(self) -> None:
         """Show the server that we are there, from now on until the connection closes."""
@@ -257,6 +259,11 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         while missed < LOOKS:
             missed = missed + 1 if await self.unanswerable() else 0
             await asyncio.sleep(self._patience_s / (LOOKS if missed else 1))
+        self.cut()
+
+    def cut(self) -> None:
+        """End the session, also amid a statement: that fails as one does whose server is gone."""
+        self._cut = True
         with contextlib.suppress(psycopg.Error, OSError):
             hang_up(self.pgconn.socket)
 

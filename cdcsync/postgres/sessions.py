@@ -36,7 +36,7 @@ from cdcsync.postgres.settings import (
 
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
-Admit = Callable[[Connection], Awaitable[None]]
+Admit = Callable[[Connection, Side], Awaitable[None]]
 Refused = Callable[[SetupError], Awaitable[None]]
 
 _ADMITTING: ContextVar[tuple[Admit, Refused] | None] = ContextVar("admitting", default=None)
@@ -46,11 +46,11 @@ _ADMITTING: ContextVar[tuple[Admit, Refused] | None] = ContextVar("admitting", d
 def admitting(admit: Admit, refused: Refused) -> Iterator[None]:
     """Answer for each session that is opened in this block or in a task begun there.
 
-    A worker has a dozen of them. One that was forgotten would write behind a successor's back. A server that refuses a
-    session is no fault of the index or the request that the session was for.
+    A worker has a dozen of them. One that was forgotten would write behind a successor's back, or read another server
+    than the one that is followed. A server that refuses a session is no fault of the index or the request that the
+    session was for.
 
-    :param admit: called with each session with the target before its use; raises what is to be raised where it is not
-        admitted.
+    :param admit: called with each session before its use; raises what is to be raised where it is not admitted.
     :param refused: called with an error that waiting does not mend, before `connect` raises it.
     """
     token = _ADMITTING.set((admit, refused))
@@ -104,7 +104,7 @@ async def connect(
         settings = conninfo_for(dsn, application_name=application_name)
         return await _open(
             *(settings, side, f"{side} ({describe(dsn)})"),
-            admit=admit if side == "target" else None,
+            admit=admit,
             autocommit=autocommit,
             lock_wait_ms=lock_wait_ms,
             works=works,
@@ -138,7 +138,7 @@ async def _open(
                 await _refuse_shared(connection, here, side, where)
             await _set_up(connection, side, lock_wait_ms, works=works)
             if admit is not None:
-                await admit(connection)
+                await admit(connection, side)
             await connection.set_autocommit(autocommit)
     except TimeoutError:
         connection.pgconn.finish()

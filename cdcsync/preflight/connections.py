@@ -17,9 +17,9 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.postgres.settings import Side
 from cdcsync.preflight.findings import Finding
 
-ON_SOURCE = 9
+ON_SOURCE = 10
 """Sessions of a worker on the source at most, besides the slot's own, which `max_wal_senders` counts: to connect, watch
-tables, watch the slot, read rows again, load, compare, audit, read the status, and send heartbeats."""
+tables, watch the slot and the address, read rows again, load, compare, audit, read the status, and send heartbeats."""
 
 ON_TARGET = 13
 """Sessions of a worker on the target at most, besides those that embed and settle: to apply, look up, watch, load,

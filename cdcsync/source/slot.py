@@ -42,6 +42,7 @@ from cdcsync.pgoutput.frames import Keepalive, XLogData, decode_frame, encode_st
 from cdcsync.pgoutput.wire import from_datetime
 from cdcsync.postgres.errors import first_line, passing, translate, without_values
 from cdcsync.postgres.interrupts import CANCEL_S
+from cdcsync.postgres.liveness import SERVER, Backend
 from cdcsync.postgres.logins import log_in
 from cdcsync.postgres.settings import LEAVING, RENDERING, SAFETY, conninfo_for, describe
 
@@ -116,6 +117,11 @@ class SlotConnection:
     def version(self) -> int:
         """The server's version as a number: 180006 is 18.6."""
         return self._pgconn.server_version
+
+    async def backend(self) -> Backend:
+        """Return the server process of this session, and with it the server."""
+        ((pid, started, standby),) = await self._command(SERVER)
+        return Backend(int(pid), int(started), standby == "t")
 
     async def in_recovery(self) -> bool:
         """Say whether the server is a standby just now."""

@@ -33,6 +33,7 @@ from cdcsync.errors import (
     TargetRewound,
     leading,
 )
+from cdcsync.flows.address import watch_address
 from cdcsync.flows.audit import RollingAudit, compare_for_ever
 from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
@@ -63,6 +64,7 @@ from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupted_by
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session, admitting, connect
+from cdcsync.postgres.settings import Side
 from cdcsync.preflight.indexes import Plan
 from cdcsync.process import collector
 from cdcsync.source.catalog import read_catalog, read_server
@@ -232,6 +234,7 @@ class Pipeline:
             self.dispatchers,
             self.reconfigure,
         )
+        state.admit = self.streaming.server.admit
 
     def _look_after_others(self, spec: IndexSpec, metrics: Metrics) -> None:
         """Make the flows of an index's generations beside the live one, as far as their embedders are configured."""
@@ -352,7 +355,10 @@ class Pipeline:
                         # A task that works for one index or request would take the error for one of these.
                         await anyio.lowlevel.checkpoint()
 
-                    async def admit(connection: Connection) -> None:
+                    async def admit(connection: Connection, side: Side) -> None:
+                        if side == "source":
+                            self.streaming.server.admit(connection)
+                            return
                         try:
                             await self.session.admit(connection)
                         except (LeaseLost, TargetRewound, RunError) as error:
@@ -395,6 +401,7 @@ class Pipeline:
         tasks.start_soon(build_until_live, target.dsn, target.schema, self.specs, self._builds)
         tasks.start_soon(self.watch_once_streaming)
         tasks.start_soon(self.watch_slot_once_streaming)
+        tasks.start_soon(self.watch_address_once_streaming)
         tasks.start_soon(send_heartbeats, self.config)
 
     async def aclose(self) -> None:
@@ -421,6 +428,11 @@ class Pipeline:
         await self.streaming.begun.wait()
         source = self.config.source
         await watch_slot(source.dsn, source.slot, self.state.metrics, self.stream.leave)
+
+    async def watch_address_once_streaming(self) -> None:
+        """See whether the source's address still leads to the server that the stream is on."""
+        await self.streaming.begun.wait()
+        await watch_address(self.config.source.dsn)
 
     async def keep_models(self) -> None:
         """Spare the garbage collector the models, too, which take seconds to load."""

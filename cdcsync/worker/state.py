@@ -87,6 +87,8 @@ class WorkerState:
         self.problems: Mapping[str, str] = {}
         """Problems of the application's writes to indexed tables, and of what vectors, pages and comparisons wait for,
         by index."""
+        self.admit: Callable[[Connection], None] = lambda source: None
+        """Sees that a session with the source is on the server that is followed."""
         self._reconfigure: Callable[[Config], None] = lambda config: None
         self._dispatchers: Mapping[str, Dispatcher] = {}
         self._connected = False
@@ -388,7 +390,9 @@ class WorkerState:
         source: Connection | CdcsyncError
         try:
             source = await self._source.connection()
+            self.admit(source)
         except CdcsyncError as error:
+            await self._source.aclose()
             source = error
         with speaking_of("target"):
             return await read_status(self.config, source, target)

@@ -26,6 +26,7 @@ from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.interrupts import cancelled_by
 from cdcsync.postgres.sessions import Session
 from cdcsync.source.catalog import running_transactions
+from cdcsync.source.followed import FollowedServer
 from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool
 from cdcsync.target.session import ApplySession
@@ -60,6 +61,7 @@ class Streaming:
         self._deliveries = deliveries
         self._spool = spool
         self._backoff = Backoff(self._stream_waits, until=state.stopping)
+        self.server = FollowedServer(stream.leave)
         self._connection = anyio.CancelScope()
         """What follows the slot over the present connection, or did over the last one."""
         self._again = anyio.Event()
@@ -96,6 +98,7 @@ class Streaming:
             async with backoff, control, self._disconnected_at_its_end():
                 await self._session.ensure(self._specs)
                 async with await SlotConnection.connect(self._config.source.dsn) as slot:
+                    self.server.follow(await slot.backend())
                     source = await control.connection()
                     self._session.take_changes_of(source)
                     async with cancelled_by(self._state.stopping):

@@ -128,6 +128,16 @@ CATALOGUE = (
         ),
     ),
     P(
+        "one source",
+        "Whatever is read from the source, or written to its WAL, is of the server that the stream is on.",
+        "source/followed.py:FollowedServer",
+        (
+            "test_no_row_is_read_from_a_former_primary_that_is_back_while_the_stream_is_on_its_successor",
+            "test_the_stream_follows_its_address_to_another_primary_although_the_one_before_runs",
+            "test_sessions_elsewhere_end_when_the_stream_connects_also_amid_a_statement",
+        ),
+    ),
+    P(
         "a slot decodes what was written",
         "A slot that missed a change of tables while it was created is made again, also by the next worker.",
         "source/definitions.py:definitions_changed_since",

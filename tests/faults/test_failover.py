@@ -13,7 +13,8 @@ import pytest
 
 from cdcsync.demo.cluster import Cluster
 from tests.support.clusters import cut_off
-from tests.support.outages import MakeSimple, configure, frozen, make_target, stops_at_the_gap_and_heals
+from tests.support.configs import configuration
+from tests.support.outages import MakeSimple, all_read, configure, frozen, make_target, stops_at_the_gap_and_heals
 from tests.support.proxies import Proxy
 from tests.support.servers import Database
 from tests.support.workers import PATIENCE_S, Pipeline, until
@@ -251,6 +252,96 @@ def test_a_worker_waits_for_the_promotion_of_a_standby_that_its_address_leads_to
         pipeline.in_step()
         assert worker.poll() is None
         pipeline.stop(worker)
+
+
+@pytest.fixture
+def make_beside(make_pipeline: Callable[[str], Pipeline], database: Database) -> Callable[[str], Pipeline]:
+    """Makes a pipeline of two indexes: `articles`, whose large titles are read again when another column changes, and
+    `notes`, whose changes hold all that it needs."""
+
+    def make(dsn: str) -> Pipeline:
+        indexes: dict[str, dict[str, object]] = {"articles": {"columns": ["tenant"]}, "notes": {}}
+        pipeline = make_pipeline(configuration(dsn, slot="s", target=database.dsn, indexes=indexes))
+        pipeline.source.execute("CREATE TABLE notes (id bigint PRIMARY KEY, title text NOT NULL)")
+        pipeline.source.execute("CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, title text NOT NULL)")
+        pipeline.source.execute("ALTER TABLE articles ALTER title SET STORAGE EXTERNAL")
+        pipeline.source.execute(f"INSERT INTO articles SELECT i, 1, {LARGE.format('old')} FROM generate_series(1, 9) i")
+        pipeline.source.execute("INSERT INTO notes SELECT i, 'note ' || i FROM generate_series(1, 9) i")
+        pipeline.hurry |= {"cdcsync.flows.address.LOOK_S": 0.1, "cdcsync.source.followed.STAYS_S": 0.0}
+        return pipeline
+
+    return make
+
+
+LARGE = "repeat('{} ', 900)"
+"""A text that an update of another column does not send."""
+
+OURS = "SELECT application_name FROM pg_stat_activity WHERE application_name LIKE 'cdcsync%'"
+
+
+def test_the_stream_follows_its_address_to_another_primary_although_the_one_before_runs(
+    make_pair: MakePair, make_beside: Callable[[str], Pipeline]
+) -> None:
+    primary, standby = make_pair({"synchronized_standby_slots": "near"}, {"synchronized_standby_slots": ""})
+    with closing(Proxy(primary.port)) as address:
+        pipeline = make_beside(f"host=127.0.0.1 port={address.port} user=postgres dbname=postgres")
+        worker = pipeline.start()
+        pipeline.live()
+        pipeline.in_step()
+        until_the_standby_has_the_slot(pipeline, standby)
+        address.move(standby.port)
+        assert "on a standby" in pipeline.event("source_sessions_wait")["error"]
+        pipeline.source.execute("UPDATE notes SET title = 'over the stream that is open' WHERE id % 2 = 0")
+        pipeline.in_step("notes")
+        assert pipeline.times("stream_waits") == 0
+
+        standby.promote()
+        pipeline.connect_source()
+        pipeline.source.execute("UPDATE articles SET tenant = 2 WHERE id % 2 = 0")
+        pipeline.source.execute("UPDATE notes SET title = 'on the new primary' WHERE id % 3 = 0")
+        asked = "INSERT INTO cdcsync.backfills (index_name, kind) VALUES (%s, 'replay')"
+        for index in ("articles", "notes"):
+            pipeline.target.execute(asked, [index])
+        pipeline.in_step()
+        until(lambda: all_read(pipeline), pipeline.tail)
+        assert pipeline.event("timeline_followed")["timeline"] == 2
+        with psycopg.connect(primary.dsn(), autocommit=True) as left:
+            until(lambda: not left.execute(OURS).fetchall(), lambda: f"{left.execute(OURS).fetchall()} to end")
+        assert worker.poll() is None
+        assert pipeline.times("index_paused") == 0
+        assert pipeline.stop(worker) == 0
+
+
+def test_no_row_is_read_from_a_former_primary_that_is_back_while_the_stream_is_on_its_successor(
+    make_pair: MakePair, make_beside: Callable[[str], Pipeline]
+) -> None:
+    primary, standby = make_pair({"synchronized_standby_slots": "near"}, {"synchronized_standby_slots": ""})
+    pipeline = make_beside(both(primary, standby))
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    until_the_standby_has_the_slot(pipeline, standby)
+    primary.kill()
+    standby.promote()
+    pipeline.connect_source()
+    pipeline.source.execute(f"UPDATE articles SET title = {LARGE.format('new')} WHERE id < 5")
+    pipeline.in_step()
+    pipeline.event("compared")
+
+    # It takes writes, and is named first. Nobody must wait for the standby that went its own way.
+    primary.settings["synchronized_standby_slots"] = ""
+    primary.start()
+    pipeline.source.execute("UPDATE articles SET tenant = 2 WHERE id < 5")
+    assert worker.wait(timeout=PATIENCE_S) == 1, pipeline.tail()
+    assert "left behind by a promotion" in " ".join(pipeline.tail().split())
+    assert pipeline.target.execute(
+        "SELECT DISTINCT content LIKE 'new%' FROM cdcsync.articles_chunks WHERE id < 5"
+    ).fetchall() == [(True,)]
+
+    configure(pipeline, dsn=standby.dsn())
+    pipeline.start()
+    pipeline.in_step()
+    assert pipeline.times("index_paused") == 0
 
 
 @pytest.mark.proof

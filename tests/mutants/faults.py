@@ -245,7 +245,7 @@ MUTANTS = (
     Mutant(
         "the embed, settle, build and other sessions of a worker have no fence",
         "postgres/sessions.py",
-        "                await admit(connection)\n",
+        "                await admit(connection, side)\n",
         "                pass\n",
         "tests",
         "tests/faults/test_overtaken.py::test_every_session_of_a_worker_with_the_target_is_admitted",

@@ -95,6 +95,10 @@ HELD = {
     ),
     # outages
     "the source, or the connection to it": ("tests/faults/test_outages.py", "test_servers_that_restart_or_crash"),
+    "no server, but the source's address": (
+        "tests/faults/test_failover.py",
+        "test_the_stream_follows_its_address_to_another_primary",
+    ),
     "the source's primary": ("tests/faults/test_failover.py", "test_the_index_follows_a_standby_promoted"),
     "the source, which is shut down": ("tests/faults/test_outages.py", "test_a_source_can_be_shut_down_while"),
     "the target": ("tests/faults/test_outages.py", "test_the_source_hears_of_the_worker"),

@@ -8,6 +8,8 @@ The rules:
    deletion is applied at once; a related row that changes meanwhile would otherwise bring the document back.
 3. Nobody waits long, because all indexes of the stream would wait: what cannot be read soon is put off, to a request.
    Its pages wait for the same transactions.
+4. A transaction that the stream delivered has an id that its server has given out. If the server that is read has not,
+   it is another one, and what it shows is not taken.
 
 Source: PostgreSQL, src/backend/access/transam/xact.c (RecordTransactionCommit, then ProcArrayEndTransaction).
 """
@@ -88,6 +90,7 @@ class Sight:
     async def read(self, xids: Collection[int], read: Callable[[Connection], Awaitable[tuple[Snapshot, T]]]) -> T:
         """Read until the snapshot sees these transactions, and those of rule 2.
 
+        :param xids: delivered by the stream as it is now.
         :raises PutOff: a table is locked, or one of the transactions stays hidden.
         :raises SourceUnavailable: nothing is lost by reading again.
         """
@@ -107,7 +110,7 @@ class Sight:
             log.debug("reread_waits", index=self._spec.name, transactions=len(hidden))
             looks += 1
             if looks > 1 and anyio.current_time() >= until:
-                wanted -= await self._over(hidden)
+                wanted -= await self._over(hidden, set(xids))
             await anyio.sleep(pause_s)
             pause_s = min(2 * pause_s, VISIBILITY_POLL_S)
 
@@ -124,14 +127,28 @@ class Sight:
                 raise PutOff from error
             raise
 
-    async def _over(self, hidden: Collection[int]) -> set[int]:
-        """Return hidden transactions that do not run any more, or never did on this server, if that is all of them.
+    async def _over(self, hidden: Collection[int], delivered: Collection[int]) -> set[int]:
+        """Return hidden transactions that do not run any more, if that is all of them.
 
+        Those of rule 2 may be older than half of all ids, which look as if they were still to come, or may have been
+        lost with the server before.
+
+        :param delivered: by the stream as it is now.
         :raises PutOff: some of them run.
+        :raises SourceUnavailable: some that were delivered have never begun on the server that is read.
         """
         with self._speaking():
             connection = await self._source.connection()
             running = {xid % XID_SPAN for xid in await running_transactions(connection)}
+            # An id was drawn for that, so whatever began before has a lower one.
+            snapshot = await current_snapshot(connection)
+            if any(snapshot.widen(xid) >= snapshot.xmax for xid in hidden if xid in delivered):
+                await self._source.aclose()
+                raise SourceUnavailable(
+                    "the server has not given out the id of a transaction that the stream has delivered",
+                    where=str(self._spec.shape.table),
+                    hint="let source.dsn lead to one server, the primary, for sessions and replication alike",
+                )
             left = {xid for xid in hidden if xid % XID_SPAN in running}
             sessions = [str(one) for one in await blockers(connection, left)] if left else []
         over = {xid for xid in hidden if xid not in left}

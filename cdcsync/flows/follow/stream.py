@@ -92,6 +92,7 @@ class Stream:
         self._progress = Progress(Lsn(0))
         self._open = self._new_batch()
         self._leaving = anyio.Event()
+        self._why_left = ""
 
     @property
     def checkpoint(self) -> Lsn:
@@ -116,8 +117,9 @@ class Stream:
         self._pauses_asked[error.index] = error
         self._open.pause(error)
 
-    def leave(self) -> None:
-        """Give up the connection and the current batch: the source waits for both, and they wait for the source."""
+    def leave(self, why: str = "the source takes no connections any more: it is shutting down") -> None:
+        """Give up the connection and the current batch, also if they wait for the source, which waits for them."""
+        self._why_left = why
         self._leaving.set()
 
     def failing_for(self, seconds: float) -> CdcsyncError | None:
@@ -171,9 +173,7 @@ class Stream:
 
                 async def leave() -> None:
                     await leaving.wait()
-                    raise SourceUnavailable(
-                        "the source takes no connections any more: it is shutting down", where="replication connection"
-                    )
+                    raise SourceUnavailable(self._why_left, where="replication connection")
 
                 tasks.start_soon(apply)
                 tasks.start_soon(leave)

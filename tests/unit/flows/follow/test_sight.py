@@ -7,6 +7,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from cdcsync.errors import SourceUnavailable
 from cdcsync.flows.follow import sight
 from cdcsync.flows.follow.sight import PutOff, Sight
 from cdcsync.model.visibility import Snapshot
@@ -27,10 +28,13 @@ class Source:
 
     def __init__(self, *snapshots: Snapshot) -> None:
         self.snapshots = list(snapshots)
-        self.readings = 0
+        self.readings = self.closed = 0
 
     async def connection(self) -> Source:
         return self
+
+    async def aclose(self) -> None:
+        self.closed += 1
 
     async def read(self, _: Any) -> tuple[Snapshot, str]:
         self.readings += 1
@@ -47,7 +51,11 @@ def of(source: Source, monkeypatch: pytest.MonkeyPatch, doubted: set[int] | None
     async def running(_: Any) -> frozenset[int]:
         return source.snapshots[0].running
 
+    async def current(_: Any) -> Snapshot:
+        return source.snapshots[0]
+
     monkeypatch.setattr(sight, "running_transactions", running)
+    monkeypatch.setattr(sight, "current_snapshot", current)
     monkeypatch.setattr(sight, "in_doubt", in_doubt)
     monkeypatch.setattr(sight, "blockers", blockers)
     monkeypatch.setattr(sight, "HIDDEN_S", 0.01)
@@ -88,7 +96,9 @@ async def test_a_row_of_a_page_has_no_transaction_that_could_be_waited_for(monke
     assert source.readings == 1
 
 
-async def test_a_transaction_that_this_server_never_gave_out_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_earlier_transaction_that_this_server_never_gave_out_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     source = Source(seen())
     of_one = of(source, monkeypatch)
     await of_one.applied({OLD + 7, OLD - 2**31 - 3})  # of the server that was before, and half of all ids ago
@@ -96,3 +106,16 @@ async def test_a_transaction_that_this_server_never_gave_out_is_not_waited_for(m
     before = source.readings
     assert await of_one.read((), source.read) == "the row"
     assert source.readings == before + 1
+
+
+async def test_a_server_that_never_gave_out_a_delivered_id_is_another_one_whose_rows_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = Source(seen())
+    of_one = of(source, monkeypatch)
+    await of_one.applied({OLD - 1})
+    with pytest.raises(SourceUnavailable, match="has not given out"):
+        await of_one.read({OLD}, source.read)
+    assert source.closed == 1
+    source.snapshots = [seen(next_=OLD + 1)]
+    assert await of_one.read({OLD}, source.read) == "the row"
