@@ -37,7 +37,7 @@ from cdcsync.flows.audit import RollingAudit, compare_for_ever
 from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
 from cdcsync.flows.build import Builds, build_until_live
-from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool, note_for_ever, probe_for_ever, recall
+from cdcsync.flows.embed import BacklogPool, Dispatcher, EmbedLoop, note_for_ever, probe_for_ever, recall
 from cdcsync.flows.evaluate.periodic import evaluate_for_ever
 from cdcsync.flows.follow.accounts import Accounts
 from cdcsync.flows.follow.apply import Applier
@@ -145,7 +145,7 @@ class Pipeline:
         self.deliveries = {spec.name: Deliveries() for spec in specs}
         tables = {spec.name: source_table(spec) for spec in specs}
         self._pipeline = schema, config.source.slot
-        self.embedding = Pool(target_dsn, schema, sum(len(spec.generations) for spec in specs))
+        self.embedding = BacklogPool(target_dsn, schema, sum(len(spec.generations) for spec in specs))
         self.embed_loops = {
             spec.name: EmbedLoop(
                 self.embedding,
