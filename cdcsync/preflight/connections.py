@@ -16,17 +16,37 @@ from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
 from cdcsync.postgres.settings import Side
 from cdcsync.preflight.findings import Finding
+from cdcsync.target.backlog import storing_sessions
 
-ON_SOURCE = 10
-"""Sessions of a worker on the source at most, besides the slot's own, which `max_wal_senders` counts: to connect, watch
-tables, watch the slot and the address, read rows again, load, compare, audit, read the status, and send heartbeats."""
+ON_SOURCE = {
+    "control": 1,
+    "watch": 1,
+    "slot": 1,
+    "address": 1,
+    "re-read": 1,
+    "backfill": 1,
+    "compare": 1,
+    "audit": 1,
+    "status": 1,
+    "heartbeat": 1,
+}
+"""Sessions of a worker on the source at most, by what follows `cdcsync` in their application_name, besides the slot's
+own, which `max_wal_senders` counts."""
 
-ON_TARGET = 13
-"""Sessions of a worker on the target at most, besides those that embed and settle: to apply, look up, watch, load,
-compare, audit, build (three), rebuild, count and enter words, and read the status."""
-
-EMBEDDING_EACH, EMBEDDING_MOST = 2, 8
-"""Sessions that embed, for each index, and in all; see `flows/embed/pool`."""
+ON_TARGET = {
+    "apply": 1,
+    "look-up": 1,
+    "watch": 1,
+    "backfill": 1,
+    "compare": 1,
+    "audit": 1,
+    "build": 3,
+    "rebuild": 1,
+    "words": 1,
+    "pending words": 1,
+    "status": 1,
+}
+"""The same on the target, without those that depend on the configuration and the indexes; see `needed`."""
 
 
 class Room(msgspec.Struct, frozen=True):
@@ -39,10 +59,20 @@ class Room(msgspec.Struct, frozen=True):
     limited_by: str
 
 
-def needed(config: Config) -> dict[Side, int]:
-    """Return how many connections a worker of this configuration opens at most, on each side."""
-    embedding = min(EMBEDDING_EACH * len(config.indexes), EMBEDDING_MOST)
-    return {"source": ON_SOURCE, "target": ON_TARGET + embedding + config.worker.settle_connections}
+def needed(config: Config, *, generations: int, filling: int) -> dict[Side, dict[str, int]]:
+    """Return how many sessions of each name a worker of this configuration opens at most, on each side.
+
+    :param generations: how many generations of vectors it keeps, those of all indexes.
+    :param filling: how many of these it fills beside a live one.
+    """
+    worker = config.worker
+    by_need = {
+        "embed": storing_sessions(generations),
+        "migrate": filling,
+        "settle": max(1, worker.settle_connections),  # one looks, though none may move vectors
+        "evaluate": 1 if worker.evaluate_every_s else 0,
+    }
+    return {"source": ON_SOURCE, "target": ON_TARGET | by_need}
 
 
 async def read_room(connection: Connection) -> Room:

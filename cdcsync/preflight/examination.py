@@ -87,7 +87,11 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
         if source_facts is not None and target_facts is not None:
             assert source is not None
             assert target is not None
-            findings += await _examine_connections(source, target, config, source_facts, target_facts)
+            kept = [one for plan in plans for one in plan.others]
+            filling = sum(one.state == "filling" for one in kept)
+            sessions = needed(config, generations=len(plans) + len(kept), filling=filling)
+            wanted = {side: sum(of_flows.values()) for side, of_flows in sessions.items()}
+            findings += await _examine_connections(source, target, wanted, source_facts, target_facts)
     for plan in plans:
         findings += [finding for finding in plan.findings if not _said(finding, plan, findings)]
     specs = _paired([spec for spec in specs if spec.name not in broken])
@@ -208,11 +212,14 @@ async def _name_locks(source: Connection, plan: Plan, catalog: Catalog) -> None:
 
 
 async def _examine_connections(
-    source: Connection, target: Connection, config: Config, source_facts: SourceFacts, target_facts: TargetFacts
+    source: Connection,
+    target: Connection,
+    wanted: Mapping[Side, int],
+    source_facts: SourceFacts,
+    target_facts: TargetFacts,
 ) -> list[Finding]:
     """Say whether a worker finds the connections that it opens, on one server or on two."""
     findings: list[Finding] = []
-    wanted = needed(config)
     with noting(findings, "source", "source"):
         if source_facts.server.started == target_facts.server.started:
             return list(room_findings("source and target", await read_room(source), sum(wanted.values())))

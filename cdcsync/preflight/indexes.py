@@ -102,6 +102,11 @@ class Plan(msgspec.Struct):
     """Where the index has other vectors than the configuration asks for, so that it waits for a migration."""
 
     @property
+    def others(self) -> list[Generation]:
+        """The generations of vectors that the index keeps besides the live one."""
+        return [one for one in self.generations if one.state != "dropping"]
+
+    @property
     def reasons(self) -> dict[str, str]:
         """Why tables are left out, by their names."""
         return {str(name): why.with_fix for name, why in self.left_out.items()}
@@ -317,5 +322,4 @@ async def make_spec(
         cutter=plan.cutter,
         stem=stem,
     )
-    others = [one.spec(spec) for one in plan.generations if one.state != "dropping"]
-    return msgspec.structs.replace(spec, others=tuple(others))
+    return msgspec.structs.replace(spec, others=tuple(one.spec(spec) for one in plan.others))

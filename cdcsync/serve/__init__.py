@@ -13,7 +13,8 @@ two skins of `Service`, which every call goes through.
     budget        keeps the answers to agents short
     visibility    the rows and columns that a caller may see
     exposure      what leads the server's role past the rows of its callers' tenants
-    reader        searches and documents under a caller's claims
+    offered       an index: searches and documents under a caller's claims
+    reader        the indexes, which share connections and models
     service       one call: who, limits, deadline, timer, record
     openapi       the API described for programs
     http          routes

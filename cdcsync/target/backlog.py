@@ -36,9 +36,21 @@ WINDOW_BYTES = 16 * 1024 * 1024
 ERROR_CHARACTERS = 500
 """Stored errors are cut to this: some providers answer with pages."""
 
+SESSIONS_EACH = 2
+"""Sessions that store the vectors of each generation: inserting into HNSW costs the server about a millisecond of one
+processor for each vector, which is more than a fast model or provider takes to make it."""
+
+SESSIONS_MOST = 8
+"""Such sessions of a worker, however many indexes it has: a server's default is 100 for everybody, and more than its
+processors gain nothing."""
 
 OPEN_FOR_S = 1.0
 """A transaction that was begun later than that is in nobody's way."""
+
+
+def storing_sessions(generations: int) -> int:
+    """Return how many sessions a worker opens at most to store the vectors of so many generations, of all indexes."""
+    return min(SESSIONS_EACH * generations, SESSIONS_MOST)
 
 
 class Waiting(msgspec.Struct, frozen=True):

@@ -1,7 +1,9 @@
 """The process: what `cdcsync run` runs.
 
     history       what it remembers of the last hour
+    readings      whether the target answers
     state         the worker as others see it
+    gauges        what the metrics show of the two servers
     systemd       readiness, reload and watchdog messages
     descriptors   as many open files as the system allows
     streaming     following the slot, over any number of connections

@@ -1,6 +1,12 @@
 """The pipeline: what keeps the indexes of one slot in step, from taking the lock to giving it up.
 
-    lock ─► set-up ─► { stream, embed loop per index, backfills, build, watch, gauges }
+    lock ─► set-up ─► { stream | what works beside it }
+
+    vectors     an embed loop for each generation of an index, and a fill for each that is not live
+    embedders   notes of their state, a probe of providers, models kept from the garbage collector
+    tables      backfills, comparisons, the audit, the watch of the catalog
+    searches    words counted and entered, settling, builds, recall measured
+    worker      the watch of the slot, heartbeats, gauges, and the end in time
 
 Each of these is a task that reconnects by itself. They all end on an error for which a retry does not help, or on a
 table that changed.
@@ -18,7 +24,6 @@ import anyio.lowlevel
 import msgspec
 import structlog
 
-from cdcsync.backoff import Outages
 from cdcsync.config import Config, RemoteEmbedder, tokens_per_day
 from cdcsync.config.names import own_name
 from cdcsync.documents.chunks import make_chunker
@@ -38,7 +43,7 @@ from cdcsync.flows.audit import RollingAudit, compare_for_ever
 from cdcsync.flows.backfill import Backfills
 from cdcsync.flows.backfill.preparing import PagePreparer
 from cdcsync.flows.build import Builds, build_until_live
-from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool, note_for_ever, probe_for_ever, recall
+from cdcsync.flows.embed import BacklogPool, Dispatcher, EmbedLoop, note_for_ever, probe_for_ever, recall
 from cdcsync.flows.evaluate.periodic import evaluate_for_ever
 from cdcsync.flows.follow.accounts import Accounts
 from cdcsync.flows.follow.apply import Applier
@@ -71,6 +76,7 @@ from cdcsync.source.catalog import read_catalog, read_server
 from cdcsync.source.many import source_table
 from cdcsync.source.spool import Spool
 from cdcsync.target.session import ApplySession
+from cdcsync.worker.gauges import set_gauges_for_ever
 from cdcsync.worker.state import WorkerState
 from cdcsync.worker.streaming import Streaming
 
@@ -79,9 +85,9 @@ log = structlog.get_logger()
 STANDBY_POLL_S = 1.0
 """How often a standby tries for the lock: well within the five seconds that a takeover may take."""
 
-SetUp = Literal["ready", "refused", "stopped", "outdated"]
-"""How a set-up ended: the worker may begin, has to leave some indexes out, was told to stop, or has to examine
-everything again."""
+SetUp = Literal["ready", "stopped", "outdated"] | list[SchemaChanged]
+"""How a set-up ended: the worker may begin, was told to stop, has to examine everything again, or has to leave these
+indexes out."""
 
 
 def make_dispatchers(config: Config, state: WorkerState, embedders: Mapping[str, Embedder]) -> dict[str, Dispatcher]:
@@ -126,8 +132,6 @@ class Pipeline:
         :param before: the worker's last pipeline, which is closed.
         """
         self.config = config
-        self.refused: list[SchemaChanged] = []
-        """Why indexes could not be set up."""
         self._look_again = look_again
         self.held = held
         self._known = known
@@ -147,7 +151,7 @@ class Pipeline:
         self.deliveries = {spec.name: Deliveries() for spec in specs}
         tables = {spec.name: source_table(spec) for spec in specs}
         self._pipeline = schema, config.source.slot
-        self.embedding = Pool(target_dsn, schema, sum(len(spec.generations) for spec in specs))
+        self.embedding = BacklogPool(target_dsn, schema, sum(len(spec.generations) for spec in specs))
         self.embed_loops = {
             spec.name: EmbedLoop(
                 self.embedding,
@@ -223,7 +227,6 @@ class Pipeline:
             unapproved={name: one.change for name, one in held.items()},
         )
         self.stream.described = self.watch.look
-        self.outages = state.outages = Outages()
         self.comparing: dict[str, str] = {}
         """Whose transactions the comparison of an index waits for."""
         state.problems = ChainMap(self.watch.problems, self.embedding.problems, self.comparing, self.backfills.problems)
@@ -272,8 +275,8 @@ class Pipeline:
         """Take the lock, then create what is missing.
 
         :param broken: why indexes cannot be followed; they are paused.
-        :returns: how it ended. If some indexes have to be left out, `refused` says which and why, and the others, as
-            far as they were come to, are set up.
+        :returns: how it ended; if some indexes have to be left out, why each of them. The others, as far as they were
+            come to, are set up.
         """
         config = self.config
 
@@ -286,7 +289,7 @@ class Pipeline:
             if not self.state.standby:
                 log.info("standby", slot=config.source.slot, holder_pid=self.session.holder)
             self.state.stand_by()
-            self.state.waiting_for = None
+            self.state.note_waiting(None)
             self._known.clear()  # another worker may do anything to them
             with anyio.move_on_after(STANDBY_POLL_S):
                 await self.state.stopping.wait()
@@ -314,8 +317,7 @@ class Pipeline:
             try:
                 await set_up_publication(source, config, sorted(index_of), index_of=index_of)
             except SchemaChanged as error:
-                self.refused = [error]
-                return "refused"
+                return [error]
             with speaking_of("source"):
                 expressions = {text for spec in specs for text in spec.config.expressions}
                 catalog = await read_catalog(source, config.source.publication, tables, expressions=expressions)
@@ -323,10 +325,10 @@ class Pipeline:
             if outdated(catalog, specs):
                 return "outdated"
             await recall(target, *self._pipeline, self.dispatchers)
-            self.refused = await set_up_indexes(target, config, specs, catalog, waiting, known=self._known)
-            await pause_indexes(target, config, {one.index: Pause.of(one) for one in self.refused})
-            if self.refused:
-                return "refused"
+            refused = await set_up_indexes(target, config, specs, catalog, waiting, known=self._known)
+            await pause_indexes(target, config, {one.index: Pause.of(one) for one in refused})
+            if refused:
+                return refused
             await note_embedders(target, config, {name: one.embedder for name, one in self.dispatchers.items()})
             await self.session.prepare(self.specs)
         self.streaming.fit(server.wal_sender_timeout_s)
@@ -347,7 +349,7 @@ class Pipeline:
             async with anyio.create_task_group() as ending:
                 async with anyio.create_task_group() as tasks:
                     ending.start_soon(self.end_in_time, tasks.cancel_scope)
-                    tasks.start_soon(self.state.gauges_for_ever)  # reads, over a session that outlives this pipeline
+                    tasks.start_soon(set_gauges_for_ever, self.state)  # over a session that outlives this pipeline
 
                     async def end(error: CdcsyncError) -> None:
                         lost.append(error)
@@ -365,7 +367,7 @@ class Pipeline:
                             await end(error)
                             raise
 
-                    with admitting(admit, lambda error: end(RunError.of(error))), self.outages.noted():
+                    with admitting(admit, lambda error: end(RunError.of(error))), self.state.outages.noted():
                         self._begin(tasks)
                         paused = await self.streaming.run()
                     tasks.cancel_scope.cancel()

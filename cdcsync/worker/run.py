@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, assert_never
 
 import anyio
@@ -110,7 +110,7 @@ async def run(
             for finding in report.findings:
                 if finding.level == "warning":
                     log.warning("preflight", where=finding.where, problem=finding.message, fix=finding.hint)
-            await _work_through_schema_changes(config, state, report, embedders, tasks)
+            await _run_pipelines(config, state, report, embedders, tasks)
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise leading(group) from None
@@ -130,22 +130,35 @@ async def _wait_for_servers(
     with anyio.move_on_after(config.worker.start_timeout_s):
         while report.passes and not state.stopping.is_set():
             away = _said(report)
-            state.wait_for(away)
+            state.note_waiting(away)
             log.warning("start_waits", error=away, most_s=config.worker.start_timeout_s)
             await backoff.wait()
             report = await examine(config, embedders)
-    state.waiting_for = None
+    state.note_waiting(None)
     return report
 
 
-async def _work_through_schema_changes(
+class Ended(msgspec.Struct, frozen=True):
+    """How a pipeline ended; if nothing is said, the next one begins with another examination.
+
+    :ivar paused: why it does not follow indexes any more: the next one begins without these.
+    :ivar in_set_up: whether its set-up left them out, which would fail again if nothing else is done before.
+    :ivar refusals: what a server said to this set-up and to those before, in the same words each time.
+    """
+
+    paused: Sequence[SchemaChanged] = ()
+    in_set_up: bool = False
+    refusals: Sequence[str] = ()
+
+
+async def _run_pipelines(
     config: Config,
     state: WorkerState,
     report: Report,
     embedders: dict[str, Embedder],
     tasks: anyio.abc.TaskGroup,
 ) -> None:
-    """Work until told to stop; whenever an index is paused, continue with the others, and have it examined meanwhile.
+    """Run one pipeline after the other until told to stop; an index that pauses is examined while the others go on.
 
     An index whose table still has all it needs (a type changed, the table was created again) is resumed by reading the
     table again. The others stay paused, and their changes are skipped, until the configuration or the table is fixed.
@@ -164,13 +177,22 @@ async def _work_through_schema_changes(
     """The indexes that were paused since. The next pipeline's watch sees when they may be followed again, and has that
     examined while the others are followed."""
     pipeline: Pipeline | None = None
-    refused: list[str] = []
-    """What a server said to the last set-ups, where that was the same each time."""
+    ended = Ended()
 
     async def look_again() -> None:
         found = await examine(config, embedders)
         if not found.errors:
             ahead.append(found)
+
+    def open_models() -> None:
+        while unopened:
+            tasks.start_soon(unopened.pop().run)
+
+    def pause(error: SchemaChanged, *, in_set_up: bool) -> None:
+        log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
+        seen = {plan.name: plan.seen for plan in report.plans}.get(error.index)
+        pauses.note(error, anyio.current_time(), seen, refused=in_set_up)
+        left_out[error.index] = Pause.of(error)
 
     while not state.stopping.is_set():
         if report is not noted:
@@ -180,19 +202,17 @@ async def _work_through_schema_changes(
                 if plan.name in report.broken and not plan.unfit:
                     pauses.note_standing(plan.name, anyio.current_time())
         broken = left_out | pauses.standing(report.broken, anyio.current_time())
-        seen = {plan.name: plan.seen for plan in report.plans}
-        examined = msgspec.structs.replace(state.config, indexes=report.indexes)
+        specs = [spec for spec in report.specs if spec.name not in broken]
         try:
-            held = await _hold(state, report, [spec for spec in report.specs if spec.name not in broken], embedders)
+            held = await _hold(state, report, specs, embedders)
         except SchemaChanged as error:
-            log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
-            pauses.note(error, anyio.current_time(), seen.get(error.index), refused=True)
-            left_out[error.index] = Pause.of(error)
+            pause(error, in_set_up=True)
             continue
         if held is None:
             report = await _examine_again(config, state, embedders)
             continue
-        specs = [spec for spec in report.specs if spec.name not in broken and spec.name not in held]
+        examined = msgspec.structs.replace(state.config, indexes=report.indexes)
+        specs = [spec for spec in specs if spec.name not in held]
         pipeline = Pipeline(
             *(examined, state, specs, embedders, dispatchers),
             plans=report.plans,
@@ -203,56 +223,73 @@ async def _work_through_schema_changes(
             look_again=look_again,
             before=pipeline,
         )
-        paused: list[SchemaChanged] = []
-        before, refused, ending = refused, [], None
-        try:
-            ending = await pipeline.set_up(broken)
-            state.waiting_for = None
-            match ending:
-                case "ready":
-                    while unopened:
-                        tasks.start_soon(unopened.pop().run)
-                    paused = await pipeline.work()
-                case "refused":
-                    paused = pipeline.refused
-                case "stopped" | "outdated":
-                    pass
-                case _:
-                    assert_never(ending)
-        except SchemaChanged as error:
-            paused = [error]
-        except TablesChanged as error:
-            log.info("tables_changed", where=error.where, because=error.message)
-        except SetupError as error:
-            refused = [one for one in before if one == str(error)] + [str(error)]
-            if error.sqlstate is None or len(refused) == SET_UP_ATTEMPTS:
-                raise
-            if not state.stopping.is_set():
-                log.warning("set_up_refused", error=str(error), fix=error.hint)
-                await _wait(state, error)
-        except TargetRewound as error:
-            known.clear()
-            log.error("target_rewound", error=str(error), fix=error.hint)
-        except LeaseLost as error:
-            # By a command, it may be, that did its work while this worker was cut off, and has ended since.
-            known.clear()
-            log.warning("overtaken", error=str(error))
-        except Unavailable as error:
-            known.clear()
-            if not state.stopping.is_set():
-                log.warning("set_up_waits", error=str(error), fix=error.hint)
-                await _wait(state, error)
-        finally:
-            await pipeline.aclose()
-        for why in paused:
-            log.error("index_paused", index=why.index, error=str(why), fix=why.hint)
-            pauses.note(why, anyio.current_time(), seen.get(why.index), refused=ending == "refused")
-            left_out[why.index] = Pause.of(why)
+        ended = await _run(pipeline, state, broken, known=known, refusals=ended.refusals, once_set_up=open_models)
+        for why in ended.paused:
+            pause(why, in_set_up=ended.in_set_up)
         if state.stopping.is_set():
             return
-        if not paused:
+        if not ended.paused:
             report = ahead.pop() if ahead else await _examine_again(config, state, embedders)
         ahead.clear()
+
+
+async def _run(
+    pipeline: Pipeline,
+    state: WorkerState,
+    broken: Mapping[str, Pause],
+    *,
+    known: set[str],
+    refusals: Sequence[str],
+    once_set_up: Callable[[], None],
+) -> Ended:
+    """Set a pipeline up, let it work and close it. If a server has to be waited for, that is done before it is closed.
+
+    :param broken: why indexes cannot be followed.
+    :param known: the indexes that were set up; emptied if others may have changed them since.
+    :param refusals: what a server said to the set-ups before, in the same words each time.
+    :raises SetupError: a server refuses the set-up, and has said so often enough.
+    :raises RunError: the worker cannot continue until someone acts.
+    """
+    try:
+        ending = await pipeline.set_up(broken)
+        state.note_waiting(None)
+        match ending:
+            case "ready":
+                once_set_up()
+                return Ended(await pipeline.work())
+            case list():
+                return Ended(ending, in_set_up=True)
+            case "stopped" | "outdated":
+                pass
+            case _:
+                assert_never(ending)
+    except SchemaChanged as error:
+        return Ended([error])
+    except TablesChanged as error:
+        log.info("tables_changed", where=error.where, because=error.message)
+    except SetupError as error:
+        refusals = [*(one for one in refusals if one == str(error)), str(error)]
+        if error.sqlstate is None or len(refusals) == SET_UP_ATTEMPTS:
+            raise
+        if not state.stopping.is_set():
+            log.warning("set_up_refused", error=str(error), fix=error.hint)
+            await _wait(state, error)
+        return Ended(refusals=refusals)
+    except TargetRewound as error:
+        known.clear()
+        log.error("target_rewound", error=str(error), fix=error.hint)
+    except LeaseLost as error:
+        # By a command, it may be, that did its work while this worker was cut off, and has ended since.
+        known.clear()
+        log.warning("overtaken", error=str(error))
+    except Unavailable as error:
+        known.clear()
+        if not state.stopping.is_set():
+            log.warning("set_up_waits", error=str(error), fix=error.hint)
+            await _wait(state, error)
+    finally:
+        await pipeline.aclose()
+    return Ended()
 
 
 async def _hold(
@@ -270,7 +307,7 @@ async def _hold(
 
 async def _wait(state: WorkerState, error: CdcsyncError) -> None:
     """Wait a second before another set-up, or until told to stop, and show why."""
-    state.wait_for(error.with_fix)
+    state.note_waiting(error.with_fix)
     with anyio.move_on_after(STANDBY_POLL_S):
         await state.stopping.wait()
 
@@ -282,7 +319,7 @@ async def _examine_again(config: Config, state: WorkerState, embedders: dict[str
         state.examined(target_reached=report.target_reached)
         if not report.errors or state.stopping.is_set():
             return report
-        state.wait_for(_said(report))
+        state.note_waiting(_said(report))
         log.warning("examination_waits", problems=_problems(report))
         await backoff.wait()
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
 
@@ -20,11 +19,10 @@ import structlog
 from cdcsync import tracing
 from cdcsync.backoff import Outages
 from cdcsync.config import Config
-from cdcsync.errors import CdcsyncError, EmbedderUnavailable, TargetUnavailable, Unavailable
+from cdcsync.errors import CdcsyncError, EmbedderUnavailable, TargetUnavailable
 from cdcsync.flows.embed import Dispatcher
-from cdcsync.logs import Told
 from cdcsync.lsn import Lsn
-from cdcsync.metrics import STATES, Metrics
+from cdcsync.metrics import Metrics
 from cdcsync.model.lag import Lag
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session
@@ -41,18 +39,9 @@ from cdcsync.status import (
 )
 from cdcsync.target.locked_session import worker_name
 from cdcsync.worker.history import History, Memory
+from cdcsync.worker.readings import AWAY_S, Readings
 
 log = structlog.get_logger()
-
-GAUGES_S = 2.0
-"""How often the gauges are read from both servers."""
-
-AWAY_S = 10.0
-"""How long a server may leave a reading without an answer, or a batch unwritten, before the worker is not ready: longer
-than a restart."""
-
-GAUGES_SHARE = 0.05
-"""How much of the time they may be read, which takes the longer the more indexes there are."""
 
 QUERY_S = 4.0
 """How long a query may wait for its vector behind the worker's own texts; the client can load the model instead."""
@@ -73,7 +62,7 @@ class WorkerState:
         self.port: int | None = None
         self.standby = False
         """Whether the target, when it was last asked, said that another worker holds the pipeline's lock."""
-        self.waiting_for: str | None = None
+        self._waiting_for: str | None = None
         """The servers, or the transactions, that a start or a set-up waits for, and why."""
         self.stopping = anyio.Event()
         """Set once the worker is asked to end."""
@@ -98,12 +87,9 @@ class WorkerState:
         self._source = Session(config.source.dsn, "source", application_name="cdcsync status", idle_s=IDLE_S)
         self._target = Session(config.target.dsn, "target", application_name="cdcsync status", idle_s=IDLE_S)
         self._reading = anyio.Lock()
+        self.readings = Readings(lambda: self._target.used_at)
         self.last: Status | None = None
         """The status as it was last read, for whomever: what readiness goes by, and /status shows."""
-        self._asked: float | None = None
-        """When the reading began that has not been answered yet; readings that failed since then count."""
-        self._unread: CdcsyncError | None = None
-        """Why the last reading failed."""
         self._unreadable: dict[str, float] = {}
         """Since when the tables of an index cannot be read."""
         self._memory = Memory(self.metrics)
@@ -135,7 +121,7 @@ class WorkerState:
             self.metrics.embedder_problem.labels(name).set_function(partial(_troubled, dispatcher))
         self._reconfigure = reconfigure
         # Of readings, which are made from now on.
-        self.metrics.connected.labels("target").set_function(lambda: float(self._answered))
+        self.metrics.connected.labels("target").set_function(lambda: float(self.readings.answered))
 
     def connected(self, up: bool) -> None:
         """Note whether the stream flows."""
@@ -152,12 +138,12 @@ class WorkerState:
     def _waits(self) -> str | None:
         """Why the start, or the set-up of another pipeline, has to wait."""
         what = "set-up" if self._followed else "start"
-        return None if self.waiting_for is None else f"the {what} waits: {self.waiting_for}"
+        return None if self._waiting_for is None else f"the {what} waits: {self._waiting_for}"
 
     @property
     def starting(self) -> bool:
         """Whether the worker began so lately that it need not follow its source yet."""
-        waits = self._followed or self.standby or self.waiting_for is not None
+        waits = self._followed or self.standby or self._waiting_for is not None
         return not waits and anyio.current_time() - self._begun < STARTING_S
 
     def stand_by(self) -> None:
@@ -165,26 +151,25 @@ class WorkerState:
 
         That one shows how it is, and what this one knew goes stale.
         """
-        self._asked = self._unread = None  # no reading of ours may follow that would show that the target answers
+        self.readings.conclude(None)  # no reading of ours may follow that would show that the target answers
         if self.standby:
             return
         self.standby, self.last = True, None
         self._unreadable.clear()
         self.metrics.forget()
 
-    def wait_for(self, why: str | None) -> None:
-        """Note what a start or a set-up waits for: until that is over, nobody knows whether another worker works.
+    def note_waiting(self, why: str | None) -> None:
+        """Note why a start or a set-up waits: until that is over, nobody knows whether another worker works.
 
         :param why: None once it waits no more.
         """
-        self.waiting_for = why
+        self._waiting_for = why
         if why is not None:
             self.standby = False
 
     def examined(self, *, target_reached: bool) -> None:
         """Note whether the target could be reached, between pipelines, when nothing else asks it."""
-        self._asked = None
-        self._unread = None if target_reached else TargetUnavailable("it cannot be reached", where="target")
+        self.readings.conclude(None if target_reached else TargetUnavailable("it cannot be reached", where="target"))
 
     def stop(self) -> None:
         """Ask for an orderly end: the current batch is finished, or abandoned whole."""
@@ -232,7 +217,7 @@ class WorkerState:
             reasons.append(self._why_not_followed or "the replication stream is not connected")
         elif self._lag is not None and not self._lag.heard_lately:
             reasons.append("nothing has been heard from the source lately, so the lag is unknown")
-        if (why := self._why_unread or (self._why_not_followed if self._connected else None)) is not None:
+        if (why := self.readings.why_failing or (self._why_not_followed if self._connected else None)) is not None:
             reasons.append(why)
         reasons += self._why_others_wait
         reasons += [
@@ -304,25 +289,9 @@ class WorkerState:
         return math.nan if self._lag is None else self._lag.seconds
 
     @property
-    def _unanswered_s(self) -> float:
-        """How long the target has left a reading without an answer."""
-        # A reading of many indexes takes long, and each of its statements is answered.
-        return 0.0 if self._asked is None else anyio.current_time() - max(self._asked, self._target.used_at)
-
-    @property
-    def _answered(self) -> bool:
-        """Whether the target has answered the readings so far."""
-        return not isinstance(self._unread, Unavailable) and self._unanswered_s < AWAY_S
-
-    @property
-    def _why_unread(self) -> str | None:
-        """Why the status cannot be read, unless that is likely to pass in a moment."""
-        error = self._unread
-        if error is not None and not isinstance(error, Unavailable):
-            return f"the status cannot be read: {error.with_fix}"
-        if self._unanswered_s < AWAY_S:
-            return None
-        return f"the target does not answer: {error.message}" if error is not None else "the target does not answer"
+    def checkpoint(self) -> Lsn:
+        """The position up to which the target has everything."""
+        return self._checkpoint()
 
     @property
     def _why_not_followed(self) -> str | None:
@@ -355,7 +324,7 @@ class WorkerState:
         :raises SetupError: it refuses the login, or the pipeline's own tables cannot be read.
         """
         async with self._reading:
-            with self._noting():
+            with self.readings.noted():
                 status = await self._read()
         if self._connected and self._lag is not None:
             # This process knows these figures exactly; the tables tell them to anyone to within some seconds.
@@ -397,25 +366,6 @@ class WorkerState:
         with speaking_of("target"):
             return await read_status(self.config, source, target)
 
-    @contextmanager
-    def _noting(self) -> Iterator[None]:
-        """Note whether the target answers a reading."""
-        began = self._asked
-        if began is None:
-            self._asked = anyio.current_time()
-        try:
-            yield
-        except Unavailable as error:
-            self._unread = error
-            raise
-        except CdcsyncError as error:
-            self._asked, self._unread = None, error
-            raise
-        except BaseException:
-            self._asked = began  # the reading was given up
-            raise
-        self._asked = self._unread = None
-
     def _note_unreadable(self, status: Status) -> None:
         """Note and log since when the tables of indexes cannot be read."""
         for name, index in status.indexes.items():
@@ -434,68 +384,6 @@ class WorkerState:
         await self._source.aclose()
         await self._target.aclose()
         await anyio.to_thread.run_sync(self.tracing.close)
-
-    async def gauges_for_ever(self) -> None:
-        """Keep the gauges current, until cancelled: nothing that fails here may end the worker."""
-        told = Told()
-        while True:
-            started = anyio.current_time()
-            pause = GAUGES_S
-            try:
-                self._set_gauges(await self.status())
-                told.over()
-                pause = max(GAUGES_S, (anyio.current_time() - started) / GAUGES_SHARE)
-            except Unavailable as error:
-                log.debug("gauges_wait", error=str(error))
-                if self.last is not None and self._unanswered_s >= AWAY_S:  # a gap stops rates and alerts for long
-                    self._set_gauges(self.last, known=False)
-            except CdcsyncError as error:
-                if told.anew(error):
-                    log.warning("status_unreadable", error=str(error), fix=error.hint)
-            except Exception as error:
-                # A mistake of ours, which is no reason to let the indexes fall behind.
-                if told.anew(error):
-                    log.exception("status_failed")
-            await anyio.sleep(pause)
-
-    def _set_gauges(self, status: Status, *, known: bool = True) -> None:
-        """Show a reading.
-
-        :param known: whether its figures still are, which nobody can tell while the target does not answer. What it has
-            stored of states, proofs and recall stays as it was last read.
-        """
-        metrics = self.metrics
-        metrics.checkpoint_lsn.set(int(self._checkpoint()))
-        metrics.lag_bytes.set(math.nan if status.lag_bytes is None or not known else status.lag_bytes)
-        for name, index in status.indexes.items():
-            away = 0.0 if known else math.nan
-            unknown = away if index.unreadable is None else math.nan
-            metrics.backlog.labels(name, "live").set(index.backlog_live + unknown)
-            metrics.backlog.labels(name, "backfill").set(index.backlog - index.backlog_live + unknown)
-            metrics.failed.labels(name).set(index.failed + unknown)
-            metrics.discarded.labels(name).set(index.discarded + unknown)
-            listed = index.failed_documents
-            metrics.failed_documents.labels(name).set(math.nan if listed is None else listed + away)
-            for state in STATES:
-                metrics.index_state.labels(name, state).set(index.state == state)
-            metrics.index_chunks.labels(name).set(index.chunks + unknown)
-            metrics.index_vectors.labels(name).set(index.vectors + unknown)
-            metrics.generation_vectors.remove_by_labels({"index": name})
-            for one in index.generations:
-                if one.generation != index.generation:
-                    metrics.generation_vectors.labels(name, str(one.generation)).set(one.vectors + away)
-            if index.proven_equal_at is not None:
-                metrics.proven_equal.labels(name).set(index.proven_equal_at.timestamp())
-                metrics.undecided.labels(name).set(index.undecided)
-            if index.recall is not None:
-                metrics.recall.labels(name).set(index.recall.recall)
-                metrics.recall_finished.labels(name).set(index.recall.evaluated_at.timestamp())
-            else:  # there is none of another generation
-                metrics.recall.remove(name)
-                metrics.recall_finished.remove(name)
-            backfill = index.backfill
-            metrics.backfill_done.labels(name).set(away if backfill is None else backfill.rows_done + away)
-            metrics.backfill_expected.labels(name).set(away if backfill is None else (backfill.rows_total or 0) + away)
 
 
 def _troubled(dispatcher: Dispatcher) -> float:

@@ -109,7 +109,7 @@ class Streaming:
                             self._config,
                             [spec.name for spec in self._specs],
                             stuck=self._stuck,
-                            note=self._state.wait_for,
+                            note=self._state.note_waiting,
                         )
                         self._stuck = None
                     if self._state.stopping.is_set():

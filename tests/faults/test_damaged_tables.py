@@ -45,7 +45,7 @@ def test_what_only_looks_at_a_target_ends_no_worker_and_says_what_it_cannot_see(
     pipeline.source.execute("CREATE TABLE notes (id bigint PRIMARY KEY, body text NOT NULL)")
     pipeline.source.execute("INSERT INTO notes SELECT i, 'note ' || i FROM generate_series(1, 20) AS i")
     pipeline.configure(pipeline.path.read_text() + NOTES)
-    pipeline.hurry = {"cdcsync.worker.state.AWAY_S": 1}
+    pipeline.hurry = {"cdcsync.worker.readings.AWAY_S": 1}
     worker = pipeline.start()
     pipeline.live()
     (path,) = pipeline.target.execute("SELECT pg_relation_filepath('cdcsync.articles_chunks')").fetchone() or ("",)

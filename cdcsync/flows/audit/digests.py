@@ -125,6 +125,21 @@ def _of_a_row(error: psycopg.Error) -> bool:
     return of_a_row(error) or isinstance(error, psycopg.errors.InternalError_)
 
 
+class _Page(msgspec.Struct, frozen=True):
+    """A page of one table's rows, as SQL.
+
+    :ivar read: the rows, in the order of their keys, as a subquery of `FROM` whose name is t.
+    :ivar key: the key's columns.
+    :ivar ordered: those of them that the rows are ordered by.
+    :ivar arguments: of the whole statement.
+    """
+
+    read: sql.Composable
+    key: list[sql.Composable]
+    ordered: list[sql.Composable]
+    arguments: list[object]
+
+
 async def _table_digests(
     connection: Connection,
     spec: IndexSpec,
@@ -138,7 +153,16 @@ async def _table_digests(
 
     :param apart: whether conditions are not even asked of rows without one of these keys, each of which is one row's.
     """
-    by_code = spec.documents.by_code
+    page = await _page(connection, spec, after, limit, keys, apart=apart)
+    found = await (_digests_by_code if spec.documents.by_code else _digests_in_sql)(connection, spec, page)
+    repeated = [key for key, times in Counter(key for key, _ in found).items() if times > 1]
+    return Digests(dict(found), repeated, found[-1][0] if found else after, len(found) < limit)
+
+
+async def _page(
+    connection: Connection, spec: IndexSpec, after: Key | None, limit: int, keys: Sequence[Key] | None, *, apart: bool
+) -> _Page:
+    """Return up to `limit` rows with keys above `after`, or those with one of these keys; see `_table_digests`."""
     columns: list[sql.Composable] = [sql.Identifier("t", name) for name in spec.shape.key]
     types = list(enumerate(spec.source_key_types, start=1))
     operators = await comparisons(connection, spec.source_key_types)
@@ -173,66 +197,69 @@ async def _table_digests(
     ordered = sql.SQL(", ").join(columns[fixed:])
     own = sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.own)
     of = [sql.SQL("{} AS t {}").format(rows_of, part) for part in above]
-    page = of[0] if len(of) == 1 else sql.SQL("{} AS t").format(in_parts(own, of, ordered, limit))
-    read = sql.SQL("{} ORDER BY {} LIMIT {}").format(page, ordered, sql.Literal(limit))
+    rows = of[0] if len(of) == 1 else sql.SQL("{} AS t").format(in_parts(own, of, ordered, limit))
+    read = sql.SQL("{} ORDER BY {} LIMIT {}").format(rows, ordered, sql.Literal(limit))
     if spec.documents.related:
         equal = await related_operators(connection, spec.facts)
         rows_read = sql.SQL("SELECT {} FROM {}").format(own, read)
         whole = computed(rows_read, spec.shape, spec.documents.related, spec.facts, equal, apart=apart)
         read = sql.SQL("{} AS t ORDER BY {}").format(whole, ordered)
-    parts: dict[str, sql.Composable] = {
-        "ordered": ordered,
-        "key": sql.SQL(", ").join(columns),
-        "carried": sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.carried),
-        "read": read,
-    }
-    if by_code:
-        within = read_within(spec.shape.columns[len(columns) :], spec.shape, largest_value())
-        parts["carried"] = sql.SQL(", ").join(within[: len(spec.shape.carried)])
-        rows = await fetch_texts(
-            connection,
-            sql.SQL("SELECT ROW({key})::text, ROW({carried})::text, {columns} FROM {read}").format(
-                **parts, columns=sql.SQL(", ").join([*columns, *within])
+    return _Page(read, columns, columns[fixed:], arguments)
+
+
+async def _digests_by_code(connection: Connection, spec: IndexSpec, page: _Page) -> list[tuple[Key, int | None]]:
+    """Return the digests of a page's rows, whose documents are made by code here, in the order of the rows."""
+    within = read_within(spec.shape.columns[len(page.key) :], spec.shape, largest_value())
+    rows = await fetch_texts(
+        connection,
+        sql.SQL("SELECT ROW({key})::text, ROW({carried})::text, {columns} FROM {read}").format(
+            key=sql.SQL(", ").join(page.key),
+            carried=sql.SQL(", ").join(within[: len(spec.shape.carried)]),
+            columns=sql.SQL(", ").join([*page.key, *within]),
+            read=page.read,
+        ),
+        page.arguments,
+    )
+    return await anyio.to_thread.run_sync(_made_here, spec, rows)
+
+
+async def _digests_in_sql(connection: Connection, spec: IndexSpec, page: _Page) -> list[tuple[Key, int | None]]:
+    """Return the digests of a page's rows, which the server makes with their documents, in the order of the rows."""
+    others = [name for name in dict.fromkeys(spec.shape.columns) if name not in spec.shape.key]
+    bounded = read_within(others, spec.shape, TOO_LARGE)
+    large = sql.Identifier("t", "cdcsync too large") if others else sql.SQL("false")
+    within = [*page.ordered, *map(_named, bounded, (*others, "cdcsync too large"))]
+    blank = WHITE_SPACE if connection.info.parameter_status("server_encoding") == "UTF8" else " \t\n\v\f\r"
+    named = [sql.Identifier(f"k{at}") for at in range(len(page.key))]
+    rows = await fetch_texts(
+        connection,
+        sql.SQL(
+            "SELECT CASE WHEN r.too_large THEN {none} WHEN btrim(r.document, {blank}) <> '' THEN {digest} END,"
+            " {listed} FROM ("
+            " SELECT {keys}, row_number() OVER (ORDER BY {ordered}) AS place,"
+            " ROW({key})::text AS key_text, ROW({carried})::text AS carried_text,"
+            " {document} AS document, {document_hash} AS document_hash, {too_large} AS too_large"
+            " FROM (SELECT {within} FROM {read}) AS t) AS r ORDER BY r.place"
+        ).format(
+            none=sql.Literal(NO_DOCUMENT),
+            blank=sql.Literal(blank),
+            digest=digest("r.key_text", "r.carried_text", "r.document_hash"),
+            listed=sql.SQL(", ").join(sql.SQL("r.{}").format(name) for name in named),
+            keys=sql.SQL(", ").join(
+                sql.SQL("{} AS {}").format(key, name) for key, name in zip(page.key, named, strict=True)
             ),
-            arguments,
-        )
-        found = await anyio.to_thread.run_sync(_made_here, spec, rows)
-    else:
-        others = [name for name in dict.fromkeys(spec.shape.columns) if name not in spec.shape.key]
-        bounded = read_within(others, spec.shape, TOO_LARGE)
-        large = sql.Identifier("t", "cdcsync too large") if others else sql.SQL("false")
-        within = [*columns[fixed:], *map(_named, bounded, (*others, "cdcsync too large"))]
-        blank = WHITE_SPACE if connection.info.parameter_status("server_encoding") == "UTF8" else " \t\n\v\f\r"
-        named = [sql.Identifier(f"k{at}") for at in range(len(columns))]
-        rows = await fetch_texts(
-            connection,
-            sql.SQL(
-                "SELECT CASE WHEN r.too_large THEN {none} WHEN btrim(r.document, {blank}) <> '' THEN {digest} END,"
-                " {listed} FROM ("
-                " SELECT {keys}, row_number() OVER (ORDER BY {ordered}) AS place,"
-                " ROW({key})::text AS key_text, ROW({carried})::text AS carried_text,"
-                " {document} AS document, {document_hash} AS document_hash, {too_large} AS too_large"
-                " FROM (SELECT {within} FROM {read}) AS t) AS r ORDER BY r.place"
-            ).format(
-                **parts,
-                none=sql.Literal(NO_DOCUMENT),
-                too_large=large,
-                within=sql.SQL(", ").join(within),
-                blank=sql.Literal(blank),
-                digest=digest("r.key_text", "r.carried_text", "r.document_hash"),
-                listed=sql.SQL(", ").join(sql.SQL("r.{}").format(name) for name in named),
-                keys=sql.SQL(", ").join(
-                    sql.SQL("{} AS {}").format(key, name) for key, name in zip(columns, named, strict=True)
-                ),
-                document=sql.SQL(spec.documents.sql(lambda name: f"t.{quote(name)}")),
-                document_hash=sql.SQL(spec.documents.hash_sql(lambda name: f"t.{quote(name)}")),
-            ),
-            arguments,
-        )
-        found = [(cast(Key, tuple(key)), None if one is None else int(cast(str, one))) for one, *key in rows]
-    by_key = dict(found)
-    repeated = [key for key, times in Counter(key for key, _ in found).items() if times > 1]
-    return Digests(by_key, repeated, found[-1][0] if found else after, len(rows) < limit)
+            ordered=sql.SQL(", ").join(page.ordered),
+            key=sql.SQL(", ").join(page.key),
+            carried=sql.SQL(", ").join(sql.Identifier("t", name) for name in spec.shape.carried),
+            document=sql.SQL(spec.documents.sql(lambda name: f"t.{quote(name)}")),
+            document_hash=sql.SQL(spec.documents.hash_sql(lambda name: f"t.{quote(name)}")),
+            too_large=large,
+            within=sql.SQL(", ").join(within),
+            read=page.read,
+        ),
+        page.arguments,
+    )
+    return [(cast(Key, tuple(key)), None if one is None else int(cast(str, one))) for one, *key in rows]
 
 
 def _named(value: sql.Composable, name: str) -> sql.Composable:

@@ -32,7 +32,7 @@ from __future__ import annotations
 from cdcsync.flows.embed.dispatcher import Dispatcher
 from cdcsync.flows.embed.loop import EmbedLoop
 from cdcsync.flows.embed.notes import note_for_ever, recall
-from cdcsync.flows.embed.pool import Pool
+from cdcsync.flows.embed.pool import BacklogPool
 from cdcsync.flows.embed.probe import probe_for_ever
 
-__all__ = ["Dispatcher", "EmbedLoop", "Pool", "note_for_ever", "probe_for_ever", "recall"]
+__all__ = ["BacklogPool", "Dispatcher", "EmbedLoop", "note_for_ever", "probe_for_ever", "recall"]

@@ -22,7 +22,7 @@ from cdcsync.flows.embed.calls import Made
 from cdcsync.flows.embed.commits import Commits
 from cdcsync.flows.embed.dispatcher import Dispatcher
 from cdcsync.flows.embed.pace import WINDOW_TEXTS
-from cdcsync.flows.embed.pool import Pool
+from cdcsync.flows.embed.pool import BacklogPool
 from cdcsync.metrics import Metrics
 from cdcsync.model.changeset import LIVE
 from cdcsync.model.spec import IndexSpec
@@ -65,7 +65,7 @@ class EmbedLoop:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: BacklogPool,
         spec: IndexSpec,
         dispatcher: Dispatcher,
         metrics: Metrics,

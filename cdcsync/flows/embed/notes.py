@@ -9,7 +9,7 @@ import structlog
 
 from cdcsync.errors import CdcsyncError, SetupError, Unavailable
 from cdcsync.flows.embed.dispatcher import Dispatcher
-from cdcsync.flows.embed.pool import Pool
+from cdcsync.flows.embed.pool import BacklogPool
 from cdcsync.logs import Told
 from cdcsync.model.embedding import EmbedderState
 from cdcsync.postgres.errors import speaking_of
@@ -42,7 +42,7 @@ async def recall(connection: Connection, schema: str, slot: str, dispatchers: Ma
             dispatchers[name].recall(state)
 
 
-async def note_for_ever(pool: Pool, schema: str, slot: str, dispatchers: Mapping[str, Dispatcher]) -> None:
+async def note_for_ever(pool: BacklogPool, schema: str, slot: str, dispatchers: Mapping[str, Dispatcher]) -> None:
     """Note what changes, until cancelled, and once more then: a restart does not forget tokens that were used."""
     noted: dict[str, EmbedderState] = {}
     told = Told()

@@ -18,15 +18,7 @@ from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.postgres.temporary import TemporaryTables
-from cdcsync.target.backlog import Backlog
-
-PER_INDEX = 2
-"""Connections for each index: inserting into HNSW costs the server about a millisecond of one processor for each
-vector, which is more than a fast model or provider takes to make it."""
-
-MOST = 8
-"""Connections of a worker, however many indexes it has: a server's default is 100 for everybody, and more than its
-processors gain nothing."""
+from cdcsync.target.backlog import Backlog, storing_sessions
 
 
 class _Session:
@@ -46,16 +38,16 @@ class _Session:
         return self._backlogs[one]
 
 
-class Pool:
+class BacklogPool:
     """Lends connections, opened when they are needed, and closes those that broke.
 
-    :param indexes: how many indexes share it; one with two generations of vectors counts twice.
+    :param generations: how many generations of vectors share it, those of all indexes.
     """
 
-    def __init__(self, dsn: str, schema: str, indexes: int) -> None:
+    def __init__(self, dsn: str, schema: str, generations: int) -> None:
         self._dsn = dsn
         self._schema = schema
-        self._free = anyio.Semaphore(min(PER_INDEX * indexes, MOST))
+        self._free = anyio.Semaphore(storing_sessions(generations))
         self._idle: list[_Session] = []
         self.problems: dict[str, str] = {}
         """Why vectors of an index wait, as its embed loop noted it."""

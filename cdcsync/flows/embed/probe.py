@@ -18,7 +18,7 @@ import structlog
 from cdcsync.backoff import backoff_s
 from cdcsync.errors import CdcsyncError
 from cdcsync.flows.embed.dispatcher import Dispatcher
-from cdcsync.flows.embed.pool import Pool
+from cdcsync.flows.embed.pool import BacklogPool
 from cdcsync.metrics import Metrics
 from cdcsync.model.embedding import Probe, cosine_distance
 from cdcsync.postgres.errors import speaking_of
@@ -39,7 +39,7 @@ LOOK_S = 60.0
 
 
 async def probe_for_ever(
-    pool: Pool,
+    pool: BacklogPool,
     schema: str,
     slot: str,
     dispatchers: Mapping[str, Dispatcher],
@@ -76,7 +76,7 @@ async def probe_for_ever(
                 log.error("model_changed", embedder=name, drift=round(probe.drift, 4), since=probe.made_at.isoformat())
 
 
-async def _look(pool: Pool, schema: str, slot: str, dispatcher: Dispatcher) -> Probe:
+async def _look(pool: BacklogPool, schema: str, slot: str, dispatcher: Dispatcher) -> Probe:
     """Return the last probe of an embedder, a new one if that is due.
 
     :raises CdcsyncError: the embedder or the target fails now.

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
+import msgspec
 import pytest
-from psycopg import sql
+from psycopg import conninfo, sql
 
+from cdcsync.config import Config
+from cdcsync.postgres.sessions import connect
+from cdcsync.postgres.settings import Side
 from cdcsync.preflight.connections import Room, needed, room_findings
+from cdcsync.target.generations import Generation, Generations, State
 from tests.support.outages import MakeSimple
-from tests.support.preflight import ARTICLES, Role, configured, examined, warnings
+from tests.support.preflight import (
+    ARTICLES,
+    SLOT,
+    Role,
+    configured,
+    examined,
+    lay_out,
+    stored_spec,
+    warnings,
+)
 from tests.support.servers import Database
 from tests.support.workers import until
 
@@ -40,26 +55,52 @@ async def test_a_connection_limit_that_is_too_low_is_told_with_its_name(
     assert limited[1] in told[0].message
 
 
-def test_a_worker_opens_no_more_than_it_is_said_to_and_keeps_few(
+async def asked_for(config: Config) -> int:
+    """Return how many connections a server is said to need for a worker, which leaves fewer."""
+    told = [one.message for one in warnings(await examined(config)) if "CONNECTION LIMIT" in one.message]
+    found = re.search(r"a worker opens up to (\d+) connections here", "".join(told))
+    assert found is not None, told
+    return int(found[1])
+
+
+@pytest.mark.parametrize(("state", "more"), [("ready", 2), ("filling", 3), ("dropping", 0)])
+async def test_each_generation_of_an_index_needs_the_connections_that_its_worker_opens(
+    lone_database: Database, make_lone_database: Callable[[], Database], role: Role, state: State, more: int
+) -> None:
+    lone_database.execute(ARTICLES)
+    owner = conninfo.conninfo_to_dict(lone_database.dsn)["user"]
+    lone_database.execute(f"GRANT {owner} TO {role.name}; ALTER ROLE {role.name} CONNECTION LIMIT 5")
+    target, spec = make_lone_database(), stored_spec()
+    await lay_out(target, spec, slot=SLOT)
+    config = configured(role.dsn, conninfo.make_conninfo(target.dsn, user=role.name), slot=SLOT, articles='search = ""')
+    before = await asked_for(config)
+    async with await connect(target.dsn, "target") as connection:
+        second = Generation.of(msgspec.structs.replace(spec, generation=2, model="another"), state)
+        await Generations("cdcsync").add(connection, second)
+    assert await asked_for(config) == before + more
+
+
+def test_a_worker_opens_no_more_sessions_of_any_name_than_it_is_said_to(
     make_database: Callable[[], Database], make_simple: MakeSimple
 ) -> None:
-    source, target = make_database(), make_database()
-    pipeline = make_simple(source.dsn, target.dsn, slot=source.name, worker_lines="verify_every_s = 0.5")
+    databases: dict[Side, Database] = {"source": make_database(), "target": make_database()}
+    often = "verify_every_s = 0.5\nevaluate_every_s = 0.5\nsettle_connections = 0"
+    pipeline = make_simple(*(one.dsn for one in databases.values()), slot=databases["source"].name, worker_lines=often)
     pipeline.start()
     pipeline.live()
     pipeline.in_step()
-    until(lambda: pipeline.times("verified") > 1, pipeline.tail)
+    until(lambda: pipeline.times("verified") > 1 and pipeline.times("evaluated") > 0, pipeline.tail)
     pipeline.get("/status")
-    most = needed(pipeline.config)
-    counted = {
-        side: pipeline.target.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE datname = %s AND application_name LIKE 'cdcsync%%'"
-            " AND backend_type = 'client backend'",
-            [database.name],
-        ).fetchone()
-        for side, database in (("source", source), ("target", target))
-    }
-    for side in ("source", "target"):
-        count = counted[side]
-        assert count is not None
-        assert 0 < count[0] <= most[side], counted
+    most = needed(pipeline.config, generations=1, filling=0)
+    for side, database in databases.items():
+        counted = {
+            name.removeprefix("cdcsync ").removesuffix(f" {pipeline.config.source.slot}"): count
+            for name, count in pipeline.target.execute(
+                "SELECT application_name, count(*) FROM pg_stat_activity WHERE datname = %s"
+                " AND application_name LIKE 'cdcsync%%' AND application_name <> 'cdcsync liveness'"
+                " AND backend_type = 'client backend' GROUP BY 1",
+                [database.name],
+            )
+        }
+        assert counted
+        assert {name: count for name, count in counted.items() if count > most[side].get(name, 0)} == {}, side

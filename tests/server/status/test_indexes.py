@@ -11,6 +11,7 @@ from cdcsync.model.pauses import Pause
 from cdcsync.postgres.sessions import connect
 from cdcsync.status import BackfillStatus, Headline
 from cdcsync.target.requests.submission import Requests
+from cdcsync.worker.gauges import set_gauges
 from cdcsync.worker.state import WorkerState
 from tests.support.statuses import ARTICLES, Pipeline, problem
 
@@ -32,14 +33,14 @@ async def test_the_last_recall_is_told_for_as_long_as_its_vectors_are_in_use(sto
     assert index.generation == 1
     assert index.recall is not None
     assert (index.recall.recall, index.recall.k, index.recall.ef_search) == (0.97, 10, 40)
-    handle._set_gauges(status)
+    set_gauges(handle, status)
     assert handle.metrics.registry.get_sample_value(*one) == 0.97
 
     # An older version's schema has no such table; neither is anything told of vectors that are out of use.
     await stopped.target.execute("DROP TABLE cdcsync.evaluations")
     status = await stopped.status()
     assert status.indexes["articles"].recall is None
-    handle._set_gauges(status)
+    set_gauges(handle, status)
     assert handle.metrics.registry.get_sample_value(*one) is None
     await handle.aclose()
 

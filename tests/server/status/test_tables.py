@@ -11,6 +11,7 @@ from psycopg import sql
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import connect
 from cdcsync.status.tables import relations
+from cdcsync.worker.gauges import set_gauges
 from cdcsync.worker.state import WorkerState
 from tests.support.statuses import Pipeline, problem
 
@@ -31,7 +32,7 @@ async def test_what_the_role_may_not_read_is_left_out_and_told(stopped: Pipeline
 
         assert status.indexes["articles"].failed_documents is None
         handle = WorkerState(stopped.config)
-        handle._set_gauges(status)
+        set_gauges(handle, status)
         told = handle.metrics.registry.get_sample_value("cdcsync_failed_documents", {"index": "articles"})
         await handle.aclose()
         assert told is not None

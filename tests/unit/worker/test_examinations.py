@@ -29,7 +29,9 @@ async def test_an_examination_made_ahead_is_not_kept_for_later_once_an_index_is_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stopping = anyio.Event()
-    state: Any = SimpleNamespace(stopping=stopping, config=Settings(), examined=lambda **_: None)
+    state: Any = SimpleNamespace(
+        stopping=stopping, config=Settings(), examined=lambda **_: None, note_waiting=lambda why: None
+    )
     config: Any = SimpleNamespace(target=SimpleNamespace(dsn="", schema="cdcsync"))
     found = iter(["ahead", "fresh"])
     begun: list[str] = []
@@ -65,5 +67,5 @@ async def test_an_examination_made_ahead_is_not_kept_for_later_once_an_index_is_
     monkeypatch.setattr(run, "Pipeline", Pipeline)
     monkeypatch.setattr(run, "make_dispatchers", lambda *_: {})
     async with anyio.create_task_group() as tasks:
-        await run._work_through_schema_changes(config, state, report("first"), {}, tasks)
+        await run._run_pipelines(config, state, report("first"), {}, tasks)
     assert begun == ["first", "first", "fresh"]

@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock
 
 import anyio
-import anyio.lowlevel
 import msgspec
 import pytest
 
 from cdcsync import config
 from cdcsync.backoff import Backoff
-from cdcsync.config import parse
 from cdcsync.embedders.hashing import HashEmbedder
-from cdcsync.errors import EmbedderUnavailable, SetupError, SourceUnavailable, TargetUnavailable
+from cdcsync.errors import EmbedderUnavailable, SourceUnavailable, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.embedding import Problem
 from cdcsync.model.lag import Lag
 from cdcsync.status import Headline, Status, WorkerStatus
 from cdcsync.target.locked_session import worker_name
-from cdcsync.worker.state import ALIVE_WITHIN_S, AWAY_S, GAUGES_S, QUERY_S, WorkerState
-from tests.support.configs import configuration
+from cdcsync.worker.gauges import GAUGES_S, set_gauges_for_ever
+from cdcsync.worker.readings import AWAY_S
+from cdcsync.worker.state import ALIVE_WITHIN_S, QUERY_S, WorkerState
 from tests.support.gates import Gated
 from tests.support.statuses import LIVE, STATUS
 from tests.support.virtual import in_virtual_time
+from tests.support.worker_states import CONFIG, follow, gauge, read_as
 
 pytestmark = pytest.mark.anyio
-
-CONFIG = parse(configuration("dbname=nowhere"), {}, where="the test's configuration")
 
 
 @pytest.fixture
@@ -63,7 +60,7 @@ async def test_before_it_follows_anything_a_worker_tells_what_it_waits_for() -> 
     assert math.isnan(state.lag_seconds)
     state.standby = True
     assert state.not_ready() == ["standby: another worker holds the pipeline"]
-    state.wait_for("the source starts up")
+    state.note_waiting("the source starts up")
     assert state.not_ready() == ["the start waits: the source starts up"]
     assert not state.standby
     state.connected(True)
@@ -111,7 +108,7 @@ async def test_the_status_says_why_a_worker_waits_unless_another_one_works(
     monkeypatch.setattr("cdcsync.worker.state.read_status", read_status)
     monkeypatch.setattr(streaming, "_target", connected)
     monkeypatch.setattr(streaming, "_source", connected)
-    streaming.wait_for("the source does not answer")
+    streaming.note_waiting("the source does not answer")
 
     status = await streaming.status()
 
@@ -248,61 +245,6 @@ def test_a_query_that_waits_behind_the_workers_own_texts_for_too_long_is_refused
     assert in_virtual_time(main) == QUERY_S
 
 
-def read_as(state: WorkerState, reading: Callable[[], Status]) -> None:
-    """Have the worker's status read by a function instead of from servers."""
-
-    async def read() -> Status:
-        await anyio.lowlevel.checkpoint()
-        return reading()
-
-    state._read = read  # type: ignore[method-assign]
-
-
-def gauge(worker: WorkerState, name: str, **labels: str) -> float | None:
-    return worker.metrics.registry.get_sample_value(name, labels)
-
-
-async def follow(state: WorkerState) -> None:
-    """Let a worker follow a stream in which nothing happens."""
-    lag = Lag(lambda: 1_000.0, lambda: 0.0)
-    lag.begin(Lsn(0x100), 60.0)
-    lag.note(None, caught_up=True)
-    state.attach(lag, lambda: Lsn(0x100), lambda _: None, {}, lambda _: None)
-    state.connected(True)
-
-
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (SetupError("permission denied", hint="grant it"), "the status cannot be read: permission denied; grant it"),
-        (KeyError("a mistake of ours"), None),
-    ],
-)
-def test_a_status_that_cannot_be_read_ends_no_worker_and_is_read_again(error: Exception, reason: str | None) -> None:
-    async def main() -> None:
-        state, broken = WorkerState(CONFIG), True
-
-        def reading() -> Status:
-            if broken:
-                raise error
-            return STATUS
-
-        await follow(state)
-        read_as(state, reading)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(state.gauges_for_ever)
-            await anyio.sleep(3 * GAUGES_S)
-            assert state.not_ready() == [reason] * (reason is not None)
-            assert gauge(state, "cdcsync_connected", side="target") == 1  # it answers
-            broken = False
-            await anyio.sleep(GAUGES_S)
-            assert state.not_ready() == []
-            assert gauge(state, "cdcsync_index_state", index="articles", state="live") == 1
-            tasks.cancel_scope.cancel()
-
-    in_virtual_time(main)
-
-
 @pytest.mark.parametrize("silent", [False, True])
 def test_a_target_that_does_not_answer_is_a_reason_though_nothing_is_to_be_written(silent: bool) -> None:
     async def main() -> None:
@@ -318,7 +260,7 @@ def test_a_target_that_does_not_answer_is_a_reason_though_nothing_is_to_be_writt
         await follow(state)
         state._read = read  # type: ignore[method-assign]
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(state.gauges_for_ever)
+            tasks.start_soon(set_gauges_for_ever, state)
             await anyio.sleep(AWAY_S)
             assert (state.not_ready(), gauge(state, "cdcsync_connected", side="target")) == ([], 1)
             away = True
@@ -338,36 +280,6 @@ def test_a_target_that_does_not_answer_is_a_reason_though_nothing_is_to_be_writt
     in_virtual_time(main)
 
 
-def test_figures_are_not_known_once_the_target_is_away_for_longer_than_a_restart() -> None:
-    async def main() -> None:
-        state, away = WorkerState(CONFIG), False
-
-        def reading() -> Status:
-            if away:
-                raise TargetUnavailable("connection refused", where="target")
-            return STATUS
-
-        def known() -> bool:
-            return not math.isnan(gauge(state, "cdcsync_index_chunks", index="articles") or 0)
-
-        await follow(state)
-        read_as(state, reading)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(state.gauges_for_ever)
-            await anyio.sleep(1)
-            away = True
-            await anyio.sleep(AWAY_S - GAUGES_S)
-            assert known()
-            await anyio.sleep(3 * GAUGES_S)
-            assert not known()
-            away = False
-            await anyio.sleep(GAUGES_S)
-            assert known()
-            tasks.cancel_scope.cancel()
-
-    in_virtual_time(main)
-
-
 def test_a_standby_hears_from_the_target_though_it_reads_nothing() -> None:
     """The alert of a target that is away would fire for as long as it stands by."""
 
@@ -380,7 +292,7 @@ def test_a_standby_hears_from_the_target_though_it_reads_nothing() -> None:
 
         read_as(state, reading)
         with anyio.move_on_after(AWAY_S + 1):
-            await state.gauges_for_ever()
+            await set_gauges_for_ever(state)
         state.connected(False)
         for failing in (False, True):  # before it stands by, and when somebody asks it
             if failing:
@@ -410,11 +322,11 @@ def test_between_pipelines_the_examination_says_whether_the_target_answers(reach
 
         read_as(state, reading)
         with anyio.move_on_after(AWAY_S + 1):
-            await state.gauges_for_ever()
+            await set_gauges_for_ever(state)
         assert gauge(state, "cdcsync_connected", side="target") == (not reached)
         state.examined(target_reached=reached)
         assert gauge(state, "cdcsync_connected", side="target") == reached
-        state.wait_for("the other server starts up")
+        state.note_waiting("the other server starts up")
         assert state.not_ready() == ["the set-up waits: the other server starts up"]
 
     in_virtual_time(main)
@@ -429,29 +341,5 @@ def test_a_reading_that_was_given_up_says_nothing_about_the_target() -> None:
             await state.status()
         await anyio.sleep(AWAY_S)
         assert state.not_ready() == []
-
-    in_virtual_time(main)
-
-
-def test_an_index_that_cannot_be_read_is_a_reason_once_that_lasts_and_its_figures_are_not_known() -> None:
-    damaged = msgspec.structs.replace(LIVE, unreadable="invalid page; restore it")
-    status = msgspec.structs.replace(STATUS, indexes={"articles": damaged, "notes": LIVE})
-
-    async def main() -> None:
-        state = WorkerState(CONFIG)
-        await follow(state)
-        read_as(state, lambda: status)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(state.gauges_for_ever)
-            await anyio.sleep(CONFIG.worker.ready_max_lag_s - 1)
-            assert state.not_ready() == []
-            await anyio.sleep(2)
-            assert state.not_ready() == ["index articles cannot be read: invalid page; restore it"]
-            tasks.cancel_scope.cancel()
-        assert state.not_loaded() == ["index articles cannot be read: invalid page; restore it"]
-        assert gauge(state, "cdcsync_index_chunks", index="notes") == 0
-        unknown = gauge(state, "cdcsync_index_chunks", index="articles")
-        assert unknown is not None
-        assert math.isnan(unknown)
 
     in_virtual_time(main)

@@ -9,7 +9,7 @@ import pytest
 
 from cdcsync import config
 from cdcsync.embedders.hashing import HashEmbedder
-from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool
+from cdcsync.flows.embed import BacklogPool, Dispatcher, EmbedLoop
 from cdcsync.metrics import Metrics
 from cdcsync.model.changeset import BACKFILL
 from tests.support.indexes import DIMENSIONS, SCHEMA, LiveIndex, changes, document, kept
@@ -25,7 +25,7 @@ class Embedding:
 
     def __init__(self, index: LiveIndex, dsn: str) -> None:
         self.index = index
-        self.pool = Pool(dsn, SCHEMA, 1)
+        self.pool = BacklogPool(dsn, SCHEMA, 1)
         self.metrics = Metrics()
         embedder = HashEmbedder("words", config.HashEmbedder(dimensions=DIMENSIONS))
         self.dispatcher = Dispatcher(embedder, self.metrics, anyio.current_time)

@@ -17,7 +17,7 @@ from cdcsync.documents.templates import hash_text
 from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.embedders.protocol import WORD, Kind, Vectors
 from cdcsync.errors import EmbedError
-from cdcsync.flows.embed import Dispatcher, EmbedLoop, Pool, calls
+from cdcsync.flows.embed import BacklogPool, Dispatcher, EmbedLoop, calls
 from cdcsync.flows.embed.pace import Pace
 from cdcsync.flows.embed.suspects import Suspicion
 from cdcsync.metrics import Metrics
@@ -46,7 +46,7 @@ LONG = "word " * 200
 
 
 @asynccontextmanager
-async def running(loop: EmbedLoop, dispatcher: Dispatcher, pool: Pool) -> AsyncIterator[None]:
+async def running(loop: EmbedLoop, dispatcher: Dispatcher, pool: BacklogPool) -> AsyncIterator[None]:
     """Embed for as long as the block lasts."""
     with anyio.fail_after(60):
         async with anyio.create_task_group() as tasks:
@@ -61,7 +61,7 @@ async def running(loop: EmbedLoop, dispatcher: Dispatcher, pool: Pool) -> AsyncI
 async def embedding(embedder: HashEmbedder, index: LiveIndex, target: Database) -> AsyncIterator[EmbedLoop]:
     """Empty an index's backlog by an embedder for as long as the block lasts."""
     dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
-    pool = Pool(target.dsn, SCHEMA, 1)
+    pool = BacklogPool(target.dsn, SCHEMA, 1)
     loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
     async with running(loop, dispatcher, pool):
         yield loop
@@ -119,7 +119,7 @@ async def test_live_changes_beside_a_load_share_the_calls_as_if_they_were_alone(
         assert live == [64 / 4] * 4
 
 
-class Counted(Pool):
+class Counted(BacklogPool):
     """A pool that counts how often it is asked."""
 
     lent = 0
@@ -198,7 +198,7 @@ async def test_a_suspect_of_a_load_has_its_turn_however_many_live_ones_come(inde
     for text in ("load", "live 1", "live 2", "live 3"):
         dispatcher.suspects.note([hash_text(text)], Suspicion())
     await index.apply(changes(document("1", "live 1"), document("2", "load", lane=BACKFILL)))
-    pool = Pool(target.dsn, SCHEMA, 1)
+    pool = BacklogPool(target.dsn, SCHEMA, 1)
     loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
     async with running(loop, dispatcher, pool):
         await embedder.next_call(1)
@@ -265,7 +265,7 @@ async def test_a_text_that_another_generation_has_is_not_asked_for_while_its_row
         await own.store({hash_text("one"): vector_of("one")})
         embedder = Gated(dimensions=other.dimensions)
         dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
-        pool = Pool(target.dsn, SCHEMA, 1)
+        pool = BacklogPool(target.dsn, SCHEMA, 1)
         loop = EmbedLoop(pool, other, dispatcher, Metrics(), alike=spec.alike(other))
 
         async def waiting(number: int) -> bool:
@@ -296,7 +296,7 @@ async def test_who_held_rows_is_no_longer_told_once_they_are_free_however_many_t
     await index.apply(changes(*(document(str(number), f"{number} {LONG}") for number in range(200))))
     embedder = Gated(dimensions=DIMENSIONS)
     dispatcher = Dispatcher(embedder, Metrics(), anyio.current_time)
-    pool = Pool(target.dsn, SCHEMA, 1)
+    pool = BacklogPool(target.dsn, SCHEMA, 1)
     loop = EmbedLoop(pool, index.spec, dispatcher, Metrics())
 
     async def told(is_it: bool) -> bool:

@@ -9,10 +9,10 @@ import anyio
 import psycopg
 import pytest
 
-from cdcsync.flows.embed import Pool
-from cdcsync.flows.embed.pool import MOST, PER_INDEX
+from cdcsync.flows.embed import BacklogPool
 from cdcsync.postgres import temporary
 from cdcsync.postgres.errors import passing
+from cdcsync.target.backlog import SESSIONS_EACH, SESSIONS_MOST
 from tests.support.ages import held_back, use_transactions
 from tests.support.expiries import EXPIRIES, expire
 from tests.support.indexes import SCHEMA, LiveIndex, changes, document
@@ -28,11 +28,11 @@ def opened(target: Database) -> int:
     return int(count)
 
 
-@pytest.mark.parametrize(("indexes", "most"), [(1, PER_INDEX), (3, 3 * PER_INDEX), (50, MOST)])
-async def test_as_many_are_lent_as_the_indexes_are_worth_and_no_more(
-    index: LiveIndex, target: Database, indexes: int, most: int
+@pytest.mark.parametrize(("generations", "most"), [(1, SESSIONS_EACH), (3, 3 * SESSIONS_EACH), (50, SESSIONS_MOST)])
+async def test_as_many_are_lent_as_the_generations_are_worth_and_no_more(
+    index: LiveIndex, target: Database, generations: int, most: int
 ) -> None:
-    pool = Pool(target.dsn, SCHEMA, indexes)
+    pool = BacklogPool(target.dsn, SCHEMA, generations)
     try:
         async with AsyncExitStack() as stack:
             for _ in range(most):
@@ -51,7 +51,7 @@ async def test_as_many_are_lent_as_the_indexes_are_worth_and_no_more(
 
 async def test_none_is_open_before_it_is_needed_or_after_the_end(index: LiveIndex, target: Database) -> None:
     await index.apply(changes(document("1", "a")))
-    pool = Pool(target.dsn, SCHEMA, 4)
+    pool = BacklogPool(target.dsn, SCHEMA, 4)
     assert opened(target) == 0
     for _ in range(3):
         async with pool.backlog(index.spec) as backlog:
@@ -64,7 +64,7 @@ async def test_none_is_open_before_it_is_needed_or_after_the_end(index: LiveInde
 async def test_their_stages_hold_no_transaction_ids_back_not_even_of_those_that_few_need(
     index: LiveIndex, target: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = Pool(target.dsn, SCHEMA, 2)
+    pool = BacklogPool(target.dsn, SCHEMA, 2)
     try:
         async with AsyncExitStack() as stack:
             for _ in range(3):
@@ -85,7 +85,7 @@ async def test_their_stages_hold_no_transaction_ids_back_not_even_of_those_that_
 async def test_when_one_breaks_the_idle_ones_are_closed_too_and_others_opened(
     index: LiveIndex, target: Database
 ) -> None:
-    pool = Pool(target.dsn, SCHEMA, 2)
+    pool = BacklogPool(target.dsn, SCHEMA, 2)
     try:
         async with AsyncExitStack() as stack:
             for _ in range(3):
@@ -106,7 +106,7 @@ async def test_when_one_breaks_the_idle_ones_are_closed_too_and_others_opened(
 async def test_one_that_is_given_back_within_a_transaction_is_not_lent_again(
     index: LiveIndex, target: Database
 ) -> None:
-    pool = Pool(target.dsn, SCHEMA, 1)
+    pool = BacklogPool(target.dsn, SCHEMA, 1)
     try:
         with pytest.raises(psycopg.errors.DivisionByZero):
             await _fail_within_a_transaction(pool, index)
@@ -116,7 +116,7 @@ async def test_one_that_is_given_back_within_a_transaction_is_not_lent_again(
         await pool.aclose()
 
 
-async def _fail_within_a_transaction(pool: Pool, index: LiveIndex) -> None:
+async def _fail_within_a_transaction(pool: BacklogPool, index: LiveIndex) -> None:
     async with pool.backlog(index.spec) as backlog:
         connection: Any = backlog._connection
         await connection.execute("BEGIN")
@@ -133,7 +133,7 @@ async def _all_closed(target: Database) -> bool:
 @pytest.mark.parametrize("code", EXPIRIES)
 async def test_one_that_a_time_limit_ended_is_replaced(index: LiveIndex, target: Database, code: str) -> None:
     await index.apply(changes(document("1", "a")))
-    pool = Pool(target.dsn, SCHEMA, 1)
+    pool = BacklogPool(target.dsn, SCHEMA, 1)
     async with pool.backlog(index.spec) as backlog:
         await expire(backlog._connection, code)
         with pytest.raises(psycopg.Error) as raised:

@@ -16,7 +16,7 @@ from cdcsync.config import HashEmbedder
 from cdcsync.embedders import Kind, Vectors
 from cdcsync.embedders.hashing import HashEmbedder as Hashing
 from cdcsync.errors import EmbedError
-from cdcsync.flows.embed import Dispatcher, Pool, probe_for_ever
+from cdcsync.flows.embed import BacklogPool, Dispatcher, probe_for_ever
 from cdcsync.metrics import Metrics
 from cdcsync.model.embedding import TOLERANCE, Probe, Problem, cosine_distance
 from cdcsync.postgres.sessions import Connection
@@ -55,7 +55,7 @@ async def connection(open_index: OpenIndex, connect_target: Callable[[], Awaitab
 @asynccontextmanager
 async def probing(target: Database, provider: Provider) -> AsyncIterator[Dispatcher]:
     """Probe without waiting for a minute."""
-    metrics, pool = Metrics(), Pool(target.dsn, SCHEMA, 1)
+    metrics, pool = Metrics(), BacklogPool(target.dsn, SCHEMA, 1)
     dispatcher = Dispatcher(provider, metrics, anyio.current_time)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(dispatcher.run)
