@@ -19,6 +19,7 @@ from cdcsync.preflight.findings import Finding
 from cdcsync.target.backlog import storing_sessions
 
 ON_SOURCE = {
+    "check": 1,
     "control": 1,
     "watch": 1,
     "slot": 1,
@@ -34,6 +35,7 @@ ON_SOURCE = {
 own, which `max_wal_senders` counts."""
 
 ON_TARGET = {
+    "check": 1,
     "apply": 1,
     "look-up": 1,
     "watch": 1,
