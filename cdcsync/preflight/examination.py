@@ -26,7 +26,7 @@ from cdcsync.preflight.families import followed_catalog, left_out_findings
 from cdcsync.preflight.findings import Finding, noting
 from cdcsync.preflight.following import following_findings, seen_fingerprint
 from cdcsync.preflight.generations import follow_generations, live_generation, vector_findings
-from cdcsync.preflight.hosts import connection_options, host_faults
+from cdcsync.preflight.hosts import connection_options, examine_addresses, host_faults
 from cdcsync.preflight.indexes import Plan, make_plan, make_spec, stored_faults, vector_faults
 from cdcsync.preflight.layout import examine_layout, width_faults
 from cdcsync.preflight.machine import machine_findings
@@ -145,6 +145,7 @@ async def _connect(stack: AsyncExitStack, dsn: str, side: Side, findings: list[F
         connection = await stack.enter_async_context(await connect(dsn, side, application_name="cdcsync check"))
         with speaking_of(side):
             await connection.execute(ALWAYS_BRIEFLY)
+            findings += await examine_addresses(side, dsn, connection)
     except CdcsyncError as error:
         findings.append(Finding.of(error, side))
         return None
