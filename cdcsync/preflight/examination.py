@@ -34,6 +34,7 @@ from cdcsync.preflight.related import computed_types, examine_statement
 from cdcsync.preflight.report import Report
 from cdcsync.preflight.sending import creation_faults
 from cdcsync.preflight.source import SourceFacts, examine_source
+from cdcsync.preflight.surroundings import surrounding_findings
 from cdcsync.preflight.tables import examine_row_filter, examine_where, kind_faults, no_such_table
 from cdcsync.preflight.target import TargetFacts, examine_target
 from cdcsync.source.catalog import Catalog, facts_of
@@ -309,6 +310,8 @@ async def _examine_indexes(
             plan.findings += plan.unlike
         with noting(plan.findings, "target", f"indexes.{plan.name}"):
             await examine_layout(target, config, plan, facts, plan.findings)
+            if stored is not None:
+                plan.findings += await surrounding_findings(target, config.target.schema, plan, stored)
         published = publication.tables.get(plan.index.table_name) if publication is not None else None
         row_filter = published.row_filter if published is not None else None
         with noting(plan.findings, "target", f"indexes.{plan.name}"):
