@@ -208,7 +208,7 @@ class Watch:
                 continue  # nothing can be said of it now
             if plan.name not in self._surroundings or anyio.current_time() >= self._relations_due:
                 with speaking_of("target", where=f"index {plan.name}", index=plan.name):
-                    around = await surrounding_findings(await target.connection(), config.target.schema, plan, entry)
+                    around = await surrounding_findings(await target.connection(), config, plan, entry, catalog)
                 self._surroundings[plan.name] = around
             self._note_problems(plan.name, [*findings, *self._surroundings.get(plan.name, ())])
             if plan.name in self._specs and entry.state == "live" and plan.name in loads:

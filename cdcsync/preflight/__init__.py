@@ -13,6 +13,7 @@
     families         an index over many equal tables
     related          an index's related tables
     collations       keys that the servers sort otherwise than they did
+    readers          who reads an index past row-level security
     surroundings     what may befall an index in the target by others; the watch asks it too
     generations      the vectors of an index, if the configuration asks for others
     beside           its chunks, likewise, and those that stand beside them

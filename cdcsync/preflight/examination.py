@@ -311,7 +311,8 @@ async def _examine_indexes(
         with noting(plan.findings, "target", f"indexes.{plan.name}"):
             await examine_layout(target, config, plan, facts, plan.findings)
             if stored is not None:
-                plan.findings += await surrounding_findings(target, config.target.schema, plan, stored)
+                catalog = source_facts.catalog if source_facts is not None else None
+                plan.findings += await surrounding_findings(target, config, plan, stored, catalog)
         published = publication.tables.get(plan.index.table_name) if publication is not None else None
         row_filter = published.row_filter if published is not None else None
         with noting(plan.findings, "target", f"indexes.{plan.name}"):

@@ -45,3 +45,25 @@ def test_another_version_of_a_collation_is_logged_once_while_it_lasts(make_scene
     scene.execute("ALTER TABLE pages RENAME headline TO title")
     scene.heals()
     assert told(scene, "recorded in version 0") == both
+
+
+def test_readers_past_row_level_security_are_logged_once_while_they_are_there(make_scene: MakeScene) -> None:
+    scene = make_scene(
+        [
+            "CREATE TABLE held (id int PRIMARY KEY, title text)",
+            "INSERT INTO held SELECT i, 'title ' || i FROM generate_series(1, 9) AS i",
+            "CREATE SCHEMA shown",
+            "GRANT USAGE ON SCHEMA shown TO PUBLIC",
+        ],
+        {"held": Followed("held", view="shown.held")},
+        hurry=HURRY,
+    )
+    scene.execute("GRANT SELECT ON shown.held TO PUBLIC", "ALTER TABLE held ENABLE ROW LEVEL SECURITY")
+    until(lambda: told(scene, "the source holds readers") == ["indexes.held.view"], scene.pipeline.tail)
+    scene.execute(
+        "CREATE POLICY mine ON cdcsync.held_chunks USING (id < 3)",
+        "ALTER TABLE cdcsync.held_chunks ENABLE ROW LEVEL SECURITY",
+    )
+    until(lambda: told(scene, "past the row-level security") == ["indexes.held.view"], scene.pipeline.tail)
+    until(lambda: scene.pipeline.get("/readyz")[0] == 200, scene.pipeline.tail)
+    scene.follows()
