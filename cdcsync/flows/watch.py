@@ -48,6 +48,7 @@ from cdcsync.preflight import Finding
 from cdcsync.preflight.families import followed_catalog
 from cdcsync.preflight.following import following_findings, seen_fingerprint
 from cdcsync.preflight.indexes import Plan, vector_faults
+from cdcsync.preflight.surroundings import surrounding_findings
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import Catalog, read_catalog
 from cdcsync.target.approvals import Approvals
@@ -118,7 +119,13 @@ class Watch:
         self._noted: set[str] = set()
         """The followed indexes whose loads were found to have failed."""
         self._relations_due = anyio.current_time() + RELATIONS_S
+        for plan in plans:
+            # A start logs what its examination warns of, as the watch does.
+            logged = {_known_by(one, plan.name) for one in plan.findings if one.level == "warning" and not one.fails}
+            pauses.warned.setdefault(plan.name, logged)
         self._nudged = anyio.Event()
+        self._surroundings: dict[str, list[Finding]] = {}
+        """What was found in the target when it was last looked at, by index."""
         self.problems: dict[str, str] = {}
         """Harm that the publication does to the application's writes, by index."""
 
@@ -199,7 +206,11 @@ class Watch:
             error = next((finding for finding in findings if finding.level == "error"), None)
             if error is not None and error.locked:
                 continue  # nothing can be said of it now
-            self._note_problems(plan.name, findings)
+            if plan.name not in self._surroundings or anyio.current_time() >= self._relations_due:
+                with speaking_of("target", where=f"index {plan.name}", index=plan.name):
+                    around = await surrounding_findings(await target.connection(), config, plan, entry, catalog)
+                self._surroundings[plan.name] = around
+            self._note_problems(plan.name, [*findings, *self._surroundings.get(plan.name, ())])
             if plan.name in self._specs and entry.state == "live" and plan.name in loads:
                 entry = await self._look_at_load(target, entry, loads[plan.name])
             if entry.state != "paused":
@@ -280,14 +291,22 @@ class Watch:
             raise TablesChanged("a migration to other chunks has moved on", where=f"index {index}")
 
     def _note_problems(self, index: str, findings: Sequence[Finding]) -> None:
-        said = [f"{one.sentence}; {one.hint}" for one in findings if one.level == "warning"]
-        if index != own_name(index) and self.problems.get(own_name(index)) == "; ".join(said):
-            said = []  # of the table that both sides of the index have
-        if said and index not in self.problems:
-            log.error("writes_fail", index=index, problems=said)
+        """Note what fails by the table's fault, and log each warning once for as long as there is reason for it."""
+        known = self._pauses.warned
+        warnings = {_known_by(one, index): one for one in findings if one.level == "warning"}
+        if index != own_name(index):
+            # The other side of the index has the same table.
+            warnings = {by: one for by, one in warnings.items() if by not in known.get(own_name(index), ())}
+        anew = [one for by, one in warnings.items() if by not in known.get(index, ())]
+        known[index] = set(warnings)
         self.problems.pop(index, None)
-        if said:
-            self.problems[index] = "; ".join(said)
+        if failing := [one.said for one in warnings.values() if one.fails]:
+            self.problems[index] = "; ".join(failing)
+        if said := [one.said for one in anew if one.fails]:
+            log.error("writes_fail", index=index, problems=said)
+        for one in anew:
+            if not one.fails:
+                log.warning("preflight", where=one.where, problem=one.message, fix=one.hint)
 
     async def _look_at_followed(
         self, source: Session, target: Session, spec: IndexSpec, entry: Entry, catalog: Catalog, error: Finding | None
@@ -373,3 +392,8 @@ class Watch:
             self._pauses.note_standing(name, now)
         if self._pauses.due(name, now) and entry.pause is not None and not entry.pause.needs_a_start:
             raise TablesChanged("it may be followed again", where=f"index {name}")
+
+
+def _known_by(finding: Finding, index: str) -> tuple[str, str | None]:
+    """Return by what a finding is known when it is made again; its message may hold figures that change."""
+    return finding.where.replace(index, own_name(index)), finding.hint

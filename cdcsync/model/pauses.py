@@ -67,6 +67,8 @@ class Pauses:
         """The indexes whose tables in the target could lose or hide rows when they were last looked at."""
         self.seen: dict[str, object] = {}
         """What each paused index would be made of, as its tables were when they were last looked at."""
+        self.warned: dict[str, set[tuple[str, str | None]]] = {}
+        """What was last warned of about each index that need not be paused: by which place and fix each is known."""
 
     def note(self, error: SchemaChanged, now: float, seen: object = None, *, refused: bool = False) -> None:
         """Note that an index was paused at `now`, a clock's reading in seconds.

@@ -18,6 +18,7 @@
     temporary     temporary tables of sessions that live for weeks
     pool          a few sessions shared by the tasks of an application
     comparisons   the operators that compare keys as the server does
+    collations    whether a library sorts otherwise than indexes were sorted
 
 A file imports only from lines above its own.
 """

@@ -12,6 +12,9 @@
     indexes          each index: its model, what is stored of it, and its `IndexSpec`
     families         an index over many equal tables
     related          an index's related tables
+    collations       keys that the servers sort otherwise than they did
+    readers          who reads an index past row-level security
+    surroundings     what may befall an index in the target by others; the watch asks it too
     generations      the vectors of an index, if the configuration asks for others
     beside           its chunks, likewise, and those that stand beside them
     following        whether each index can follow its table; the watch asks it too

@@ -26,7 +26,7 @@ from cdcsync.preflight.families import followed_catalog, left_out_findings
 from cdcsync.preflight.findings import Finding, noting
 from cdcsync.preflight.following import following_findings, seen_fingerprint
 from cdcsync.preflight.generations import follow_generations, live_generation, vector_findings
-from cdcsync.preflight.hosts import connection_options, host_faults
+from cdcsync.preflight.hosts import connection_options, examine_addresses, host_faults
 from cdcsync.preflight.indexes import Plan, make_plan, make_spec, stored_faults, vector_faults
 from cdcsync.preflight.layout import examine_layout, width_faults
 from cdcsync.preflight.machine import machine_findings
@@ -34,6 +34,7 @@ from cdcsync.preflight.related import computed_types, examine_statement
 from cdcsync.preflight.report import Report
 from cdcsync.preflight.sending import creation_faults
 from cdcsync.preflight.source import SourceFacts, examine_source
+from cdcsync.preflight.surroundings import surrounding_findings
 from cdcsync.preflight.tables import examine_row_filter, examine_where, kind_faults, no_such_table
 from cdcsync.preflight.target import TargetFacts, examine_target
 from cdcsync.source.catalog import Catalog, facts_of
@@ -149,6 +150,7 @@ async def _connect(stack: AsyncExitStack, dsn: str, side: Side, findings: list[F
         connection = await stack.enter_async_context(await connect(dsn, side, application_name="cdcsync check"))
         with speaking_of(side):
             await connection.execute(ALWAYS_BRIEFLY)
+            findings += await examine_addresses(side, dsn, connection)
     except CdcsyncError as error:
         findings.append(Finding.of(error, side))
         return None
@@ -315,6 +317,9 @@ async def _examine_indexes(
             plan.findings += plan.unlike
         with noting(plan.findings, "target", f"indexes.{plan.name}"):
             await examine_layout(target, config, plan, facts, plan.findings)
+            if stored is not None:
+                catalog = source_facts.catalog if source_facts is not None else None
+                plan.findings += await surrounding_findings(target, config, plan, stored, catalog)
         published = publication.tables.get(plan.index.table_name) if publication is not None else None
         row_filter = published.row_filter if published is not None else None
         with noting(plan.findings, "target", f"indexes.{plan.name}"):

@@ -31,6 +31,7 @@ class Finding(msgspec.Struct, frozen=True):
     :ivar hint: the fix as an instruction, with the exact SQL where there is one.
     :ivar passes: whether an error may go away by itself, as that of a server that is starting up does.
     :ivar locked: whether it is that somebody holds a table locked, which concerns the indexes that need it alone.
+    :ivar fails: whether something fails by it already, although it does not stop the pipeline.
     """
 
     level: Level
@@ -39,6 +40,7 @@ class Finding(msgspec.Struct, frozen=True):
     hint: str | None = None
     passes: bool = False
     locked: bool = False
+    fails: bool = False
 
     @classmethod
     def ok(cls, where: str, message: str) -> Self:
@@ -65,6 +67,11 @@ class Finding(msgspec.Struct, frozen=True):
         """The message where `where` does not stand beside it: with the table or the publication that it is about."""
         said = self.where.startswith("indexes.") or self.where in self.message
         return self.message if said else f"{self.where}: {self.message}"
+
+    @property
+    def said(self) -> str:
+        """The sentence and its fix in one line, where `where` does not stand beside it."""
+        return f"{self.sentence}; {self.hint}" if self.hint else self.sentence
 
     @classmethod
     def of(cls, error: CdcsyncError, where: str) -> Self:

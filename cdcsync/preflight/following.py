@@ -10,6 +10,7 @@ from collections.abc import Collection
 
 from cdcsync.config import QualifiedName
 from cdcsync.documents.related import columns_read
+from cdcsync.preflight.collations import key_findings
 from cdcsync.preflight.families import family_findings
 from cdcsync.preflight.findings import Finding
 from cdcsync.preflight.indexes import Plan, key_faults
@@ -37,7 +38,8 @@ def following_findings(
     if locked := locked_findings(plan, catalog):
         return locked
     if table.name.patterns:
-        return list(family_findings(plan, table, catalog, wanted, stored))
+        faults = list(family_findings(plan, table, catalog, wanted, stored))
+        return [*faults, *key_findings(plan, table, catalog, stored=stored is not None)]
     if faults := kind_faults(where, table):
         return faults
     table = table.keyed_by(plan.index.key, stored.key if stored is not None else ())
@@ -50,6 +52,7 @@ def following_findings(
         *table_faults(plan.name, plan.index, plan.documents, table, catalog.role, stored),
         *sending_findings(table, needed, catalog, wanted),
         *related_findings(plan, table, catalog, wanted, stored),
+        *key_findings(plan, table, catalog, stored=stored is not None),
     ]
 
 

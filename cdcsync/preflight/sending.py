@@ -146,7 +146,7 @@ def write_findings(table: Table, catalog: Catalog) -> Iterator[Finding]:
     for problem, fix in failing_writes(table, publication, sent, catalog.version):
         if sent is not None:
             message = f"UPDATE and DELETE of {table.name} fail: {problem}"
-            yield Finding.warning(f"publication {catalog.publication_name}", message, fix)
+            yield Finding("warning", f"publication {catalog.publication_name}", message, fix, fails=True)
         else:
             message = f"once it sends {table.name}, its UPDATEs fail, and its DELETEs: {problem}"
             yield Finding.error(f"publication {catalog.publication_name}", message, fix)

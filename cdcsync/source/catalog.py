@@ -21,6 +21,7 @@ from cdcsync.documents.related import RelatedRows, TableFacts, columns_read
 from cdcsync.errors import leading
 from cdcsync.lsn import Lsn
 from cdcsync.model.visibility import XID_SPAN, Snapshot
+from cdcsync.postgres.collations import Outdated, outdated_collations
 from cdcsync.postgres.locking import BRIEFLY, until_locked
 from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_rows, fetch_value
 from cdcsync.postgres.sessions import Connection
@@ -127,6 +128,7 @@ class Catalog(msgspec.Struct, frozen=True):
     :ivar members: the tables of each family of many equal tables that was asked for.
     :ivar functions: the definitions of what each condition that was asked for calls, by name.
     :ivar called: the present names of the tables whose OIDs were asked for, as far as they exist.
+    :ivar collations: those of the tables' columns whose version has changed since it was recorded, by name.
     """
 
     version: int
@@ -137,6 +139,7 @@ class Catalog(msgspec.Struct, frozen=True):
     called: dict[int, QualifiedName] = {}
     members: dict[QualifiedName, tuple[QualifiedName, ...]] = {}
     functions: dict[str, dict[str, Definition]] = {}
+    collations: dict[str, Outdated] = {}
 
     def limited(self, family: QualifiedName, members: Collection[QualifiedName]) -> Catalog:
         """Return the catalog as if a family had only these of its members."""
@@ -222,8 +225,11 @@ async def _read_once(
                 found = found and sent_as_one(found, name, known)
                 tables[name] = as_one(name, known)
         functions = await functions_called(connection, expressions)
+        sorted_by = {column.collation for table in tables.values() for column in table.columns.values()} - {""}
+        outdated = await outdated_collations(connection, sorted_by)
         role = await fetch_value(connection, "SELECT current_user::text")
-    return Catalog(connection.info.server_version, role, publication, found, tables, called, members, functions)
+    version = connection.info.server_version
+    return Catalog(version, role, publication, found, tables, called, members, functions, outdated)
 
 
 def facts_of(catalog: Catalog, table: Table, related: Sequence[RelatedRows]) -> dict[QualifiedName, TableFacts]:

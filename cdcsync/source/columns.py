@@ -11,9 +11,6 @@ import msgspec
 
 from cdcsync.postgres.sessions import Connection
 
-DEFAULT_COLLATION = 'pg_catalog."default"'
-"""The collation of columns that name none: that of the database."""
-
 
 class Type(msgspec.Struct, frozen=True):
     """The catalog facts that determine the text of a user-defined type's values.

@@ -31,8 +31,9 @@ from cdcsync.config import QualifiedName
 from cdcsync.config.names import WHOLE_ROW, named
 from cdcsync.model.conditions import Where
 from cdcsync.model.rows import SOURCE_TABLE
+from cdcsync.postgres.collations import DEFAULT_COLLATION
 from cdcsync.source.catalog import Catalog
-from cdcsync.source.columns import DEFAULT_COLLATION, Column, Type, reachable_types
+from cdcsync.source.columns import Column, Type, reachable_types
 from cdcsync.source.functions import KEPT_IN_PLANS
 from cdcsync.source.publications import Publication
 from cdcsync.source.relations import Partition, Table

@@ -72,6 +72,7 @@ class Table(msgspec.Struct, frozen=True):
     :ivar identity: the columns that come with the old key of an UPDATE or DELETE.
     :ivar readable: whether the role may select all columns.
     :ivar row_security: whether policies would hide rows from the role.
+    :ivar secured: whether it has row-level security, for whichever roles.
     :ivar reachable: whether the role may use the table's schema.
     :ivar ancestors: the partitioned tables that this one is a partition of, the nearest first.
     :ivar children: the tables that inherit from this one, which is not partitioned.
@@ -106,6 +107,7 @@ class Table(msgspec.Struct, frozen=True):
     indexes: tuple[TableIndex, ...] = ()
     named: tuple[str, ...] = ()
     ordered: tuple[str, ...] = ()
+    secured: bool = False
 
     @property
     def inheritable(self) -> bool:
@@ -241,7 +243,7 @@ async def read_tables(connection: Connection, names: Collection[QualifiedName]) 
                greatest(c.reltuples, 0)::int8, has_schema_privilege(n.oid, 'USAGE'),
                array(SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = c.oid AND c.relkind <> 'p'
                      ORDER BY 1),
-               c.relfilenode::int8, c.xmin::text::int8, {_PRIMARY_KEY}, {_IDENTITY}, {_INDEXES}
+               c.relfilenode::int8, c.xmin::text::int8, c.relrowsecurity, {_PRIMARY_KEY}, {_IDENTITY}, {_INDEXES}
         FROM unnest(%s::text[], %s::text[]) AS wanted (schema, name)
         JOIN pg_namespace n ON n.nspname = wanted.schema
         JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
@@ -257,7 +259,8 @@ async def read_tables(connection: Connection, names: Collection[QualifiedName]) 
     types = await read_types(connection, {one.wire_type[0] for of in columns.values() for one in of.values()})
     tables = {}
     for schema, name, oid, kind, persistence, mode, *facts in found:
-        readable, owned, row_security, estimate, reachable, children, file, xmin, primary_key, identity, indexes = facts
+        readable, owned, row_security, estimate, reachable, children, file, xmin, secured, *by = facts
+        primary_key, identity, indexes = by
         qualified = QualifiedName(schema, name)
         mine = columns.get(oid, {})
         tables[qualified] = Table(
@@ -281,6 +284,7 @@ async def read_tables(connection: Connection, names: Collection[QualifiedName]) 
             types=reachable_types(types, [one.wire_type[0] for one in mine.values()]),
             written_by=xmin,
             indexes=msgspec.convert(indexes or (), tuple[TableIndex, ...]),
+            secured=secured,
         )
     return tables
 
