@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,48 @@ def test_a_source_restored_from_an_older_backup_is_a_gap(
     pipeline.source.execute("UPDATE articles SET title = 'another life' WHERE id = 1")
 
     stops_at_the_gap_and_heals(pipeline, "branched off at" if recovered else "restored from a backup")
+
+
+@pytest.mark.proof
+def test_a_backup_that_ends_inside_of_what_was_applied_in_part_is_a_gap(
+    make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple, tmp_path: Path
+) -> None:
+    # The checkpoint is still before the transaction, and so before the backup's end: it alone would not tell.
+    cluster = make_cluster()
+    pipeline = make_simple(cluster.dsn(), database.dsn, rows=60, worker_lines="batch_rows = 10")
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    with frozen(worker.pid):
+        pipeline.source.execute("SELECT pg_logical_emit_message(true, 'x', 'y')")
+        end = pipeline.position()
+        cluster.kill()
+        copy_of(cluster, tmp_path / "backup")
+        cluster.start()
+        pipeline.connect_source()
+        locker = psycopg.connect(database.dsn)
+        locker.execute("SELECT FROM cdcsync.articles_chunks WHERE id = 55 FOR UPDATE")
+        with pipeline.source.transaction():
+            pipeline.source.execute("UPDATE articles SET title = 'never happened'")
+            pipeline.source.execute("SELECT pg_logical_emit_message(true, 'x', repeat('y', 1000000))")
+    blocked = (
+        "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE application_name LIKE 'cdcsync apply%'"
+        " AND datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0)"
+    )
+    with psycopg.connect(database.dsn, autocommit=True) as admin:
+        until(lambda: admin.execute(blocked).fetchone() == (True,), "the part with the locked row")
+    pipeline.stop(worker, signal.SIGKILL)
+    locker.close()
+    cluster.stop()
+    put_back(cluster, tmp_path / "backup")
+    cluster.start()
+    pipeline.connect_source()
+    parts = "SELECT count(*) FROM cdcsync.articles_chunks WHERE content = 'never happened'"
+    assert 0 < (pipeline.target.execute(parts).fetchone() or (0,))[0] < 60
+    before = "SELECT checkpoint <= %s::pg_lsn FROM cdcsync.pipelines"
+    assert pipeline.target.execute(before, [end]).fetchone() == (True,)
+
+    stops_at_the_gap_and_heals(pipeline, "of which parts are indexed: it was restored from a backup")
 
 
 @pytest.mark.proof

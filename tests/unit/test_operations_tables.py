@@ -125,6 +125,10 @@ HELD = {
     "the replication slot belongs to the database": (GAPS, "test_a_slot_that_may_be_somebody_elses_is_kept"),
     "the slot is ahead of the index": (GAPS, 'id="recreated"'),
     "the source's WAL ends": (GAPS, "files put back"),
+    "the source's WAL ends … before …, of which parts": (
+        GAPS,
+        "test_a_backup_that_ends_inside_of_what_was_applied_in_part",
+    ),
     "the source's timeline … branched off … before the checkpoint": (
         "tests/faults/test_failover.py",
         "test_a_promoted_standby_that_lacks_what_is_indexed",

@@ -164,9 +164,9 @@ async def refuse_gap(
             hint=f"point source.dsn at the present primary; or {_RESYNC}",
         )
     await _refuse_branch(slot_connection, state, server, name)
-    if server.lsn < state.checkpoint:
+    if state.reach is not None and server.lsn < state.reach:
         raise GapError(
-            f"the source's WAL ends at {server.lsn}, before the checkpoint: it was restored from a backup",
+            f"the source's WAL ends at {server.lsn}, before {_reach(state)}: it was restored from a backup",
             where=where,
             hint=_RESYNC,
         )
@@ -202,10 +202,14 @@ async def _refuse_branch(
         return
     left_at = await slot_connection.end_of_timeline(state.timeline, server.timeline)
     if left_at is None or left_at < state.reach:
-        before = "the checkpoint" if state.reach == state.checkpoint else f"{state.reach}, of which parts are indexed"
         raise GapError(
-            f"the source's timeline {server.timeline} branched off at {left_at or 'an unknown place'}, before {before}:"
-            " a standby was promoted that had not received all that is indexed",
+            f"the source's timeline {server.timeline} branched off at {left_at or 'an unknown place'}, before"
+            f" {_reach(state)}: a standby was promoted that had not received all that is indexed",
             where=f"slot {name}, checkpoint {state.checkpoint}",
             hint=_RESYNC,
         )
+
+
+def _reach(state: PipelineState) -> str:
+    """Say how far the index reaches: to the checkpoint, or into a transaction beyond it."""
+    return "the checkpoint" if state.reach == state.checkpoint else f"{state.reach}, of which parts are indexed"
