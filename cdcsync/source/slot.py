@@ -123,8 +123,13 @@ class SlotConnection:
         return str(rows[0][0]) == "t"
 
     async def end_of_timeline(self, timeline: int, newer: int) -> Lsn | None:
-        """Return where the history of `newer` left `timeline`; None when it never was on it."""
-        rows = await self._command(f"TIMELINE_HISTORY {newer:d}")
+        """Return where the history of `newer` left `timeline`; None if it never was on it, or its file is gone."""
+        try:
+            rows = await self._command(f"TIMELINE_HISTORY {newer:d}")
+        except CdcsyncError as error:
+            if error.sqlstate != "58P01":  # undefined_file
+                raise
+            return None
         for line in str(rows[0][1]).splitlines():
             fields = line.split()
             if fields and fields[0] == str(timeline):

@@ -228,6 +228,37 @@ def test_a_promoted_standby_that_lacks_what_is_indexed_is_a_gap(
     stops_at_the_gap_and_heals(pipeline, "branched off at")
 
 
+@pytest.mark.parametrize("put_back", [True, False], ids=["and put back", "for good"])
+def test_a_promoted_standby_whose_history_is_gone_is_a_gap(
+    make_pair: MakePair, database: Database, make_simple: MakeSimple, put_back: bool
+) -> None:
+    primary, standby = make_pair({"synchronized_standby_slots": "near"}, {"synchronized_standby_slots": ""})
+    pipeline = make_simple(both(primary, standby), database.dsn)
+    worker = pipeline.start()
+    pipeline.live()
+    until_the_standby_has_the_slot(pipeline, standby)
+    pipeline.stop(worker)
+    primary.kill()
+    standby.promote()
+    pipeline.connect_source()
+    pipeline.source.execute("UPDATE articles SET title = 'after the failover' WHERE id % 2 = 0")
+    history = standby.data / "pg_wal" / "00000002.history"
+    aside = history.rename(standby.data / "aside")
+    reason = "does not tell where its timeline 2 left timeline 1"
+    if not put_back:
+        stops_at_the_gap_and_heals(pipeline, reason)
+        return
+    assert pipeline.start().wait(timeout=PATIENCE_S) == 1
+    said = " ".join(pipeline.tail().split())
+    assert reason in said
+    assert f"if pg_wal/{history.name} is missing there, put it back" in said
+    aside.rename(history)
+    pipeline.start()
+    pipeline.event("timeline_followed")
+    pipeline.in_step()
+    assert pipeline.times("resync_requested") == 0
+
+
 def test_a_worker_waits_for_the_promotion_of_a_standby_that_its_address_leads_to(
     make_pair: MakePair, database: Database, make_simple: MakeSimple
 ) -> None:

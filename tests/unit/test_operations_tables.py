@@ -137,6 +137,10 @@ HELD = {
         "tests/faults/test_failover.py",
         "test_a_failover_that_loses_a_transaction_that_was_applied_in_part",
     ),
+    "the source does not tell where its timeline": (
+        "tests/faults/test_failover.py",
+        "test_a_promoted_standby_whose_history_is_gone",
+    ),
     "the source fails each time that it decodes": (f"{SCENARIOS}test_encodings.py", "are_a_gap"),
     "the pipeline has no checkpoint": ("tests/faults/test_target_failover.py", "test_an_empty_checkpoint_beside"),
     "this is another cluster than before": (GAPS, "test_another_cluster_is_a_gap"),

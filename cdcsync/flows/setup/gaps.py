@@ -201,11 +201,20 @@ async def _refuse_branch(
     if state.timeline is None or server.timeline == state.timeline or state.reach is None:
         return
     left_at = await slot_connection.end_of_timeline(state.timeline, server.timeline)
-    if left_at is None or left_at < state.reach:
+    where = f"slot {name}, checkpoint {state.checkpoint}"
+    if left_at is None:
         raise GapError(
-            f"the source's timeline {server.timeline} branched off at {left_at or 'an unknown place'}, before"
-            f" {_reach(state)}: a standby was promoted that had not received all that is indexed",
-            where=f"slot {name}, checkpoint {state.checkpoint}",
+            f"the source does not tell where its timeline {server.timeline} left timeline {state.timeline}, which the"
+            " index has followed",
+            where=where,
+            hint=f"if pg_wal/{server.timeline:08X}.history is missing there, put it back from a standby or the WAL"
+            f" archive, and start the worker again; or {_RESYNC}",
+        )
+    if left_at < state.reach:
+        raise GapError(
+            f"the source's timeline {server.timeline} branched off at {left_at}, before {_reach(state)}: a standby was"
+            " promoted that had not received all that is indexed",
+            where=where,
             hint=_RESYNC,
         )
 
