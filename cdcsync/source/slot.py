@@ -74,6 +74,11 @@ class ServerIdentity(msgspec.Struct, frozen=True):
     lsn: Lsn
     database: str
 
+    @property
+    def name(self) -> str:
+        """Cluster and timeline in one word."""
+        return f"{self.system_identifier}/{self.timeline}"
+
 
 class SlotConnection:
     """A walsender session on one database; use `connect`, then `start`, then `receive` and `send_status`."""
@@ -116,6 +121,11 @@ class SlotConnection:
     def version(self) -> int:
         """The server's version as a number: 180006 is 18.6."""
         return self._pgconn.server_version
+
+    @property
+    def address(self) -> str:
+        """Host and port of the server that this is: a DSN may name several."""
+        return f"{self._connection.info.host}:{self._connection.info.port}"
 
     async def in_recovery(self) -> bool:
         """Say whether the server is a standby just now."""

@@ -52,6 +52,7 @@ class PipelineState(msgspec.Struct, frozen=True):
     """The stored state of a pipeline.
 
     :ivar waiting: why indexes that have no row of their own yet are paused.
+    :ivar approved_source: the server that somebody approved, by `ServerIdentity.name`.
     """
 
     checkpoint: Lsn | None
@@ -65,6 +66,7 @@ class PipelineState(msgspec.Struct, frozen=True):
     caught_up_at: datetime | None
     updated_at: datetime
     waiting: dict[str, Pause] = {}
+    approved_source: str | None = None
 
     @property
     def reach(self) -> Lsn | None:
@@ -144,15 +146,21 @@ class Pipelines:
             sql.SQL(
                 "SELECT checkpoint::text, to_jsonb(p) ->> 'ahead', coalesce((to_jsonb(p) ->> 'commits')::bigint, 0),"
                 " system_identifier, timeline, fence, worker, commit_time, caught_up_at, updated_at,"
-                " to_jsonb(p) -> 'waiting' FROM {} AS p WHERE slot = %s"
+                " to_jsonb(p) -> 'waiting', to_jsonb(p) ->> 'approved_source' FROM {} AS p WHERE slot = %s"
             ).format(self._table),
             [self._slot],
         )
         if row is None:
             return None
         checkpoint, ahead, commits, *rest = row
-        rest[-1] = msgspec.convert(rest[-1] or {}, dict[str, Pause])
+        rest[-2] = msgspec.convert(rest[-2] or {}, dict[str, Pause])
         return PipelineState(_lsn(checkpoint), _lsn(ahead), commits, *rest)
+
+    async def approve_source(self, connection: Connection, server: str) -> None:
+        """Let the index follow a server that is not the one it has followed, once. The caller commits."""
+        await connection.execute(
+            sql.SQL("UPDATE {} SET approved_source = %s WHERE slot = %s").format(self._table), [server, self._slot]
+        )
 
     async def note_waiting(self, connection: Connection, pauses: Mapping[str, Pause], indexes: Collection[str]) -> None:
         """Note why indexes that have no row of their own are paused; earlier notes stay. The caller commits.
@@ -428,14 +436,14 @@ class Pipelines:
     async def begin_at(
         self, connection: Connection, lease: Lease, checkpoint: Lsn, system_identifier: str, timeline: int
     ) -> Lease:
-        """Store where the pipeline starts and which cluster it follows.
+        """Store where the pipeline starts and which cluster it follows, which spends an approval of that.
 
         :raises LeaseLost, TargetRewound: as `commit`.
         """
         moved, _ = await self._move(
             connection,
             lease,
-            "checkpoint = %s, system_identifier = %s, timeline = %s, updated_at = now()",
+            "checkpoint = %s, system_identifier = %s, timeline = %s, approved_source = NULL, updated_at = now()",
             [str(checkpoint), system_identifier, timeline],
         )
         return moved

@@ -13,7 +13,14 @@ import pytest
 
 from cdcsync.demo.cluster import Cluster
 from tests.support.clusters import cut_off
-from tests.support.outages import MakeSimple, configure, frozen, make_target, stops_at_the_gap_and_heals
+from tests.support.outages import (
+    MakeSimple,
+    configure,
+    follows_another_server_once_it_is_approved,
+    frozen,
+    make_target,
+    stops_at_the_gap_and_heals,
+)
 from tests.support.proxies import Proxy
 from tests.support.servers import Database
 from tests.support.workers import PATIENCE_S, Pipeline, until
@@ -138,7 +145,7 @@ def test_the_index_follows_a_standby_promoted_amid_writes_and_not_the_primary_le
     primary.start()
     configure(pipeline, dsn=primary.dsn())
     pipeline.connect_source(primary.dsn())
-    stops_at_the_gap_and_heals(pipeline, "left behind by a promotion")
+    follows_another_server_once_it_is_approved(pipeline, "left behind by a promotion")
 
 
 @pytest.mark.proof

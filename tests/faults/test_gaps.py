@@ -15,7 +15,15 @@ from psycopg import conninfo
 
 from cdcsync.demo.cluster import Cluster
 from tests.support.clusters import copy_of, put_back, upgrade
-from tests.support.outages import MakeSimple, all_read, configure, frozen, indexed, stops_at_the_gap_and_heals
+from tests.support.outages import (
+    MakeSimple,
+    all_read,
+    configure,
+    follows_another_server_once_it_is_approved,
+    frozen,
+    indexed,
+    stops_at_the_gap_and_heals,
+)
 from tests.support.servers import Database
 from tests.support.workers import PATIENCE_S, Pipeline, until
 
@@ -362,7 +370,7 @@ def test_a_source_that_was_upgraded_is_read_again_although_it_has_the_slot(
         fixes = [one["hint"] for one in pipeline.answer("check", status=2)["findings"] if one["level"] == "error"]
         assert any(fix.startswith("after pg_upgrade, ") for fix in fixes), fixes
 
-        stops_at_the_gap_and_heals(pipeline, "pg_upgrade made a new cluster of the old one")
+        follows_another_server_once_it_is_approved(pipeline, "pg_upgrade made a new cluster of the old one")
     finally:
         new.remove()
 
@@ -403,4 +411,43 @@ def test_another_cluster_is_a_gap_and_nothing_is_created_there(
     beside.released()
     assert beside.command("teardown", "--purge", "--yes").returncode == 0
 
-    stops_at_the_gap_and_heals(pipeline, "another cluster than before")
+    follows_another_server_once_it_is_approved(pipeline, "another cluster than before")
+    # That was for this server, and once.
+    pipeline.stop(pipeline.processes[-1])
+    configure(pipeline, dsn=source.dsn, on_gap="resync")
+    assert pipeline.start().wait(timeout=PATIENCE_S) == 1
+    assert "another cluster than before" in " ".join(pipeline.tail().split())
+    # An approval that nothing came of does not outlast a start that follows the server of before.
+    killed = pipeline.command("plan", "--approve-source", CDCSYNC_CRASH_AT="source approved")
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    configure(pipeline, dsn=conninfo.make_conninfo(other))
+    asked = "SELECT approved_source IS NULL, (SELECT count(*) FROM cdcsync.backfills) FROM cdcsync.pipelines"
+    (approved, loads) = pipeline.target.execute(asked).fetchone() or (None, None)
+    assert approved is False
+    pipeline.start()
+    until(lambda: pipeline.target.execute(asked).fetchone() == (True, loads), pipeline.tail)
+
+
+def test_a_resync_that_was_interrupted_goes_on_only_at_the_server_where_it_began(
+    make_cluster: Callable[..., Cluster], make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source = make_database()
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, source_lines='on_gap = "resync"')
+    load(pipeline)
+    change(pipeline)
+    drop(pipeline)
+    killed = pipeline.start(CDCSYNC_CRASH_AT="forgotten position committed")
+    assert killed.wait(timeout=PATIENCE_S) == -signal.SIGKILL
+    other = make_cluster().dsn()
+    with psycopg.connect(other, autocommit=True) as connection:
+        connection.execute("CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, title text NOT NULL)")
+        before = indexed(pipeline)
+        configure(pipeline, dsn=conninfo.make_conninfo(other))
+        assert pipeline.start().wait(timeout=PATIENCE_S) == 1
+        assert "another cluster than before" in " ".join(pipeline.tail().split())
+        assert indexed(pipeline) == before
+        made = "SELECT FROM pg_publication UNION ALL SELECT FROM pg_replication_slots"
+        assert connection.execute(made).fetchall() == []
+    configure(pipeline, dsn=source.dsn)
+    pipeline.start()
+    until(lambda: all_read(pipeline) and pipeline.in_step_now(), pipeline.tail)

@@ -17,6 +17,8 @@ from cdcsync.config import Config, QualifiedName
 from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse
 from cdcsync.flows.blocked import Blocked, Note
 from cdcsync.flows.setup.gaps import (
+    heals,
+    refuse_another_server,
     refuse_forgotten,
     refuse_gap,
     refuse_gaps,
@@ -174,15 +176,17 @@ async def set_up_publication(
 async def refuse_early(source: Connection, session: ApplySession, config: Config) -> None:
     """Look for a gap before anything is created: on a server that is not ours nothing may be.
 
-    :raises GapError: there is one, and the configuration does not say to heal it.
+    :raises GapError: there is one, and nobody says to heal it.
     :raises SetupError: the slot is of another kind or database.
     """
     state = await session.state()
-    if config.source.on_gap == "resync":
-        return
     with speaking_of("source", where=f"slot {config.source.slot}"):
         slot = await read_slot(source, config.source.slot)
-    await refuse_gaps(source, session.connection, state, slot, config)
+    try:
+        await refuse_gaps(source, session.connection, state, slot, config)
+    except GapError as gap:
+        if not heals(gap, config):
+            raise
 
 
 async def starting_point(
@@ -197,7 +201,8 @@ async def starting_point(
 ) -> StartingPoint:
     """Return where to stream from; creates the slot where there is none.
 
-    After a gap, `source.on_gap = "resync"` makes a new slot and asks for a full backfill of every index.
+    After a gap, `source.on_gap = "resync"`, or the approval of another server, makes a new slot and asks for a full
+    backfill of every index.
 
     :param stuck: why the source cannot decode what follows the checkpoint, if it has failed there again and again.
     :param note: told whose transactions the creation of a slot waits for.
@@ -212,6 +217,7 @@ async def starting_point(
         slot = await read_slot(source, name)
     refuse_misfit(slot, state.checkpoint)
     try:
+        refuse_another_server(slot_connection, state, server, name)
         if state.checkpoint is None:
             await refuse_forgotten(session.connection, config.target.schema, name, indexes)
         else:
@@ -219,7 +225,7 @@ async def starting_point(
         if stuck is not None:
             refuse_undecodable(stuck, state.checkpoint, name)
     except GapError as gap:
-        if config.source.on_gap != "resync":
+        if not heals(gap, config):
             raise
         log.error("gap", slot=name, error=str(gap), action="resync")
         begin = await _resync(slot_connection, source, session, server, slot, config, indexes, note)
@@ -233,6 +239,9 @@ async def starting_point(
         # in a state that the promoted server never had.
         await session.begin_at(state.checkpoint, server.system_identifier, server.timeline, doubted=indexes)
         log.info("timeline_followed", slot=name, timeline=server.timeline)
+    elif state.approved_source is not None:
+        # The right server was found after all, and the approval must not hold for ever.
+        await session.begin_at(state.checkpoint, server.system_identifier, server.timeline)
     assert slot is not None
     await _let_standbys_have(slot_connection, slot, config)
     return StartingPoint(state.checkpoint, False, server)
