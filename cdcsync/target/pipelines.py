@@ -53,6 +53,7 @@ class PipelineState(msgspec.Struct, frozen=True):
 
     :ivar waiting: why indexes that have no row of their own yet are paused.
     :ivar approved_source: the server that somebody approved, by `ServerIdentity.name`.
+    :ivar source_started: when the source was started that the index follows; None if no worker has noted it yet.
     """
 
     checkpoint: Lsn | None
@@ -67,6 +68,7 @@ class PipelineState(msgspec.Struct, frozen=True):
     updated_at: datetime
     waiting: dict[str, Pause] = {}
     approved_source: str | None = None
+    source_started: datetime | None = None
 
     @property
     def reach(self) -> Lsn | None:
@@ -146,14 +148,15 @@ class Pipelines:
             sql.SQL(
                 "SELECT checkpoint::text, to_jsonb(p) ->> 'ahead', coalesce((to_jsonb(p) ->> 'commits')::bigint, 0),"
                 " system_identifier, timeline, fence, worker, commit_time, caught_up_at, updated_at,"
-                " to_jsonb(p) -> 'waiting', to_jsonb(p) ->> 'approved_source' FROM {} AS p WHERE slot = %s"
+                " to_jsonb(p) -> 'waiting', to_jsonb(p) ->> 'approved_source',"
+                " (to_jsonb(p) ->> 'source_started')::timestamptz FROM {} AS p WHERE slot = %s"
             ).format(self._table),
             [self._slot],
         )
         if row is None:
             return None
         checkpoint, ahead, commits, *rest = row
-        rest[-2] = msgspec.convert(rest[-2] or {}, dict[str, Pause])
+        rest[-3] = msgspec.convert(rest[-3] or {}, dict[str, Pause])
         return PipelineState(_lsn(checkpoint), _lsn(ahead), commits, *rest)
 
     async def approve_source(self, connection: Connection, server: str) -> None:
@@ -434,17 +437,26 @@ class Pipelines:
         return RunError("the pipeline's row is gone", where=f"slot {self._slot}", hint="start the worker again")
 
     async def begin_at(
-        self, connection: Connection, lease: Lease, checkpoint: Lsn, system_identifier: str, timeline: int
+        self,
+        connection: Connection,
+        lease: Lease,
+        checkpoint: Lsn,
+        system_identifier: str,
+        timeline: int,
+        started: datetime | None = None,
     ) -> Lease:
         """Store where the pipeline starts and which cluster it follows, which spends an approval of that.
+
+        :param started: when the server was started.
 
         :raises LeaseLost, TargetRewound: as `commit`.
         """
         moved, _ = await self._move(
             connection,
             lease,
-            "checkpoint = %s, system_identifier = %s, timeline = %s, approved_source = NULL, updated_at = now()",
-            [str(checkpoint), system_identifier, timeline],
+            "checkpoint = %s, system_identifier = %s, timeline = %s, source_started = %s, approved_source = NULL,"
+            " updated_at = now()",
+            [str(checkpoint), system_identifier, timeline, started],
         )
         return moved
 

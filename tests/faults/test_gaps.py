@@ -307,6 +307,87 @@ def test_a_source_restored_from_an_older_backup_is_a_gap(
     stops_at_the_gap_and_heals(pipeline, "branched off at" if recovered else "restored from a backup")
 
 
+@pytest.mark.proof_from(1)
+@pytest.mark.parametrize("recovered", [False, True], ids=["files put back", "recovered twice to one timeline"])
+def test_a_restored_source_that_has_written_beyond_the_checkpoint_is_compared(
+    make_cluster: Callable[..., Cluster],
+    database: Database,
+    make_simple: MakeSimple,
+    tmp_path: Path,
+    recovered: bool,
+) -> None:
+    # Neither a position nor a timeline tells: only what the slot sends again does.
+    cluster = make_cluster(settings={"restore_command": "false"})
+    pipeline = make_simple(cluster.dsn(), database.dsn, source_lines='on_gap = "resync"')
+
+    def put_back_and_write(megabytes: int) -> None:
+        cluster.stop()
+        put_back(cluster, tmp_path / "backup")
+        if recovered:
+            signal_file = cluster.data / "recovery.signal"
+            signal_file.touch()
+            cluster.programs.give(signal_file)
+        cluster.start()
+        pipeline.connect_source()
+        recovering = "SELECT pg_is_in_recovery()"
+        until(lambda: pipeline.source.execute(recovering).fetchone() == (False,), "the end of the recovery")
+        pipeline.source.execute("UPDATE articles SET title = 'another life' WHERE id = 1")
+        for _ in range(megabytes):
+            pipeline.source.execute("SELECT pg_logical_emit_message(false, 'x', repeat('y', 1000000), true)")
+
+    load(pipeline)
+    cluster.stop()
+    copy_of(cluster, tmp_path / "backup")
+    cluster.start()
+    pipeline.connect_source()
+    if recovered:
+        worker = pipeline.start()
+        change(pipeline)
+        pipeline.in_step()
+        pipeline.stop(worker)
+        put_back_and_write(4)
+        worker = pipeline.start()
+        pipeline.event("resync_requested")
+        until(lambda: all_read(pipeline) and pipeline.in_step_now(), pipeline.tail)
+        pipeline.stop(worker)
+    worker = pipeline.start()
+    pipeline.source.execute("DELETE FROM articles WHERE id = 3")
+    change(pipeline)
+    pipeline.in_step()
+    pipeline.stop(worker)
+    loads = pipeline.times("resync_requested")
+    put_back_and_write(16)
+
+    pipeline.start()
+    pipeline.event("source_doubted")
+    until(lambda: all_read(pipeline) and pipeline.in_step_now(), pipeline.tail)
+    assert pipeline.times("resync_requested") == loads
+
+
+def test_a_crash_that_sets_the_slot_back_costs_no_comparison(
+    make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple
+) -> None:
+    cluster = make_cluster()
+    pipeline = make_simple(cluster.dsn(), database.dsn)
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    behind = "SELECT confirmed_flush_lsn < %s::pg_lsn FROM pg_replication_slots"
+    for _ in range(2):
+        pipeline.source.execute("UPDATE articles SET title = title || ' again' WHERE id % 3 = 0")
+        pipeline.in_step()
+        with frozen(worker.pid):
+            cluster.kill()
+            cluster.start()
+            pipeline.connect_source()
+            stored = pipeline.target.execute("SELECT checkpoint::text FROM cdcsync.pipelines").fetchone()
+            assert pipeline.source.execute(behind, stored).fetchone() == (True,)
+        pipeline.source.execute("UPDATE articles SET title = title || ' and on' WHERE id % 2 = 0")
+        pipeline.in_step()
+    assert pipeline.target.execute("SELECT FROM cdcsync.backfills WHERE kind = 'compare'").fetchall() == []
+    assert worker.poll() is None
+
+
 @pytest.mark.proof
 def test_a_backup_that_ends_inside_of_what_was_applied_in_part_is_a_gap(
     make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple, tmp_path: Path
