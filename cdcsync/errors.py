@@ -8,6 +8,7 @@
     │   └── ModelChanged       a query was embedded for vectors that are gone           automatic
     ├── RunError               what a running worker needs is no longer there           operator
     ├── GapError               changes were lost, or cannot be shown not to be          operator
+    │   └── AnotherServer      the source is not the server that the index followed     operator
     ├── SchemaChanged          a table no longer has what an index needs                operator
     ├── LeaseLost              another worker holds this pipeline now                   never
     ├── ProtocolError          the server sent what the protocol does not allow         never
@@ -123,6 +124,21 @@ class RunError(CdcsyncError):
 
 class GapError(CdcsyncError):
     """Changes may have been lost between the checkpoint and what the slot can still send."""
+
+
+class AnotherServer(GapError):
+    """The source is not the server that the index has followed, nor one that was promoted in its place.
+
+    :ivar server: the server that it is, as an approval names it.
+    :ivar approved: whether somebody has approved that the index follows it from now on.
+    """
+
+    def __init__(
+        self, message: str, *, server: str, approved: bool, where: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.server = server
+        self.approved = approved
 
 
 SHOWN_CHARACTERS = 60

@@ -1,4 +1,4 @@
-"""`cdcsync plan`: says what `run` would do, and approves what an index embeds."""
+"""`cdcsync plan`: says what `run` would do, and approves what an index embeds, or another source."""
 
 from __future__ import annotations
 
@@ -40,6 +40,14 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    approve_source: Annotated[
+        bool,
+        typer.Option(
+            "--approve-source",
+            help="Approve that the indexes follow the server that source.dsn leads to now, once, although they have"
+            " followed another one: `run` reads every table again.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what `run` would do with this configuration, and change nothing.
@@ -49,7 +57,7 @@ def plan(
     more. Rows are read and cut into chunks for it; after a minute an index's texts are estimated. Models embed a batch
     only if no worker has measured how long that takes.
 
-    The exit status is 0 if there is nothing to do or --approve succeeded, 3 if there is something, 2 if the
+    The exit status is 0 if there is nothing to do or an approval was given, 3 if there is something, 2 if the
     configuration is wrong.
     """
     import anyio
@@ -61,7 +69,9 @@ def plan(
     logs.configure("error", configuration.worker.log_format)
     for index in approve or ():
         configuration.index_named(index)
-    findings, found, approved = anyio.run(interruptible, lambda: _plan(configuration, approve or []))
+    findings, found, approved = anyio.run(
+        interruptible, lambda: _plan(configuration, approve or [], source=approve_source)
+    )
     if found is None:
         if as_json:
             printing.print_json({"ok": False, "findings": findings})
@@ -73,31 +83,37 @@ def plan(
         printing.print_json(found)
     else:
         plans.print_plan(found)
-        for index, given in approved.items():
-            printing.console().print(f"{index}: approved" if given else f"{index}: nothing to approve", markup=False)
-    if not approve and not found.empty:
+        for what, given in approved.items():
+            printing.console().print(f"{what}: approved" if given else f"{what}: nothing to approve", markup=False)
+    if not (approve or approve_source) and not found.empty:
         raise typer.Exit(EXIT_SOMETHING)
 
 
-async def _plan(config: Config, approve: list[str]) -> tuple[list[Finding], ConfigurationPlan | None, dict[str, bool]]:
+async def _plan(
+    config: Config, approve: list[str], *, source: bool
+) -> tuple[list[Finding], ConfigurationPlan | None, dict[str, bool]]:
     import anyio
 
     from cdcsync.cli.queries import gap_ahead
     from cdcsync.flows import plan as flow
     from cdcsync.flows.dry_run import Bounds
     from cdcsync.preflight import build_embedders, examine
+    from cdcsync.preflight.findings import noting
 
     findings: list[Finding] = []
     embedders = build_embedders(config, findings)
     try:
         report = await examine(config, embedders)
         findings += report.findings
+        approved = {}
+        if source and not any(finding.level == "error" for finding in findings):
+            with noting(findings, "source", "source.dsn"):
+                approved["source.dsn"] = await flow.approve_source(config)
         gap = await gap_ahead(config, findings)
         if any(finding.level == "error" for finding in findings):
             return findings, None, {}
         bounds = Bounds(seconds=COUNTED_S)
         found = await flow.read_plan(config, report, embedders, bounds=bounds, measure=True, gap=gap)
-        approved = {}
         for one in found.indexes:
             if one.index in approve:
                 approved[one.index] = await flow.approve(config, report, one)

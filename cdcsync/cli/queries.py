@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from cdcsync.errors import GapError, SourceUnavailable, Unavailable
+from cdcsync.errors import AnotherServer, GapError, SourceUnavailable, Unavailable
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
@@ -72,7 +72,7 @@ async def gap_ahead(config: Config, findings: list[Finding]) -> GapError | None:
 
     :param findings: what was found before; after an error nothing more is looked for.
     """
-    from cdcsync.flows.setup.gaps import foreseen_gap
+    from cdcsync.flows.setup.gaps import foreseen_gap, heals
     from cdcsync.preflight import Finding
     from cdcsync.preflight.findings import noting
 
@@ -84,9 +84,10 @@ async def gap_ahead(config: Config, findings: list[Finding]) -> GapError | None:
         return None
     slot = f"slot {config.source.slot}"
     where = gap.where or slot
-    if config.source.on_gap == "resync":
+    if heals(gap, config):
         if not any(finding.level == "warning" and finding.where == slot for finding in findings):
-            findings.append(Finding.warning(where, gap.message, "on_gap is resync: `run` reads every table again"))
+            why = "this server is approved" if isinstance(gap, AnotherServer) else "on_gap is resync"
+            findings.append(Finding.warning(where, gap.message, f"{why}: `run` reads every table again"))
         return gap
     findings.append(Finding.of(gap, where))
     return None

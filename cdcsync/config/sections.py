@@ -64,7 +64,7 @@ class Source(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     :param failover: create the slot so that standbys which synchronise slots have it too (PostgreSQL 17 and later);
         older servers cannot.
     :param on_gap: what to do when changes were lost with the slot: "stop" with an error, or "resync" the indexes
-        by reading their tables again.
+        by reading their tables again. Another server than before waits for `cdcsync plan --approve-source` either way.
     """
 
     dsn: Dsn = ""

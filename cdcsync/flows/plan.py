@@ -16,9 +16,10 @@ from cdcsync.config import Config
 from cdcsync.config.differences import CONTENTS, KeyChange, index_changes
 from cdcsync.config.names import beside_name, own_name
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import GapError, SetupError
+from cdcsync.errors import AnotherServer, GapError, SetupError
 from cdcsync.flows.dry_run import Bounds, seconds_for_each
 from cdcsync.flows.setup.approval import Cost, Reading, confirm_above, cost_of, pause_for, read_need
+from cdcsync.flows.setup.gaps import foreseen_gap
 from cdcsync.flows.setup.needs import Need
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
@@ -30,6 +31,7 @@ from cdcsync.preflight.dependents import dependents_findings
 from cdcsync.preflight.generations import vector_findings
 from cdcsync.preflight.indexes import Plan
 from cdcsync.preflight.layout import search_findings
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import Catalog, read_slot
 from cdcsync.target.approvals import Approvals, change_of
 from cdcsync.target.beside import is_met_by
@@ -38,6 +40,7 @@ from cdcsync.target.ddl.sizes import stored_generations
 from cdcsync.target.embedders import rate_of
 from cdcsync.target.entries import Entry
 from cdcsync.target.generations import Generation, Generations
+from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.registry import Registry
 from cdcsync.target.version import VERSION, Stored, open_target, read_version
 
@@ -382,6 +385,22 @@ def _unused(
         for generation, size in sorted(sizes.get(name, {}).items())
         if generation != entry.generation and not wanted(name, generation)
     ]
+
+
+async def approve_source(config: Config) -> bool:
+    """Let the index follow the server that source.dsn leads to, if it is not the one that it has followed.
+
+    :returns: whether there was anything to approve.
+    :raises SourceUnavailable, TargetUnavailable: a server does not answer now.
+    """
+    gap = await foreseen_gap(config)
+    if not isinstance(gap, AnotherServer):
+        return False
+    async with await connect(config.target.dsn, "target", application_name="cdcsync plan") as target:
+        with speaking_of("target", where=f"slot {config.source.slot}"):
+            await Pipelines(config.target.schema, config.source.slot).approve_source(target, gap.server)
+            crash_point("source approved")
+    return True
 
 
 async def approve(config: Config, report: Report, plan: IndexPlan) -> bool:

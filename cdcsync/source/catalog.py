@@ -6,6 +6,7 @@ Source: PostgreSQL, "System Catalogs", "System Views" (pg_replication_slots).
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from datetime import datetime
 from functools import partial
 from typing import LiteralString, cast
 
@@ -387,6 +388,11 @@ async def current_lsn(connection: Connection) -> Lsn:
         "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END::text"
     )
     return Lsn.parse(cast(str, await fetch_value(connection, statement)))
+
+
+async def read_started(connection: Connection) -> datetime:
+    """Return when the server was started, by its own clock."""
+    return cast(datetime, await fetch_value(connection, "SELECT pg_postmaster_start_time()"))
 
 
 async def insert_lsn(connection: Connection) -> Lsn:

@@ -79,6 +79,11 @@ class ServerIdentity(msgspec.Struct, frozen=True):
     lsn: Lsn
     database: str
 
+    @property
+    def name(self) -> str:
+        """Cluster and timeline in one word."""
+        return f"{self.system_identifier}/{self.timeline}"
+
 
 class SlotConnection:
     """A walsender session on one database; use `connect`, then `start`, then `receive` and `send_status`."""
@@ -123,14 +128,24 @@ class SlotConnection:
         ((pid, started, standby),) = await self._command(SERVER)
         return Backend(int(pid), int(started), standby == "t")
 
+    @property
+    def address(self) -> str:
+        """Host and port of the server that this is: a DSN may name several."""
+        return f"{self._connection.info.host}:{self._connection.info.port}"
+
     async def in_recovery(self) -> bool:
         """Say whether the server is a standby just now."""
         rows = await self._command("SELECT pg_is_in_recovery()")
         return str(rows[0][0]) == "t"
 
     async def end_of_timeline(self, timeline: int, newer: int) -> Lsn | None:
-        """Return where the history of `newer` left `timeline`; None when it never was on it."""
-        rows = await self._command(f"TIMELINE_HISTORY {newer:d}")
+        """Return where the history of `newer` left `timeline`; None if it never was on it, or its file is gone."""
+        try:
+            rows = await self._command(f"TIMELINE_HISTORY {newer:d}")
+        except CdcsyncError as error:
+            if error.sqlstate != "58P01":  # undefined_file
+                raise
+            return None
         for line in str(rows[0][1]).splitlines():
             fields = line.split()
             if fields and fields[0] == str(timeline):

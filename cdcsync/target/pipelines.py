@@ -52,6 +52,8 @@ class PipelineState(msgspec.Struct, frozen=True):
     """The stored state of a pipeline.
 
     :ivar waiting: why indexes that have no row of their own yet are paused.
+    :ivar approved_source: the server that somebody approved, by `ServerIdentity.name`.
+    :ivar source_started: when the source was started that the index follows; None if no worker has noted it yet.
     """
 
     checkpoint: Lsn | None
@@ -65,6 +67,8 @@ class PipelineState(msgspec.Struct, frozen=True):
     caught_up_at: datetime | None
     updated_at: datetime
     waiting: dict[str, Pause] = {}
+    approved_source: str | None = None
+    source_started: datetime | None = None
 
     @property
     def reach(self) -> Lsn | None:
@@ -144,15 +148,22 @@ class Pipelines:
             sql.SQL(
                 "SELECT checkpoint::text, to_jsonb(p) ->> 'ahead', coalesce((to_jsonb(p) ->> 'commits')::bigint, 0),"
                 " system_identifier, timeline, fence, worker, commit_time, caught_up_at, updated_at,"
-                " to_jsonb(p) -> 'waiting' FROM {} AS p WHERE slot = %s"
+                " to_jsonb(p) -> 'waiting', to_jsonb(p) ->> 'approved_source',"
+                " (to_jsonb(p) ->> 'source_started')::timestamptz FROM {} AS p WHERE slot = %s"
             ).format(self._table),
             [self._slot],
         )
         if row is None:
             return None
         checkpoint, ahead, commits, *rest = row
-        rest[-1] = msgspec.convert(rest[-1] or {}, dict[str, Pause])
+        rest[-3] = msgspec.convert(rest[-3] or {}, dict[str, Pause])
         return PipelineState(_lsn(checkpoint), _lsn(ahead), commits, *rest)
+
+    async def approve_source(self, connection: Connection, server: str) -> None:
+        """Let the index follow a server that is not the one it has followed, once. The caller commits."""
+        await connection.execute(
+            sql.SQL("UPDATE {} SET approved_source = %s WHERE slot = %s").format(self._table), [server, self._slot]
+        )
 
     async def note_waiting(self, connection: Connection, pauses: Mapping[str, Pause], indexes: Collection[str]) -> None:
         """Note why indexes that have no row of their own are paused; earlier notes stay. The caller commits.
@@ -427,17 +438,26 @@ class Pipelines:
         return RunError("the pipeline's row is gone", where=f"slot {self._slot}", hint="start the worker again")
 
     async def begin_at(
-        self, connection: Connection, lease: Lease, checkpoint: Lsn, system_identifier: str, timeline: int
+        self,
+        connection: Connection,
+        lease: Lease,
+        checkpoint: Lsn,
+        system_identifier: str,
+        timeline: int,
+        started: datetime | None = None,
     ) -> Lease:
-        """Store where the pipeline starts and which cluster it follows.
+        """Store where the pipeline starts and which cluster it follows, which spends an approval of that.
+
+        :param started: when the server was started.
 
         :raises LeaseLost, TargetRewound: as `commit`.
         """
         moved, _ = await self._move(
             connection,
             lease,
-            "checkpoint = %s, system_identifier = %s, timeline = %s, updated_at = now()",
-            [str(checkpoint), system_identifier, timeline],
+            "checkpoint = %s, system_identifier = %s, timeline = %s, source_started = %s, approved_source = NULL,"
+            " updated_at = now()",
+            [str(checkpoint), system_identifier, timeline, started],
         )
         return moved
 

@@ -158,16 +158,23 @@ class ApplySession(LockedSession):
         return found
 
     async def begin_at(
-        self, checkpoint: Lsn, system_identifier: str, timeline: int, *, doubted: Sequence[str] = ()
+        self,
+        checkpoint: Lsn,
+        system_identifier: str,
+        timeline: int,
+        started: datetime | None = None,
+        *,
+        doubted: Sequence[str] = (),
     ) -> None:
         """Store where the pipeline starts and which cluster it follows.
 
+        :param started: when the server was started.
         :param doubted: indexes to compare with the source in any case.
         """
         with speaking_of("target"):
             async with self._chain():
                 self._proposed = await self._pipelines.begin_at(
-                    self.connection, self._held, checkpoint, system_identifier, timeline
+                    self.connection, self._held, checkpoint, system_identifier, timeline, started
                 )
                 for index in doubted:
                     await self._requests.compare(self.connection, index)

@@ -547,6 +547,7 @@ TIDYING = "tests/server/target/test_tidying.py"
 UPGRADING = "tests/server/target/ddl/test_upgrading.py"
 REQUESTED = "tests/server/flows/audit/test_requested.py"
 PLAN = "tests/server/flows/test_plan.py"
+GAPS = "tests/faults/test_gaps.py"
 START = "tests/server/flows/setup/test_start.py"
 WITHDRAWAL = "tests/server/flows/migrate/test_withdrawal.py"
 
@@ -576,6 +577,7 @@ ELSEWHERE: dict[str, str] = {
         ("reading in place of a comparison asked for", "reading in place of a comparison begun"), REQUESTED
     ),
     **dict.fromkeys(("approval given", "approvals removed"), PLAN),
+    "source approved": GAPS,
     "slot that is made again dropped": START,
     **dict.fromkeys(("activation withdrawn", "withdrawn activation committed"), WITHDRAWAL),
 }

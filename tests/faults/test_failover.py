@@ -14,7 +14,15 @@ import pytest
 from cdcsync.demo.cluster import Cluster
 from tests.support.clusters import cut_off
 from tests.support.configs import configuration
-from tests.support.outages import MakeSimple, all_read, configure, frozen, make_target, stops_at_the_gap_and_heals
+from tests.support.outages import (
+    MakeSimple,
+    all_read,
+    configure,
+    follows_another_server_once_it_is_approved,
+    frozen,
+    make_target,
+    stops_at_the_gap_and_heals,
+)
 from tests.support.proxies import Proxy
 from tests.support.servers import Database
 from tests.support.workers import PATIENCE_S, Pipeline, until
@@ -139,7 +147,7 @@ def test_the_index_follows_a_standby_promoted_amid_writes_and_not_the_primary_le
     primary.start()
     configure(pipeline, dsn=primary.dsn())
     pipeline.connect_source(primary.dsn())
-    stops_at_the_gap_and_heals(pipeline, "left behind by a promotion")
+    follows_another_server_once_it_is_approved(pipeline, "left behind by a promotion")
 
 
 @pytest.mark.proof
@@ -227,6 +235,37 @@ def test_a_promoted_standby_that_lacks_what_is_indexed_is_a_gap(
     pipeline.connect_source()
 
     stops_at_the_gap_and_heals(pipeline, "branched off at")
+
+
+@pytest.mark.parametrize("put_back", [True, False], ids=["and put back", "for good"])
+def test_a_promoted_standby_whose_history_is_gone_is_a_gap(
+    make_pair: MakePair, database: Database, make_simple: MakeSimple, put_back: bool
+) -> None:
+    primary, standby = make_pair({"synchronized_standby_slots": "near"}, {"synchronized_standby_slots": ""})
+    pipeline = make_simple(both(primary, standby), database.dsn)
+    worker = pipeline.start()
+    pipeline.live()
+    until_the_standby_has_the_slot(pipeline, standby)
+    pipeline.stop(worker)
+    primary.kill()
+    standby.promote()
+    pipeline.connect_source()
+    pipeline.source.execute("UPDATE articles SET title = 'after the failover' WHERE id % 2 = 0")
+    history = standby.data / "pg_wal" / "00000002.history"
+    aside = history.rename(standby.data / "aside")
+    reason = "does not tell where its timeline 2 left timeline 1"
+    if not put_back:
+        stops_at_the_gap_and_heals(pipeline, reason)
+        return
+    assert pipeline.start().wait(timeout=PATIENCE_S) == 1
+    said = " ".join(pipeline.tail().split())
+    assert reason in said
+    assert f"if pg_wal/{history.name} is missing there, put it back" in said
+    aside.rename(history)
+    pipeline.start()
+    pipeline.event("timeline_followed")
+    pipeline.in_step()
+    assert pipeline.times("resync_requested") == 0
 
 
 def test_a_worker_waits_for_the_promotion_of_a_standby_that_its_address_leads_to(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from psycopg import conninfo
 
 from cdcsync.demo.cluster import Cluster
 from tests.support.clusters import copy_of, put_back, upgrade
-from tests.support.outages import MakeSimple, all_read, configure, frozen, indexed, stops_at_the_gap_and_heals
+from tests.support.outages import (
+    MakeSimple,
+    all_read,
+    configure,
+    follows_another_server_once_it_is_approved,
+    frozen,
+    indexed,
+    stops_at_the_gap_and_heals,
+)
 from tests.support.servers import Database
 from tests.support.workers import PATIENCE_S, Pipeline, until
 
@@ -298,6 +307,129 @@ def test_a_source_restored_from_an_older_backup_is_a_gap(
     stops_at_the_gap_and_heals(pipeline, "branched off at" if recovered else "restored from a backup")
 
 
+@pytest.mark.proof_from(1)
+@pytest.mark.parametrize("recovered", [False, True], ids=["files put back", "recovered twice to one timeline"])
+def test_a_restored_source_that_has_written_beyond_the_checkpoint_is_compared(
+    make_cluster: Callable[..., Cluster],
+    database: Database,
+    make_simple: MakeSimple,
+    tmp_path: Path,
+    recovered: bool,
+) -> None:
+    # Neither a position nor a timeline tells: only what the slot sends again does.
+    cluster = make_cluster(settings={"restore_command": "false"})
+    pipeline = make_simple(cluster.dsn(), database.dsn, source_lines='on_gap = "resync"')
+
+    def put_back_and_write(megabytes: int) -> None:
+        cluster.stop()
+        put_back(cluster, tmp_path / "backup")
+        if recovered:
+            signal_file = cluster.data / "recovery.signal"
+            signal_file.touch()
+            cluster.programs.give(signal_file)
+        cluster.start()
+        pipeline.connect_source()
+        recovering = "SELECT pg_is_in_recovery()"
+        until(lambda: pipeline.source.execute(recovering).fetchone() == (False,), "the end of the recovery")
+        pipeline.source.execute("UPDATE articles SET title = 'another life' WHERE id = 1")
+        for _ in range(megabytes):
+            pipeline.source.execute("SELECT pg_logical_emit_message(false, 'x', repeat('y', 1000000), true)")
+
+    load(pipeline)
+    cluster.stop()
+    copy_of(cluster, tmp_path / "backup")
+    cluster.start()
+    pipeline.connect_source()
+    if recovered:
+        worker = pipeline.start()
+        change(pipeline)
+        pipeline.in_step()
+        pipeline.stop(worker)
+        put_back_and_write(4)
+        worker = pipeline.start()
+        pipeline.event("resync_requested")
+        until(lambda: all_read(pipeline) and pipeline.in_step_now(), pipeline.tail)
+        pipeline.stop(worker)
+    worker = pipeline.start()
+    pipeline.source.execute("DELETE FROM articles WHERE id = 3")
+    change(pipeline)
+    pipeline.in_step()
+    pipeline.stop(worker)
+    loads = pipeline.times("resync_requested")
+    put_back_and_write(16)
+
+    pipeline.start()
+    pipeline.event("source_doubted")
+    until(lambda: all_read(pipeline) and pipeline.in_step_now(), pipeline.tail)
+    assert pipeline.times("resync_requested") == loads
+
+
+def test_a_crash_that_sets_the_slot_back_costs_no_comparison(
+    make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple
+) -> None:
+    cluster = make_cluster()
+    pipeline = make_simple(cluster.dsn(), database.dsn)
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    behind = "SELECT confirmed_flush_lsn < %s::pg_lsn FROM pg_replication_slots"
+    for _ in range(2):
+        pipeline.source.execute("UPDATE articles SET title = title || ' again' WHERE id % 3 = 0")
+        pipeline.in_step()
+        with frozen(worker.pid):
+            cluster.kill()
+            cluster.start()
+            pipeline.connect_source()
+            stored = pipeline.target.execute("SELECT checkpoint::text FROM cdcsync.pipelines").fetchone()
+            assert pipeline.source.execute(behind, stored).fetchone() == (True,)
+        pipeline.source.execute("UPDATE articles SET title = title || ' and on' WHERE id % 2 = 0")
+        pipeline.in_step()
+    assert pipeline.target.execute("SELECT FROM cdcsync.backfills WHERE kind = 'compare'").fetchall() == []
+    assert worker.poll() is None
+
+
+@pytest.mark.proof
+def test_a_backup_that_ends_inside_of_what_was_applied_in_part_is_a_gap(
+    make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple, tmp_path: Path
+) -> None:
+    # The checkpoint is still before the transaction, and so before the backup's end: it alone would not tell.
+    cluster = make_cluster()
+    pipeline = make_simple(cluster.dsn(), database.dsn, rows=60, worker_lines="batch_rows = 10")
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    with frozen(worker.pid):
+        pipeline.source.execute("SELECT pg_logical_emit_message(true, 'x', 'y')")
+        end = pipeline.position()
+        cluster.kill()
+        copy_of(cluster, tmp_path / "backup")
+        cluster.start()
+        pipeline.connect_source()
+        locker = psycopg.connect(database.dsn)
+        locker.execute("SELECT FROM cdcsync.articles_chunks WHERE id = 55 FOR UPDATE")
+        with pipeline.source.transaction():
+            pipeline.source.execute("UPDATE articles SET title = 'never happened'")
+            pipeline.source.execute("SELECT pg_logical_emit_message(true, 'x', repeat('y', 1000000))")
+    blocked = (
+        "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE application_name LIKE 'cdcsync apply%'"
+        " AND datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0)"
+    )
+    with psycopg.connect(database.dsn, autocommit=True) as admin:
+        until(lambda: admin.execute(blocked).fetchone() == (True,), "the part with the locked row")
+    pipeline.stop(worker, signal.SIGKILL)
+    locker.close()
+    cluster.stop()
+    put_back(cluster, tmp_path / "backup")
+    cluster.start()
+    pipeline.connect_source()
+    parts = "SELECT count(*) FROM cdcsync.articles_chunks WHERE content = 'never happened'"
+    assert 0 < (pipeline.target.execute(parts).fetchone() or (0,))[0] < 60
+    before = "SELECT checkpoint <= %s::pg_lsn FROM cdcsync.pipelines"
+    assert pipeline.target.execute(before, [end]).fetchone() == (True,)
+
+    stops_at_the_gap_and_heals(pipeline, "of which parts are indexed: it was restored from a backup")
+
+
 @pytest.mark.proof
 def test_a_source_that_was_upgraded_is_read_again_although_it_has_the_slot(
     make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple
@@ -319,7 +451,7 @@ def test_a_source_that_was_upgraded_is_read_again_although_it_has_the_slot(
         fixes = [one["hint"] for one in pipeline.answer("check", status=2)["findings"] if one["level"] == "error"]
         assert any(fix.startswith("after pg_upgrade, ") for fix in fixes), fixes
 
-        stops_at_the_gap_and_heals(pipeline, "pg_upgrade made a new cluster of the old one")
+        follows_another_server_once_it_is_approved(pipeline, "pg_upgrade made a new cluster of the old one")
     finally:
         new.remove()
 
@@ -360,4 +492,43 @@ def test_another_cluster_is_a_gap_and_nothing_is_created_there(
     beside.released()
     assert beside.command("teardown", "--purge", "--yes").returncode == 0
 
-    stops_at_the_gap_and_heals(pipeline, "another cluster than before")
+    follows_another_server_once_it_is_approved(pipeline, "another cluster than before")
+    # That was for this server, and once.
+    pipeline.stop(pipeline.processes[-1])
+    configure(pipeline, dsn=source.dsn, on_gap="resync")
+    assert pipeline.start().wait(timeout=PATIENCE_S) == 1
+    assert "another cluster than before" in " ".join(pipeline.tail().split())
+    # An approval that nothing came of does not outlast a start that follows the server of before.
+    killed = pipeline.command("plan", "--approve-source", CDCSYNC_CRASH_AT="source approved")
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    configure(pipeline, dsn=conninfo.make_conninfo(other))
+    asked = "SELECT approved_source IS NULL, (SELECT count(*) FROM cdcsync.backfills) FROM cdcsync.pipelines"
+    (approved, loads) = pipeline.target.execute(asked).fetchone() or (None, None)
+    assert approved is False
+    pipeline.start()
+    until(lambda: pipeline.target.execute(asked).fetchone() == (True, loads), pipeline.tail)
+
+
+def test_a_resync_that_was_interrupted_goes_on_only_at_the_server_where_it_began(
+    make_cluster: Callable[..., Cluster], make_database: Callable[[], Database], make_simple: MakeSimple
+) -> None:
+    source = make_database()
+    pipeline = make_simple(source.dsn, make_database().dsn, slot=source.name, source_lines='on_gap = "resync"')
+    load(pipeline)
+    change(pipeline)
+    drop(pipeline)
+    killed = pipeline.start(CDCSYNC_CRASH_AT="forgotten position committed")
+    assert killed.wait(timeout=PATIENCE_S) == -signal.SIGKILL
+    other = make_cluster().dsn()
+    with psycopg.connect(other, autocommit=True) as connection:
+        connection.execute("CREATE TABLE articles (id bigint PRIMARY KEY, tenant int, title text NOT NULL)")
+        before = indexed(pipeline)
+        configure(pipeline, dsn=conninfo.make_conninfo(other))
+        assert pipeline.start().wait(timeout=PATIENCE_S) == 1
+        assert "another cluster than before" in " ".join(pipeline.tail().split())
+        assert indexed(pipeline) == before
+        made = "SELECT FROM pg_publication UNION ALL SELECT FROM pg_replication_slots"
+        assert connection.execute(made).fetchall() == []
+    configure(pipeline, dsn=source.dsn)
+    pipeline.start()
+    until(lambda: all_read(pipeline) and pipeline.in_step_now(), pipeline.tail)

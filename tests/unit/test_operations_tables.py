@@ -129,6 +129,10 @@ HELD = {
     "the replication slot belongs to the database": (GAPS, "test_a_slot_that_may_be_somebody_elses_is_kept"),
     "the slot is ahead of the index": (GAPS, 'id="recreated"'),
     "the source's WAL ends": (GAPS, "files put back"),
+    "the source's WAL ends … before …, of which parts": (
+        GAPS,
+        "test_a_backup_that_ends_inside_of_what_was_applied_in_part",
+    ),
     "the source's timeline … branched off … before the checkpoint": (
         "tests/faults/test_failover.py",
         "test_a_promoted_standby_that_lacks_what_is_indexed",
@@ -136,6 +140,10 @@ HELD = {
     "the source's timeline … branched off … before …, of which parts": (
         "tests/faults/test_failover.py",
         "test_a_failover_that_loses_a_transaction_that_was_applied_in_part",
+    ),
+    "the source does not tell where its timeline": (
+        "tests/faults/test_failover.py",
+        "test_a_promoted_standby_whose_history_is_gone",
     ),
     "the source fails each time that it decodes": (f"{SCENARIOS}test_encodings.py", "are_a_gap"),
     "the pipeline has no checkpoint": ("tests/faults/test_target_failover.py", "test_an_empty_checkpoint_beside"),

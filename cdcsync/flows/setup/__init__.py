@@ -1,6 +1,7 @@
 """The steps before following starts.
 
     gaps          a slot or server that is not where we left it
+    proof         whether the source still has what was applied last
     differences   the requests that an index needs after its fingerprint changed
     needs         the load that an index needs after its configuration or table changed, and why
     approval      changes that wait until somebody approves them

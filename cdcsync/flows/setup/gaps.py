@@ -3,6 +3,10 @@
 Looked for at every connection, before one change is applied. Each error says how to continue; docs/operations.md,
 "After a gap", says what that costs.
 
+There are two kinds. On the server that the index has followed, or that was promoted in its place, changes were lost: a
+resync heals that, and `source.on_gap` says whether the worker does it by itself. Or the server is another one, such as
+an old primary that was started again: a resync would make the index equal to the wrong tables, so it needs an approval.
+
 Source: PostgreSQL, "pg_replication_slots"; "Streaming Replication Protocol" (IDENTIFY_SYSTEM, TIMELINE_HISTORY).
 """
 
@@ -13,7 +17,7 @@ from collections.abc import Sequence
 from psycopg import sql
 
 from cdcsync.config import Config
-from cdcsync.errors import DecodingFailed, GapError, SetupError, SourceUnavailable
+from cdcsync.errors import AnotherServer, DecodingFailed, GapError, SetupError, SourceUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.queries import fetch_row, fetch_value
@@ -27,6 +31,16 @@ _RESYNC = (
     'set source.on_gap = "resync" to read everything again with a new slot; docs/operations.md, "After a gap",'
     " says what that costs"
 )
+
+_FOLLOW = (
+    "cdcsync plan --approve-source: the worker then reads everything again with a new slot; docs/operations.md,"
+    ' "After a gap", says what that costs'
+)
+
+
+def heals(gap: GapError, config: Config) -> bool:
+    """Say whether the worker reads everything again after a gap, or stops."""
+    return gap.approved if isinstance(gap, AnotherServer) else config.source.on_gap == "resync"
 
 
 async def foreseen_gap(config: Config) -> GapError | None:
@@ -57,20 +71,22 @@ async def foreseen_gap(config: Config) -> GapError | None:
 async def refuse_gaps(
     source: Connection, target: Connection, state: PipelineState | None, slot: Slot | None, config: Config
 ) -> None:
-    """Refuse every gap, over a replication connection of its own where there is a checkpoint.
+    """Refuse every gap, over a replication connection of its own where the pipeline has begun.
 
     :raises GapError: there is one.
     :raises SetupError: the slot is of another kind or database.
     """
     name = config.source.slot
     refuse_misfit(slot, None if state is None else state.checkpoint)
-    if state is None or state.checkpoint is None:
-        await refuse_forgotten(target, config.target.schema, name, list(config.indexes))
-        return
-    async with await SlotConnection.connect(config.source.dsn) as slot_connection:
-        await refuse_standby(slot_connection, source)
-        server = await slot_connection.identify()
-        await refuse_gap(slot_connection, state, server, slot, name)
+    if state is not None and state.system_identifier is not None:
+        async with await SlotConnection.connect(config.source.dsn) as slot_connection:
+            await refuse_standby(slot_connection, source)
+            server = await slot_connection.identify()
+            refuse_another_server(slot_connection, state, server, name)
+            if state.checkpoint is not None:
+                await refuse_gap(slot_connection, state, server, slot, name)
+                return
+    await refuse_forgotten(target, config.target.schema, name, list(config.indexes))
 
 
 async def refuse_standby(slot_connection: SlotConnection, source: Connection) -> None:
@@ -137,10 +153,44 @@ async def refuse_forgotten(target: Connection, schema: str, name: str, indexes: 
         )
 
 
+def refuse_another_server(
+    slot_connection: SlotConnection, state: PipelineState, server: ServerIdentity, name: str
+) -> None:
+    """Refuse a server that is not the one we followed, nor one that was promoted in its place.
+
+    That holds as well while a pipeline has no checkpoint: it may be in the middle of a resync.
+
+    :raises AnotherServer: it is one.
+    """
+    where, approved = f"slot {name}, checkpoint {state.checkpoint}", state.approved_source == server.name
+    if state.system_identifier is not None and state.system_identifier != server.system_identifier:
+        raise AnotherServer(
+            f"this is another cluster than before ({slot_connection.address} has the system identifier"
+            f" {server.system_identifier}, and it was {state.system_identifier}): pg_upgrade made a new cluster of the"
+            " old one, or source.dsn leads elsewhere",
+            where=where,
+            hint=f"after pg_upgrade, or to follow this cluster from now on, {_FOLLOW}; if source.dsn leads elsewhere,"
+            " point it at the old cluster; if this is the source of another pipeline, give it a slot of its own with"
+            " source.slot",
+            server=server.name,
+            approved=approved,
+        )
+    if state.timeline is not None and server.timeline < state.timeline:
+        raise AnotherServer(
+            f"the source is on timeline {server.timeline}, and the index has followed timeline {state.timeline}:"
+            f" {slot_connection.address} was left behind by a promotion, or restored",
+            where=where,
+            hint="point source.dsn at the present primary alone, or stop this server, if it was left behind; to follow"
+            f" it from now on, {_FOLLOW}",
+            server=server.name,
+            approved=approved,
+        )
+
+
 async def refuse_gap(
     slot_connection: SlotConnection, state: PipelineState, server: ServerIdentity, slot: Slot | None, name: str
 ) -> None:
-    """Refuse a server that is not the one we followed, or that is behind us, and a slot that is ahead of us or gone.
+    """Refuse a server that is behind us or went another way, and a slot that is ahead of us or gone.
 
     A slot that was made to send prepared transactions is refused, too.
 
@@ -148,25 +198,10 @@ async def refuse_gap(
     """
     where = f"slot {name}, checkpoint {state.checkpoint}"
     assert state.checkpoint is not None
-    if state.system_identifier != server.system_identifier:
-        raise GapError(
-            f"this is another cluster than before (system identifier {server.system_identifier}, was"
-            f" {state.system_identifier}): pg_upgrade made a new cluster of the old one, or source.dsn leads elsewhere",
-            where=where,
-            hint=f"after pg_upgrade, {_RESYNC}; if source.dsn leads elsewhere, point it at the old cluster; if this is"
-            " the source of another pipeline, give it a slot of its own with source.slot",
-        )
-    if state.timeline is not None and server.timeline < state.timeline:
-        raise GapError(
-            f"the source is on timeline {server.timeline}, and the index has followed timeline {state.timeline}:"
-            " this server was left behind by a promotion, or restored",
-            where=where,
-            hint=f"point source.dsn at the present primary; or {_RESYNC}",
-        )
     await _refuse_branch(slot_connection, state, server, name)
-    if server.lsn < state.checkpoint:
+    if state.reach is not None and server.lsn < state.reach:
         raise GapError(
-            f"the source's WAL ends at {server.lsn}, before the checkpoint: it was restored from a backup",
+            f"the source's WAL ends at {server.lsn}, before {_reach(state)}: it was restored from a backup",
             where=where,
             hint=_RESYNC,
         )
@@ -201,11 +236,24 @@ async def _refuse_branch(
     if state.timeline is None or server.timeline == state.timeline or state.reach is None:
         return
     left_at = await slot_connection.end_of_timeline(state.timeline, server.timeline)
-    if left_at is None or left_at < state.reach:
-        before = "the checkpoint" if state.reach == state.checkpoint else f"{state.reach}, of which parts are indexed"
+    where = f"slot {name}, checkpoint {state.checkpoint}"
+    if left_at is None:
         raise GapError(
-            f"the source's timeline {server.timeline} branched off at {left_at or 'an unknown place'}, before {before}:"
-            " a standby was promoted that had not received all that is indexed",
-            where=f"slot {name}, checkpoint {state.checkpoint}",
+            f"the source does not tell where its timeline {server.timeline} left timeline {state.timeline}, which the"
+            " index has followed",
+            where=where,
+            hint=f"if pg_wal/{server.timeline:08X}.history is missing there, put it back from a standby or the WAL"
+            f" archive, and start the worker again; or {_RESYNC}",
+        )
+    if left_at < state.reach:
+        raise GapError(
+            f"the source's timeline {server.timeline} branched off at {left_at}, before {_reach(state)}: a standby was"
+            " promoted that had not received all that is indexed",
+            where=where,
             hint=_RESYNC,
         )
+
+
+def _reach(state: PipelineState) -> str:
+    """Say how far the index reaches: to the checkpoint, or into a transaction beyond it."""
+    return "the checkpoint" if state.reach == state.checkpoint else f"{state.reach}, of which parts are indexed"

@@ -17,6 +17,8 @@ from cdcsync.config import Config, QualifiedName
 from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse
 from cdcsync.flows.blocked import Blocked, Note
 from cdcsync.flows.setup.gaps import (
+    heals,
+    refuse_another_server,
     refuse_forgotten,
     refuse_gap,
     refuse_gaps,
@@ -24,6 +26,7 @@ from cdcsync.flows.setup.gaps import (
     refuse_standby,
     refuse_undecodable,
 )
+from cdcsync.flows.setup.proof import fell_back, has_last_applied
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import LOCKED_OUT, speaking_of
@@ -37,6 +40,7 @@ from cdcsync.source.catalog import (
     next_transaction,
     read_catalog,
     read_slot,
+    read_started,
     running_transactions,
 )
 from cdcsync.source.definitions import definitions_changed_since
@@ -61,7 +65,8 @@ else is followed. Then its index waits, and the others do not."""
 class StartingPoint(msgspec.Struct, frozen=True):
     """Where a connection begins to stream.
 
-    :ivar anew: whether the pipeline begins there: what was before it says nothing about what follows.
+    :ivar anew: whether what was delivered before may say nothing about what follows: the pipeline begins there, or the
+        server may have another history than it had.
     :ivar server: the source as it was before the connection streamed.
     """
 
@@ -174,15 +179,17 @@ async def set_up_publication(
 async def refuse_early(source: Connection, session: ApplySession, config: Config) -> None:
     """Look for a gap before anything is created: on a server that is not ours nothing may be.
 
-    :raises GapError: there is one, and the configuration does not say to heal it.
+    :raises GapError: there is one, and nobody says to heal it.
     :raises SetupError: the slot is of another kind or database.
     """
     state = await session.state()
-    if config.source.on_gap == "resync":
-        return
     with speaking_of("source", where=f"slot {config.source.slot}"):
         slot = await read_slot(source, config.source.slot)
-    await refuse_gaps(source, session.connection, state, slot, config)
+    try:
+        await refuse_gaps(source, session.connection, state, slot, config)
+    except GapError as gap:
+        if not heals(gap, config):
+            raise
 
 
 async def starting_point(
@@ -197,7 +204,8 @@ async def starting_point(
 ) -> StartingPoint:
     """Return where to stream from; creates the slot where there is none.
 
-    After a gap, `source.on_gap = "resync"` makes a new slot and asks for a full backfill of every index.
+    After a gap, `source.on_gap = "resync"`, or the approval of another server, makes a new slot and asks for a full
+    backfill of every index.
 
     :param stuck: why the source cannot decode what follows the checkpoint, if it has failed there again and again.
     :param note: told whose transactions the creation of a slot waits for.
@@ -209,9 +217,11 @@ async def starting_point(
     await refuse_standby(slot_connection, source)
     server = await slot_connection.identify()
     with speaking_of("source", where=f"slot {name}"):
+        started = await read_started(source)
         slot = await read_slot(source, name)
     refuse_misfit(slot, state.checkpoint)
     try:
+        refuse_another_server(slot_connection, state, server, name)
         if state.checkpoint is None:
             await refuse_forgotten(session.connection, config.target.schema, name, indexes)
         else:
@@ -219,23 +229,41 @@ async def starting_point(
         if stuck is not None:
             refuse_undecodable(stuck, state.checkpoint, name)
     except GapError as gap:
-        if config.source.on_gap != "resync":
+        if not heals(gap, config):
             raise
         log.error("gap", slot=name, error=str(gap), action="resync")
-        begin = await _resync(slot_connection, source, session, server, slot, config, indexes, note)
+        begin = await _resync(slot_connection, source, session, slot, config, indexes, note)
+        await session.begin_at(begin, server.system_identifier, server.timeline, started)
         return StartingPoint(begin, True, server)
     if state.checkpoint is None:
         begin = await _first_position(slot_connection, source, slot, config, note)
-        await session.begin_at(begin, server.system_identifier, server.timeline)
+        await session.begin_at(begin, server.system_identifier, server.timeline, started)
         return StartingPoint(begin, True, server)
-    if state.timeline is not None and server.timeline > state.timeline:
-        # Rows that were read again (for values that are not sent, or documents of several tables) may have been read
-        # in a state that the promoted server never had.
-        await session.begin_at(state.checkpoint, server.system_identifier, server.timeline, doubted=indexes)
-        log.info("timeline_followed", slot=name, timeline=server.timeline)
     assert slot is not None
+    anew = state.source_started is not None and started != state.source_started
+    followed = state.timeline is not None and server.timeline > state.timeline
+    doubted = followed
+    if anew and not followed and fell_back(slot, state):
+        doubted = not await has_last_applied(source, config, slot, state)
+    if doubted or started != state.source_started or state.approved_source is not None:
+        # On a promoted server, rows that were read again (for values that are not sent, or documents of several tables)
+        # may have been read in a state that it never had. And an approval that nothing came of must not hold for ever.
+        await session.begin_at(
+            state.checkpoint, server.system_identifier, server.timeline, started, doubted=indexes if doubted else ()
+        )
+    if followed:
+        log.info("timeline_followed", slot=name, timeline=server.timeline)
+    elif doubted:
+        log.warning(
+            "source_doubted",
+            slot=name,
+            confirmed=str(slot.confirmed_flush),
+            checkpoint=str(state.checkpoint),
+            because="the source was started again, and its slot does not send what was applied last: it crashed while"
+            " nothing was written, or was restored; source and indexes are compared",
+        )
     await _let_standbys_have(slot_connection, slot, config)
-    return StartingPoint(state.checkpoint, False, server)
+    return StartingPoint(state.checkpoint, doubted, server)
 
 
 async def _let_standbys_have(slot_connection: SlotConnection, slot: Slot, config: Config) -> None:
@@ -348,7 +376,6 @@ async def _resync(
     slot_connection: SlotConnection,
     source: Connection,
     session: ApplySession,
-    server: ServerIdentity,
     slot: Slot | None,
     config: Config,
     indexes: Sequence[str],
@@ -366,6 +393,4 @@ async def _resync(
         with speaking_of("source", where=f"slot {name}"):
             await source.execute("SELECT pg_drop_replication_slot(%s)", [name])
             crash_point("old slot dropped")
-    begin = await _create_slot(slot_connection, source, config, note)
-    await session.begin_at(begin, server.system_identifier, server.timeline)
-    return begin
+    return await _create_slot(slot_connection, source, config, note)

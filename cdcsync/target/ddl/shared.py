@@ -290,6 +290,12 @@ _SHARED: tuple[LiteralString, ...] = (
     "ALTER TABLE {schema}.pipelines ADD COLUMN IF NOT EXISTS ahead pg_lsn",
     "ALTER TABLE {schema}.pipelines ADD COLUMN IF NOT EXISTS commits bigint NOT NULL DEFAULT 0",
     "ALTER TABLE {schema}.pipelines ADD COLUMN IF NOT EXISTS waiting jsonb",
+    "ALTER TABLE {schema}.pipelines ADD COLUMN IF NOT EXISTS source_started timestamptz",
+    "COMMENT ON COLUMN {schema}.pipelines.source_started IS"
+    " 'When the source that the index follows was started, by its own clock.'",
+    "ALTER TABLE {schema}.pipelines ADD COLUMN IF NOT EXISTS approved_source text",
+    "COMMENT ON COLUMN {schema}.pipelines.approved_source IS"
+    " 'The server, by system identifier and timeline, that somebody approved in place of the one followed so far.'",
     "COMMENT ON COLUMN {schema}.pipelines.waiting IS"
     " 'Why indexes that have no row yet, because they could not be set up, are paused.'",
     "COMMENT ON COLUMN {schema}.pipelines.ahead IS"

@@ -552,7 +552,9 @@ async def test_a_timeline_is_read_whatever_a_restore_point_was_called(strict: Cl
     os.chown(history, owner.st_uid, owner.st_gid)
     async with await SlotConnection.connect(strict.dsn()) as slot:
         assert await slot.end_of_timeline(1, 2) == Lsn.parse("0/3000000")
-    history.unlink()
+        history.unlink()
+        assert await slot.end_of_timeline(1, 2) is None
+        assert (await slot.identify()).timeline == 1, "the session goes on"
 
 
 async def test_a_slot_that_lost_its_wal_is_a_gap(strict: Cluster) -> None:
