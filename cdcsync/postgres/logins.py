@@ -39,7 +39,8 @@ async def log_in(kind: type[C], settings: str, side: Side, where: str) -> C:
 async def resolved(settings: str) -> str:
     """Return a DSN with the addresses of its hosts, each host once for each address; hosts that have none are left out.
 
-    A DSN that has addresses, or no name to ask for, is returned as it is.
+    A DSN that has addresses, or no name to ask for, is returned as it is; so is one that names a service, because only
+    libpq reads what its file says, which may be the host, the address or the port.
 
     :raises psycopg.OperationalError: no host has an address, in the words of the driver; or no answer came in time.
     """
@@ -47,7 +48,7 @@ async def resolved(settings: str) -> str:
     options = environment_options() | {key: str(value) for key, value in own.items()}
     hosts, ports = options.get("host", "").split(","), options.get("port", "").split(",")
     ports = ports * len(hosts) if len(ports) == 1 else ports
-    if options.get("hostaddr") or len(ports) != len(hosts) or not any(map(_is_name, hosts)):
+    if own.get("service") or options.get("hostaddr") or len(ports) != len(hosts) or not any(map(_is_name, hosts)):
         return settings  # the driver tells what is wrong with it
     within_s = conninfo.timeout_from_conninfo(own)
     found: list[list[str]] = [[] for _ in hosts]

@@ -63,7 +63,15 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
         ),
     ),
     (
-        r'(?P<method>\w+(?: bearer)?) authentication failed for user "(?P<role>[^"]*)"',
+        # In the same words the server tells that the service that it asks about a login is away, or slow.
+        r'(?P<method>LDAP|RADIUS|PAM|BSD|GSSAPI|SSPI|OAuth bearer) authentication failed for user "(?P<role>[^"]*)"',
+        Refusal(
+            "the server's {method} authentication refuses role {role}",
+            "its log says why: correct that, or wait if the service that it asks is away",
+        ),
+    ),
+    (
+        r'(?P<method>\w+) authentication failed for user "(?P<role>[^"]*)"',
         Refusal(
             "the server's {method} authentication refuses role {role}",
             "its log says why: correct that, or the line of pg_hba.conf for this login",

@@ -43,11 +43,16 @@ def _concerns(policy: LiteralString, role: LiteralString) -> LiteralString:
 
 
 def _sees_all(table: LiteralString, role: LiteralString) -> LiteralString:
-    """Return SQL that says whether a role, 0 for everybody, sees every row of a relation of pg_class."""
+    """Return SQL that says whether a role, 0 for everybody, sees every row of a relation of pg_class.
+
+    A condition that names a column is not asked for: the server would take a lock on the table to write its name, and
+    wait for whoever changes the table.
+    """
     return f"""(
         {role} <> 0 AND pg_has_role({role}, {table}.relowner, 'USAGE') AND NOT {table}.relforcerowsecurity
         OR EXISTS (SELECT FROM pg_policy AS o WHERE o.polrelid = {table}.oid AND o.polpermissive
-                   AND pg_get_expr(o.polqual, o.polrelid) = 'true' AND {_concerns("o", role)})
+                   AND CASE WHEN o.polqual::text LIKE '{{CONST %%' THEN pg_get_expr(o.polqual, 0) = 'true' END
+                   AND {_concerns("o", role)})
         AND NOT EXISTS (SELECT FROM pg_policy AS n WHERE n.polrelid = {table}.oid AND NOT n.polpermissive
                         AND n.polname <> '{POLICY}' AND {_concerns("n", role)}))"""
 
@@ -74,8 +79,10 @@ _READERS: LiteralString = f"""
     SELECT ours.name, ours.view, ours.of_vectors, ours.invoker, r.rolname::text,
            coalesce(r.rolbypassrls, false) OR {_sees_all("c", "granted.grantee")},
            NOT coalesce(r.rolbypassrls, false) AND EXISTS (
-               SELECT FROM unnest(%(secured)s::text[], %(oids)s::int8[]) AS wanted (name, oid)
-               LEFT JOIN pg_class AS t ON t.oid = wanted.oid AND t.oid = to_regclass(wanted.name)
+               SELECT FROM unnest(%(schemas)s::text[], %(tables)s::text[], %(oids)s::int8[])
+                   AS wanted (schema_name, name, oid)
+               LEFT JOIN (pg_class AS t JOIN pg_namespace AS h ON h.oid = t.relnamespace)
+                   ON t.oid = wanted.oid AND t.relname = wanted.name AND h.nspname = wanted.schema_name
                WHERE t.oid IS NULL OR NOT {_sees_all("t", "granted.grantee")}),
            has_table_privilege(granted.grantee, c.oid, 'SELECT') AND (
                NOT ours.of_vectors OR has_table_privilege(granted.grantee, to_regclass(%(vectors)s), 'SELECT'))
@@ -129,7 +136,9 @@ async def reader_findings(
             "of_chunks": f"cdcsync chunks of index {stored.name}: ",
             "chunks": chunks,
             "vectors": vectors,
-            "secured": [str(one.name) for one in secured],
+            # By their names in the catalog: our role of the target may lack the privilege to look into their schemas.
+            "schemas": [one.name.schema for one in secured],
+            "tables": [one.name.name for one in secured],
             "oids": [one.oid for one in secured],
         },
     )

@@ -6,13 +6,19 @@ import re
 import secrets
 from collections.abc import AsyncIterator
 
+import msgspec
 import psycopg
 import pytest
 from psycopg import sql
 
+from cdcsync.config import QualifiedName
+from cdcsync.postgres.sessions import connect
 from cdcsync.preflight import Finding, Report
 from cdcsync.preflight import readers as module
+from cdcsync.source.relations import read_tables
+from cdcsync.target.registry import Registry
 from tests.support.preflight import ARTICLES, configured, examined, follow, warnings
+from tests.support.roles import Roles, grant
 from tests.support.servers import Database, Server
 
 pytestmark = pytest.mark.server
@@ -217,6 +223,55 @@ async def test_the_role_of_the_tool_server_goes_on_reading_and_is_not_told_of(re
 async def test_policies_of_the_tool_server_alone_are_not_taken_for_an_operators(readers: Readers) -> None:
     readers.execute(SECURE, f"CREATE POLICY cdcsync_tenant ON {CHUNKS} USING (current_user <> '{{other}}')", READ)
     assert await readers.told() == []
+
+
+async def test_a_schema_of_the_source_that_our_role_of_the_target_may_not_use_is_no_error(
+    database: Database, server: Server
+) -> None:
+    roles = Roles(server)
+    role = roles.name("target")
+    try:
+        database.execute(
+            "CREATE SCHEMA shop; CREATE TABLE shop.articles (id bigint PRIMARY KEY, title text, body text)"
+        )
+        database.execute("ALTER TABLE shop.articles ENABLE ROW LEVEL SECURITY")
+        database.execute("CREATE EXTENSION IF NOT EXISTS vector")
+        grant(database, target_role=role)
+        dsn = roles.dsn(database, role)
+        config = configured(database.dsn, dsn, slot=SLOT, articles='table = "shop.articles"')
+        await follow(msgspec.structs.replace(database, dsn=dsn), config)
+        database.execute(f"GRANT USAGE ON SCHEMA public TO PUBLIC; GRANT SELECT ON {VIEW} TO PUBLIC")
+
+        report = await examined(config)
+
+        assert [spec.name for spec in report.specs] == ["articles"]
+        assert any("the source holds readers of shop.articles" in one.message for one in of_readers(report))
+    finally:
+        database.execute(f"REASSIGN OWNED BY {role} TO CURRENT_USER; DROP OWNED BY {role}")
+        roles.drop()
+
+
+async def test_nobody_who_changes_a_table_with_policies_is_waited_for(readers: Readers, database: Database) -> None:
+    readers.execute(READ, "ALTER TABLE articles ENABLE ROW LEVEL SECURITY")
+    readers.execute("CREATE POLICY mine ON articles FOR SELECT USING (tenant = 1)")
+    named = {QualifiedName("public", "articles")}
+    async with await connect(database.dsn, "target") as connection:
+        secured = list((await read_tables(connection, named)).values())
+        entry = (await Registry("cdcsync").all(connection))["articles"]
+        with database.connect() as other, other.transaction():
+            other.execute(f"LOCK TABLE articles, {CHUNKS}".encode())
+            await connection.execute("SET lock_timeout = '1s'")
+            (one,) = await module.reader_findings(connection, "cdcsync", entry, secured, None)
+    assert "may read every row" in one.message
+
+
+async def test_an_index_is_followed_although_nobody_can_tell_who_reads_it(
+    readers: Readers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_READERS", "SELECT 1 / 0")
+    report = await examined(readers.config)
+    assert [spec.name for spec in report.specs] == ["articles"]
+    assert any("who may read it cannot be looked at" in one.message for one in warnings(report))
 
 
 async def test_another_index_is_not_mistaken_for_this_one(readers: Readers, database: Database) -> None:

@@ -61,6 +61,7 @@ async def test_each_host_is_tried_at_each_of_its_addresses(
         "dbname=app",
         "host=/run,192.0.2.1,::1 port=5",
         "host=one hostaddr=192.0.2.9",
+        "service=ours host=one",  # its file may name a port, or an address
         "host=one,two port=1,2,3",  # the driver tells that there is a port too many
     ],
 )

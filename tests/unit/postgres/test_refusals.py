@@ -78,7 +78,12 @@ SERVER = 'connection failed: connection to server at "10.0.0.1", port 5433 faile
         (
             f'{SERVER}FATAL:  OAuth bearer authentication failed for user "ann"',
             "the server's OAuth bearer authentication refuses role ann",
-            True,
+            False,
+        ),
+        (
+            f'{SERVER}FATAL:  LDAP authentication failed for user "ann"',  # also if the directory is away
+            "the server's LDAP authentication refuses role ann",
+            False,
         ),
         ('invalid sslmode value: "fulll"', "there is no sslmode fulll", True),
         ('definition of service "shop" not found', "no service file defines the service shop", True),
