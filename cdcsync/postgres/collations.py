@@ -31,10 +31,12 @@ _NAMED: LiteralString = """
         SELECT c.oid, format('%%I.%%I', n.nspname, c.collname) AS name, c.collversion AS recorded
         FROM pg_collation c JOIN pg_namespace n ON n.oid = c.collnamespace
         WHERE format('%%I.%%I', n.nspname, c.collname) = ANY(%(names)s)
+            AND (c.collencoding = -1 OR pg_encoding_to_char(c.collencoding) = getdatabaseencoding())
     )
     SELECT name, current_database()::text, recorded, pg_collation_actual_version(oid) FROM named
     WHERE recorded <> pg_collation_actual_version(oid)"""
-"""Apart, because ICU has some eight hundred collations, and to ask it for a version it opens the collation."""
+"""Of two of one name, such as en_US, columns have that of the database's encoding, and ALTER COLLATION refreshes it.
+Apart, because ICU has some eight hundred collations, and to ask it for a version it opens the collation."""
 
 _OF_THE_DATABASE: LiteralString = """
     UNION ALL
@@ -63,6 +65,12 @@ class Outdated(msgspec.Struct, frozen=True):
         if self.name == DEFAULT_COLLATION:
             what = f"the default collation of the database {quote(self.database)}"
         return f"{what}, recorded in version {self.recorded}, while the server sorts by version {self.present}"
+
+    @property
+    def owner(self) -> str:
+        """Who may type these statements: a collation that came with the server is its superuser's."""
+        builtin = self.name.startswith("pg_catalog.") and self.name != DEFAULT_COLLATION
+        return "a superuser" if builtin else "the owner of the database"
 
     @property
     def rebuild(self) -> str:

@@ -54,19 +54,19 @@ async def resolved(settings: str) -> str:
     found: list[list[str]] = [[] for _ in hosts]
     failures: list[str] = []
 
-    async def ask(at: int, host: str, port: str) -> None:
+    async def ask(at: int, host: str) -> None:
         try:
             with anyio.fail_after(within_s):
-                found[at] = await _addresses(host, port)
+                found[at] = await _addresses(host)
         except TimeoutError:
             failures.append(f"failed to resolve host {host!r}: no name server has answered for {within_s} s")
         except OSError as error:
             failures.append(f"failed to resolve host {host!r}: {error}")
 
     async with anyio.create_task_group() as tasks:
-        for at, (host, port) in enumerate(zip(hosts, ports, strict=True)):
+        for at, host in enumerate(hosts):
             if _is_name(host):
-                tasks.start_soon(ask, at, host, port)
+                tasks.start_soon(ask, at, host)
             else:
                 found[at] = [host if _is_address(host) else ""]  # of a socket there is none
     known = [
@@ -80,10 +80,9 @@ async def resolved(settings: str) -> str:
     return conninfo.make_conninfo("", **own | dict(zip(("host", "hostaddr", "port"), each, strict=True)))
 
 
-async def _addresses(host: str, port: str) -> list[str]:
-    answer = await asyncio.get_running_loop().getaddrinfo(
-        host, port or None, proto=socket.IPPROTO_TCP, type=socket.SOCK_STREAM
-    )
+async def _addresses(host: str) -> list[str]:
+    # Without the port: of one that is no number, libpq says what is wrong.
+    answer = await asyncio.get_running_loop().getaddrinfo(host, None, proto=socket.IPPROTO_TCP, type=socket.SOCK_STREAM)
     return [str(address[0]) for *_, address in answer]
 
 

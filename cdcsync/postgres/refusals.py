@@ -158,6 +158,14 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
         ),
     ),
     (
+        r"bad value for (?P<option>connect_timeout): '(?P<value>[^']*)'",
+        Refusal(
+            "{option} is {value} in the DSN or the environment, and must be a whole number",
+            "correct it there",
+            lasting=True,
+        ),
+    ),
+    (
         r'invalid port number: "(?P<value>[^"]*)"',
         Refusal(
             "port is {value} in the DSN or the environment, and must be from 1 to 65535",

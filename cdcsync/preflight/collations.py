@@ -103,6 +103,6 @@ def _finding(name: str, where: str, message: str, outdated: Outdated, *, stored:
     return Finding.warning(
         where,
         message,
-        f"as the owner of the database: {outdated.rebuild}, then {outdated.refresh}{compare}; docs/operations.md,"
+        f"as {outdated.owner}: {outdated.rebuild}, then {outdated.refresh}{compare}; docs/operations.md,"
         ' "Another version of the operating system", has more',
     )

@@ -159,11 +159,31 @@ async def test_a_collation_that_a_column_names_is_told_by_its_name(
         connection.execute(f"CREATE COLLATION mine (provider = {provider})".encode())
         connection.execute(f"ALTER COLLATION mine OWNER TO {owner}".encode())
     source.execute(NOTES.format(type="text COLLATE mine"))
+    source.execute(
+        'INSERT INTO pg_collation SELECT (jsonb_populate_record(c, \'{"oid": 99999, "collencoding": 8}\')).*'
+        " FROM pg_collation AS c WHERE collname = 'mine'"
+    )  # of the same name, for databases in another encoding
     source.execute("UPDATE pg_collation SET collversion = '0' WHERE collname = 'mine'")
     config = configured(source.dsn, database.dsn, notes='table = "notes"')
     (one,) = told(await examined(config))
     assert "in the collation public.mine, recorded in version 0" in one.message
     typed(source, str(one.hint), owner)
+    assert told(await examined(config)) == []
+
+
+async def test_the_owner_of_a_database_is_not_sent_to_refresh_a_collation_of_the_servers(
+    versioned: Callable[[], Database], database: Database
+) -> None:
+    source = versioned()
+    with source.connect() as connection:
+        if connection.info.server_version < 170000:
+            pytest.skip("before PostgreSQL 17 this server may have no collation with a version")
+    source.execute(NOTES.format(type='text COLLATE "pg_c_utf8"'))
+    source.execute("UPDATE pg_collation SET collversion = '0' WHERE collname = 'pg_c_utf8'")
+    config = configured(source.dsn, database.dsn, notes='table = "notes"')
+    (one,) = told(await examined(config))
+    assert str(one.hint).startswith(f"as a superuser: REINDEX DATABASE CONCURRENTLY {source.name}, then ")
+    source.execute("ALTER COLLATION pg_catalog.pg_c_utf8 REFRESH VERSION")
     assert told(await examined(config)) == []
 
 

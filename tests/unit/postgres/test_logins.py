@@ -16,7 +16,9 @@ import pytest
 from psycopg import conninfo
 
 import cdcsync
+from cdcsync.errors import SetupError
 from cdcsync.postgres.logins import resolved
+from cdcsync.postgres.sessions import connect
 
 ADDRESSES = {"one": ["192.0.2.1", "2001:db8::1"], "two": ["192.0.2.2"]}
 
@@ -81,6 +83,12 @@ async def test_hosts_of_the_environment_are_asked_for(name_server: list[str], mo
 async def test_hosts_that_are_unknown_are_told_in_the_drivers_words() -> None:
     with pytest.raises(psycopg.OperationalError, match=r"failed to resolve host 'nobody'"):
         await resolved("host=nobody,nobody")
+
+
+@pytest.mark.parametrize(("option", "value"), [("port", "abc"), ("connect_timeout", "soon")])
+async def test_what_is_no_number_is_told_as_such_and_not_as_an_unknown_host(option: str, value: str) -> None:
+    with pytest.raises(SetupError, match=f"{option} is {value} in the DSN or the environment, and must be a whole"):
+        await connect(f"host=localhost {option}={value}", "source")
 
 
 async def test_name_servers_have_as_long_as_a_login_may_take(monkeypatch: pytest.MonkeyPatch) -> None:

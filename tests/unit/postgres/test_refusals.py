@@ -105,6 +105,11 @@ SERVER = 'connection failed: connection to server at "10.0.0.1", port 5433 faile
             "all WAL senders of the server are in use",
             False,
         ),
+        (
+            "bad value for connect_timeout: 'soon'",
+            "connect_timeout is soon in the DSN or the environment, and must be a whole number",
+            True,
+        ),
         ('invalid channel_binding value: "yes"', "there is no channel_binding yes", True),
         ("FATAL: sorry, too many clients already", "all connections of the server are in use", False),
     ],
