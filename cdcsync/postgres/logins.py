@@ -18,7 +18,7 @@ import psycopg
 from psycopg import conninfo
 
 from cdcsync.postgres.errors import connect_error
-from cdcsync.postgres.settings import Side, environment_options
+from cdcsync.postgres.settings import Side, options_with
 
 C = TypeVar("C", bound=psycopg.AsyncConnection[Any])
 
@@ -39,16 +39,19 @@ async def log_in(kind: type[C], settings: str, side: Side, where: str) -> C:
 async def resolved(settings: str) -> str:
     """Return a DSN with the addresses of its hosts, each host once for each address; hosts that have none are left out.
 
-    A DSN that has addresses, or no name to ask for, is returned as it is; so is one that names a service, because only
-    libpq reads what its file says, which may be the host, the address or the port.
+    A DSN that has addresses, or no name to ask for, is returned as it is, but for what its service says of both.
 
     :raises psycopg.OperationalError: no host has an address, in the words of the driver; or no answer came in time.
     """
     own = conninfo.conninfo_to_dict(settings)
-    options = environment_options() | {key: str(value) for key, value in own.items()}
+    options = options_with(own)
+    if own.get("service"):
+        # For the driver a host of the environment comes before one of the service.
+        own |= {key: options[key] for key in ("host", "hostaddr", "port") if key in options}
+        settings = conninfo.make_conninfo("", **own)
     hosts, ports = options.get("host", "").split(","), options.get("port", "").split(",")
     ports = ports * len(hosts) if len(ports) == 1 else ports
-    if own.get("service") or options.get("hostaddr") or len(ports) != len(hosts) or not any(map(_is_name, hosts)):
+    if options.get("hostaddr") or len(ports) != len(hosts) or not any(map(_is_name, hosts)):
         return settings  # the driver tells what is wrong with it
     within_s = conninfo.timeout_from_conninfo(own)
     found: list[list[str]] = [[] for _ in hosts]

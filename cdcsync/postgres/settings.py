@@ -103,13 +103,14 @@ def describe(dsn: str) -> str:
     return redact_dsn(dsn) if dsn else "libpq's environment (PGHOST, PGSERVICE, …)"
 
 
-def environment_options() -> dict[str, str]:
+def environment_options(service: str | None = None) -> dict[str, str]:
     """Return libpq's settings of the environment and of the service file, and what it takes where nothing is said.
 
+    :param service: what a DSN names, in place of the environment's; there are none if no file defines it.
     :raises SetupError: one of them is not UTF-8.
     """
     found = {}
-    for option in pq.Conninfo.get_defaults():
+    for option in pq.Conninfo.get_defaults() if service is None else _of_a_service(service):
         try:
             if option.val is not None:
                 found[option.keyword.decode()] = option.val.decode()
@@ -117,10 +118,30 @@ def environment_options() -> dict[str, str]:
             variable = (option.envvar or b"PGSERVICE").decode()
             raise SetupError(
                 f"the {option.keyword.decode()} of libpq's environment is not UTF-8",
-                where=variable if variable in os.environ else "the service file that PGSERVICE names",
+                where=variable if variable in os.environ else "the service file",
                 hint="write it in UTF-8",
             ) from None
     return found
+
+
+def options_with(own: Mapping[str, Any]) -> dict[str, str]:
+    """Return what libpq goes by: a DSN's own options before those of the service that it names, and the environment's.
+
+    :raises SetupError: one of these is not UTF-8.
+    """
+    return environment_options(own.get("service")) | {key: str(value) for key, value in own.items()}
+
+
+def _of_a_service(service: str) -> list[pq.ConninfoOption]:
+    """Return libpq's settings if a DSN names this service: what its file says, and the environment where it is silent.
+
+    Only a connection has them. This one is refused for its sslmode before any host is asked for.
+    """
+    refused = pq.PGconn.connect_start(conninfo.make_conninfo("", service=service, sslmode="none").encode())
+    try:
+        return [option for option in refused.info if option.keyword != b"sslmode"]
+    finally:
+        refused.finish()
 
 
 def conninfo_for(dsn: str, **settings: str | int) -> str:
@@ -133,7 +154,7 @@ def conninfo_for(dsn: str, **settings: str | int) -> str:
     """
     if fault := dsn_fault(dsn):
         raise SetupError(fault, where=describe(dsn), hint="correct the DSN")
-    environment = environment_options()
+    environment_options()
     try:
         own = conninfo.conninfo_to_dict(dsn)
     except psycopg.ProgrammingError:
@@ -147,7 +168,7 @@ def conninfo_for(dsn: str, **settings: str | int) -> str:
             if unknown
             else "write postgresql://user@host/database, or key=value pairs",
         ) from None
-    _refuse_impossible_hosts(dsn, environment | own)
+    _refuse_impossible_hosts(dsn, options_with(own))
     defaults = {"connect_timeout": CONNECT_TIMEOUT_S, **_DEAD_PEER}
     merged: dict[str, Any] = {**defaults, **own, "client_encoding": "UTF8", "replication": "", **settings}
     return conninfo.make_conninfo("", **merged)

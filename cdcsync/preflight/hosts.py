@@ -18,7 +18,7 @@ import psycopg
 from psycopg import conninfo
 
 from cdcsync.postgres.liveness import Backend, WatchedConnection, backend_of, same_server
-from cdcsync.postgres.settings import Side, conninfo_for, environment_options
+from cdcsync.postgres.settings import Side, conninfo_for, options_with
 from cdcsync.preflight.findings import Finding
 
 PRIMARY_ONLY = ("read-write", "primary")
@@ -30,15 +30,15 @@ name with an IPv4 and an IPv6 address, the latter often leads nowhere."""
 
 
 def connection_options(dsn: str) -> dict[str, str]:
-    """Return what libpq goes by: the DSN's own options before those of the environment; nothing of a faulty DSN.
+    """Return what libpq goes by, as `options_with` does; nothing of a faulty DSN.
 
-    :raises SetupError: those of the environment cannot be read.
+    :raises SetupError: those of the service or the environment cannot be read.
     """
     try:
         own = conninfo.conninfo_to_dict(dsn)
     except psycopg.ProgrammingError:
         return {}
-    return environment_options() | {key: str(value) for key, value in own.items()}
+    return options_with(own)
 
 
 def host_faults(side: Side, options: Mapping[str, str]) -> Iterator[Finding]:

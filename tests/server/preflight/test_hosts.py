@@ -33,7 +33,7 @@ def named(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], None]:
     def answer(host: Any, port: Any, *more: Any, **options: Any) -> Any:
         if host != NAME:
             return asked(host, port, *more, **options)
-        return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (one, int(port))) for one in known]
+        return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (one, int(port or 0))) for one in known]
 
     monkeypatch.setattr(socket, "getaddrinfo", answer)
 

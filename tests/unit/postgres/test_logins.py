@@ -63,7 +63,6 @@ async def test_each_host_is_tried_at_each_of_its_addresses(
         "dbname=app",
         "host=/run,192.0.2.1,::1 port=5",
         "host=one hostaddr=192.0.2.9",
-        "service=ours host=one",  # its file may name a port, or an address
         "host=one,two port=1,2,3",  # the driver tells that there is a port too many
     ],
 )
@@ -77,6 +76,38 @@ async def test_hosts_of_the_environment_are_asked_for(name_server: list[str], mo
     monkeypatch.setenv("PGPORT", "7")
     found = conninfo.conninfo_to_dict(await resolved("dbname=app"))
     assert found == {"host": "two", "hostaddr": "192.0.2.2", "port": "7", "dbname": "app"}
+
+
+@pytest.mark.usefixtures("name_server")
+@pytest.mark.parametrize(
+    ("file", "settings", "host", "address", "port"),
+    [
+        ("host=two\nport=7", "service=ours", "two", "192.0.2.2", "7"),
+        ("port=7", "service=ours host=two", "two", "192.0.2.2", "7"),
+        ("host=two\nport=7", "service=ours port=8", "two", "192.0.2.2", "8"),
+        ("port=7", "service=ours", "elsewhere", "192.0.2.3", "7"),  # the environment's host
+        ("host=one\nhostaddr=192.0.2.9", "service=ours", "one", "192.0.2.9", "99"),
+        ("host=/run", "service=ours", "/run", None, "99"),
+        ("", "service=another", None, None, None),  # the driver tells that there is none
+    ],
+)
+async def test_what_the_service_of_a_dsn_says_comes_before_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    file: str,
+    settings: str,
+    host: str | None,
+    address: str | None,
+    port: str | None,
+) -> None:
+    monkeypatch.setitem(ADDRESSES, "elsewhere", ["192.0.2.3"])
+    (tmp_path / "services").write_text(f"[ours]\n{file}\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
+    monkeypatch.setenv("PGHOST", "elsewhere")
+    monkeypatch.setenv("PGPORT", "99")
+    found = conninfo.conninfo_to_dict(await resolved(settings))
+    told = {"service": settings.split()[0].removeprefix("service="), "host": host, "hostaddr": address, "port": port}
+    assert found == {key: value for key, value in told.items() if value is not None}
 
 
 @pytest.mark.usefixtures("name_server")

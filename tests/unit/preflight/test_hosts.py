@@ -65,3 +65,14 @@ def test_the_environment_names_hosts_and_attributes_as_well(monkeypatch: pytest.
     assert not list(host_faults("source", connection_options("host=c")))
     monkeypatch.setenv("PGTARGETSESSIONATTRS", "read-write")
     assert not list(host_faults("source", connection_options("dbname=app")))
+
+
+def test_the_service_of_a_dsn_names_hosts_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "services").write_text("[far]\nhost=a,b\n[near]\nhost=a\n[empty..part]\nhost=a..b\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
+    monkeypatch.setenv("PGHOST", "c,d")
+    assert list(host_faults("source", connection_options("service=far")))
+    assert not list(host_faults("source", connection_options("service=far target_session_attrs=read-write")))
+    assert not list(host_faults("source", connection_options("service=near")))
+    with pytest.raises(SetupError, match=r"a\.\.b cannot be a host name"):
+        conninfo_for("service=empty..part")
