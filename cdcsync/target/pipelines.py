@@ -54,6 +54,7 @@ class PipelineState(msgspec.Struct, frozen=True):
     :ivar waiting: why indexes that have no row of their own yet are paused.
     :ivar approved_source: the server that somebody approved, by `ServerIdentity.name`.
     :ivar source_started: when the source was started that the index follows; None if no worker has noted it yet.
+    :ivar commit_lsn: where the last transaction that was applied ended; None if that is not known.
     """
 
     checkpoint: Lsn | None
@@ -69,6 +70,7 @@ class PipelineState(msgspec.Struct, frozen=True):
     waiting: dict[str, Pause] = {}
     approved_source: str | None = None
     source_started: datetime | None = None
+    commit_lsn: Lsn | None = None
 
     @property
     def reach(self) -> Lsn | None:
@@ -149,14 +151,16 @@ class Pipelines:
                 "SELECT checkpoint::text, to_jsonb(p) ->> 'ahead', coalesce((to_jsonb(p) ->> 'commits')::bigint, 0),"
                 " system_identifier, timeline, fence, worker, commit_time, caught_up_at, updated_at,"
                 " to_jsonb(p) -> 'waiting', to_jsonb(p) ->> 'approved_source',"
-                " (to_jsonb(p) ->> 'source_started')::timestamptz FROM {} AS p WHERE slot = %s"
+                " (to_jsonb(p) ->> 'source_started')::timestamptz, to_jsonb(p) ->> 'commit_lsn' FROM {} AS p"
+                " WHERE slot = %s"
             ).format(self._table),
             [self._slot],
         )
         if row is None:
             return None
         checkpoint, ahead, commits, *rest = row
-        rest[-3] = msgspec.convert(rest[-3] or {}, dict[str, Pause])
+        rest[-4] = msgspec.convert(rest[-4] or {}, dict[str, Pause])
+        rest[-1] = _lsn(rest[-1])
         return PipelineState(_lsn(checkpoint), _lsn(ahead), commits, *rest)
 
     async def approve_source(self, connection: Connection, server: str) -> None:
@@ -456,7 +460,7 @@ class Pipelines:
             connection,
             lease,
             "checkpoint = %s, system_identifier = %s, timeline = %s, source_started = %s, approved_source = NULL,"
-            " updated_at = now()",
+            " commit_lsn = CASE WHEN checkpoint IS NOT NULL THEN commit_lsn END, updated_at = now()",
             [str(checkpoint), system_identifier, timeline, started],
         )
         return moved
@@ -504,10 +508,10 @@ class Pipelines:
             connection,
             lease,
             "checkpoint = greatest(checkpoint, %s::pg_lsn), ahead = greatest(ahead, %s::pg_lsn),"
-            " commit_time = coalesce(%s, commit_time),"
+            " commit_time = coalesce(%s, commit_time), commit_lsn = coalesce(%s::pg_lsn, commit_lsn),"
             " caught_up_at = CASE WHEN %s THEN clock_timestamp() ELSE caught_up_at END,"
             " updated_at = clock_timestamp()",
-            [_text(checkpoint), _text(ahead), commit_time, caught_up],
+            [_text(checkpoint), _text(ahead), commit_time, commit_time and _text(checkpoint), caught_up],
             wal_end=wal_end,
         )
 

@@ -22,6 +22,7 @@ from tests.support.outages import (
     follows_another_server_once_it_is_approved,
     frozen,
     indexed,
+    make_target,
     stops_at_the_gap_and_heals,
 )
 from tests.support.servers import Database
@@ -388,6 +389,76 @@ def test_a_crash_that_sets_the_slot_back_costs_no_comparison(
     assert worker.poll() is None
 
 
+def test_a_restart_while_no_indexed_row_changes_costs_no_comparison(
+    make_cluster: Callable[..., Cluster], make_simple: MakeSimple
+) -> None:
+    # With the index in the source, the slot is never told of the last checkpoint: its own WAL comes after that.
+    cluster = make_cluster()
+    pipeline = make_simple(cluster.dsn(), make_target(cluster))
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.source.execute("UPDATE articles SET title = title || ' again' WHERE id % 3 = 0")
+    pipeline.in_step()
+    changed = pipeline.position()
+    pipeline.source.execute("CREATE TABLE others (id int)")
+    behind = "SELECT confirmed_flush_lsn BETWEEN %s::pg_lsn AND %s::pg_lsn - 1 FROM pg_replication_slots"
+
+    def falls_back() -> bool:
+        pipeline.source.execute("INSERT INTO others SELECT generate_series(1, 1000)")
+        (checkpoint,) = pipeline.target.execute("SELECT checkpoint::text FROM cdcsync.pipelines").fetchone() or ("",)
+        return pipeline.source.execute(behind, [changed, checkpoint]).fetchone() == (True,)
+
+    until(falls_back, "the slot to be behind the checkpoint, and not behind the last change")
+    pipeline.stop(worker)
+    cluster.restart()
+    pipeline.connect_source()
+    pipeline.connect_target()
+    (checkpoint,) = pipeline.target.execute("SELECT checkpoint::text FROM cdcsync.pipelines").fetchone() or ("",)
+    assert pipeline.source.execute(behind, [changed, checkpoint]).fetchone() == (True,)
+    pipeline.start()
+    pipeline.source.execute("UPDATE articles SET title = title || ' and on' WHERE id % 2 = 0")
+    pipeline.in_step()
+    assert pipeline.times("source_doubted") == 0
+    assert pipeline.target.execute("SELECT FROM cdcsync.backfills WHERE kind = 'compare'").fetchall() == []
+
+
+BLOCKED = (
+    "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE application_name LIKE 'cdcsync apply%'"
+    " AND datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0)"
+)
+
+
+@pytest.mark.proof
+def test_a_restored_source_that_lacks_what_was_applied_in_part_is_compared_if_it_has_written_beyond_it(
+    make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple, tmp_path: Path
+) -> None:
+    # The backup's slot is where the checkpoint is, so that it sends nothing again.
+    cluster = make_cluster()
+    pipeline = make_simple(cluster.dsn(), database.dsn, rows=60, worker_lines="batch_rows = 10")
+    load(pipeline)
+    cluster.stop()
+    copy_of(cluster, tmp_path / "backup")
+    cluster.start()
+    pipeline.connect_source()
+    with psycopg.connect(database.dsn) as locker, psycopg.connect(database.dsn, autocommit=True) as admin:
+        locker.execute("SELECT FROM cdcsync.articles_chunks WHERE id = 55 FOR UPDATE")
+        pipeline.source.execute("UPDATE articles SET title = 'never happened'")
+        worker = pipeline.start()
+        until(lambda: admin.execute(BLOCKED).fetchone() == (True,), "the part with the locked row")
+        pipeline.stop(worker, signal.SIGKILL)
+    cluster.stop()
+    put_back(cluster, tmp_path / "backup")
+    cluster.start()
+    pipeline.connect_source()
+    for _ in range(4):
+        pipeline.source.execute("SELECT pg_logical_emit_message(false, 'x', repeat('y', 1000000), true)")
+    parts = "SELECT count(*) FROM cdcsync.articles_chunks WHERE content = 'never happened'"
+    assert 0 < (pipeline.target.execute(parts).fetchone() or (0,))[0] < 60
+    pipeline.start()
+    until(lambda: all_read(pipeline) and pipeline.in_step_now(), pipeline.tail, patience_s=40)
+    assert pipeline.times("source_doubted") == 1
+
+
 @pytest.mark.proof
 def test_a_backup_that_ends_inside_of_what_was_applied_in_part_is_a_gap(
     make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple, tmp_path: Path
@@ -410,12 +481,8 @@ def test_a_backup_that_ends_inside_of_what_was_applied_in_part_is_a_gap(
         with pipeline.source.transaction():
             pipeline.source.execute("UPDATE articles SET title = 'never happened'")
             pipeline.source.execute("SELECT pg_logical_emit_message(true, 'x', repeat('y', 1000000))")
-    blocked = (
-        "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE application_name LIKE 'cdcsync apply%'"
-        " AND datname = current_database() AND cardinality(pg_blocking_pids(pid)) > 0)"
-    )
     with psycopg.connect(database.dsn, autocommit=True) as admin:
-        until(lambda: admin.execute(blocked).fetchone() == (True,), "the part with the locked row")
+        until(lambda: admin.execute(BLOCKED).fetchone() == (True,), "the part with the locked row")
     pipeline.stop(worker, signal.SIGKILL)
     locker.close()
     cluster.stop()

@@ -4,8 +4,9 @@
                                                   no, or nobody can tell: source and indexes are compared
 
 A crash of the source sets its slot back to where it was last saved, and a backup that is restored sets it back to the
-backup. Once the source has written beyond the checkpoint again, no position tells the one from the other. What the slot
-sends again does: after a crash it is what was applied.
+backup. Before PostgreSQL 17 an orderly restart does so, too. Once the source has written beyond the checkpoint again,
+no position tells the one from the other. What the slot sends again does: after a crash it is what was applied. That is
+nothing, if nothing was applied since the position that the slot has: the server was there when it was saved.
 
 Source: PostgreSQL, "Streaming Replication Protocol" (START_REPLICATION SLOT … LOGICAL).
 """
@@ -15,12 +16,16 @@ from __future__ import annotations
 import anyio
 
 from cdcsync.config import Config
+from cdcsync.errors import DecodingFailed, SourceUnavailable
 from cdcsync.lsn import Lsn
+from cdcsync.model.lag import SILENCE_S
 from cdcsync.pgoutput.decode import decode
 from cdcsync.pgoutput.frames import Keepalive
 from cdcsync.pgoutput.messages import Begin
 from cdcsync.pgoutput.wire import from_datetime
 from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.liveness import WatchedConnection, same_server
+from cdcsync.postgres.refusals import TOO_MANY_CONNECTIONS
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source.catalog import Slot, read_slot
 from cdcsync.source.slot import SlotConnection
@@ -50,19 +55,32 @@ async def has_last_applied(source: Connection, config: Config, slot: Slot, state
     """Say whether the slot sends the transaction that was applied last, and no change of a row after it.
 
     Only what lies before the checkpoint counts. Nothing is acknowledged. The slot is free again afterwards, unless the
-    server takes long to see that.
+    server takes long to see that. If the server has no WAL sender left for this, or cannot decode again what it has
+    sent before, nobody can tell.
 
     :raises SlotInUse: somebody else reads the slot.
-    :raises SourceUnavailable: the connection or the server ended.
+    :raises SourceUnavailable: the connection or the server ended, or fell silent.
     """
     assert slot.confirmed_flush is not None
     assert state.checkpoint is not None
     if state.commit_time is None:
         return False
-    async with await SlotConnection.connect(config.source.dsn) as again:
+    try:
+        again = await SlotConnection.connect(config.source.dsn)
+    except SourceUnavailable as error:
+        if error.sqlstate != TOO_MANY_CONNECTIONS:
+            raise
+        return False
+    async with again:
+        if not (isinstance(source, WatchedConnection) and same_server(source.backend, await again.backend())):
+            raise SourceUnavailable("the address led to another server meanwhile", where=f"slot {slot.name}")
         await again.start(slot.name, [config.source.publication], slot.confirmed_flush, streaming=False)
         last_us = from_datetime(state.commit_time)
-        found = await _ends_with(again, last_us, slot.confirmed_flush, state.checkpoint)
+        there = state.commit_lsn is not None and state.commit_lsn <= slot.confirmed_flush
+        try:
+            found = await _ends_with(again, last_us, slot.confirmed_flush, state.checkpoint, found=there)
+        except DecodingFailed:
+            found = False
     deadline = anyio.current_time() + FREE_S
     while anyio.current_time() < deadline:
         with speaking_of("source", where=f"slot {slot.name}"):
@@ -73,11 +91,22 @@ async def has_last_applied(source: Connection, config: Config, slot: Slot, state
     return found
 
 
-async def _ends_with(again: SlotConnection, last_us: int, confirmed: Lsn, checkpoint: Lsn) -> bool:
-    """Say whether a transaction is sent before a checkpoint, and no change of a row after it."""
-    found, now_us = False, 0
+async def _ends_with(again: SlotConnection, last_us: int, confirmed: Lsn, checkpoint: Lsn, *, found: bool) -> bool:
+    """Say whether a transaction is sent before a checkpoint, and no change of a row after it.
+
+    :param found: whether it is before all that is sent.
+    """
+    now_us, heard_at = 0, anyio.current_time()
     while True:
         frame = await again.receive(ASK_S)
+        if frame is not None:
+            heard_at = anyio.current_time()
+        elif anyio.current_time() - heard_at > SILENCE_S:
+            raise SourceUnavailable(
+                f"nothing has come from the source for {SILENCE_S:.0f} s, although it was asked to reply",
+                where="replication connection",
+                hint="check the network between here and the source, and any proxy in it",
+            )
         if frame is None or isinstance(frame, Keepalive):
             if frame is not None and frame.wal_end >= checkpoint:
                 return found

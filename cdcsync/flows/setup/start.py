@@ -243,8 +243,10 @@ async def starting_point(
     anew = state.source_started is not None and started != state.source_started
     followed = state.timeline is not None and server.timeline > state.timeline
     doubted = followed
-    if anew and not followed and fell_back(slot, state):
-        doubted = not await has_last_applied(source, config, slot, state)
+    if anew and not followed:
+        # What is applied in part comes after the checkpoint, and so after all that the slot may send to prove it.
+        in_part = state.reach != state.checkpoint
+        doubted = in_part or (fell_back(slot, state) and not await has_last_applied(source, config, slot, state))
     if doubted or started != state.source_started or state.approved_source is not None:
         # On a promoted server, rows that were read again (for values that are not sent, or documents of several tables)
         # may have been read in a state that it never had. And an approval that nothing came of must not hold for ever.
@@ -259,8 +261,8 @@ async def starting_point(
             slot=name,
             confirmed=str(slot.confirmed_flush),
             checkpoint=str(state.checkpoint),
-            because="the source was started again, and its slot does not send what was applied last: it crashed while"
-            " nothing was written, or was restored; source and indexes are compared",
+            because="the source was started again, and its slot does not show that it has what was applied last, as if"
+            " it had been restored; source and indexes are compared",
         )
     await _let_standbys_have(slot_connection, slot, config)
     return StartingPoint(state.checkpoint, doubted, server)

@@ -293,6 +293,9 @@ _SHARED: tuple[LiteralString, ...] = (
     "ALTER TABLE {schema}.pipelines ADD COLUMN IF NOT EXISTS source_started timestamptz",
     "COMMENT ON COLUMN {schema}.pipelines.source_started IS"
     " 'When the source that the index follows was started, by its own clock.'",
+    "ALTER TABLE {schema}.pipelines ADD COLUMN IF NOT EXISTS commit_lsn pg_lsn",
+    "COMMENT ON COLUMN {schema}.pipelines.commit_lsn IS"
+    " 'Where the last transaction that was applied ended; NULL if that is not known.'",
     "ALTER TABLE {schema}.pipelines ADD COLUMN IF NOT EXISTS approved_source text",
     "COMMENT ON COLUMN {schema}.pipelines.approved_source IS"
     " 'The server, by system identifier and timeline, that somebody approved in place of the one followed so far.'",

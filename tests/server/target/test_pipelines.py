@@ -457,8 +457,8 @@ async def test_times_are_noted_and_kept_until_there_are_newer_ones(connection: C
     await PIPELINES.commit(connection, lease, Lsn(2), commit_time=COMMITTED + timedelta(seconds=1))
     third = await state(connection)
 
-    assert (first.commit_time, first.caught_up_at) == (COMMITTED, None)
-    assert second.commit_time == COMMITTED
+    assert (first.commit_time, first.commit_lsn, first.caught_up_at) == (COMMITTED, 1, None)
+    assert (second.commit_time, second.commit_lsn) == (COMMITTED, 1)
     assert second.caught_up_at is not None
     assert second.caught_up_at > first.updated_at
     assert (third.commit_time, third.caught_up_at) == (COMMITTED + timedelta(seconds=1), second.caught_up_at)
