@@ -14,6 +14,7 @@ Source: PostgreSQL, "Streaming Replication Protocol" (START_REPLICATION SLOT …
 from __future__ import annotations
 
 import anyio
+import structlog
 
 from cdcsync.config import Config
 from cdcsync.errors import DecodingFailed, SourceUnavailable
@@ -30,6 +31,8 @@ from cdcsync.postgres.sessions import Connection
 from cdcsync.source.catalog import Slot, read_slot
 from cdcsync.source.slot import SlotConnection
 from cdcsync.target.pipelines import PipelineState
+
+log = structlog.get_logger()
 
 ASK_S = 1.0
 """How often a source that sends nothing is asked how far it is."""
@@ -74,6 +77,8 @@ async def has_last_applied(source: Connection, config: Config, slot: Slot, state
     async with again:
         if not (isinstance(source, WatchedConnection) and same_server(source.backend, await again.backend())):
             raise SourceUnavailable("the address led to another server meanwhile", where=f"slot {slot.name}")
+        confirmed, checkpoint = str(slot.confirmed_flush), str(state.checkpoint)
+        log.info("slot_read_again", slot=slot.name, confirmed=confirmed, checkpoint=checkpoint)
         await again.start(slot.name, [config.source.publication], slot.confirmed_flush, streaming=False)
         last_us = from_datetime(state.commit_time)
         there = state.commit_lsn is not None and state.commit_lsn <= slot.confirmed_flush
