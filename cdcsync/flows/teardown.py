@@ -18,7 +18,6 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import Literal, TypeVar
 
-import anyio
 import msgspec
 import psycopg
 from psycopg import sql
@@ -30,7 +29,7 @@ from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import BRIEFLY, attempt
 from cdcsync.postgres.sessions import Connection, Session, connect
-from cdcsync.source.catalog import Slot, other_readers, read_slot
+from cdcsync.source.catalog import Slot, other_readers, read_slot, released_slot
 from cdcsync.source.families import single_names
 from cdcsync.source.publications import Publication, published_names, read_publication
 from cdcsync.target.approvals import Approvals
@@ -55,8 +54,6 @@ T = TypeVar("T")
 ENDING_S = 5.0
 """How long to wait for what a worker that has just ended holds: a server notices that within a moment, or a busy one
 within some seconds."""
-
-ENDING_POLL_S = 0.02
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -111,7 +108,7 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
             belongings = await belongings_of(target, schema, slot_name)
             sharing = await pipelines_sharing(target, schema, slot_name, config.source.publication)
         with speaking_of("source"):
-            slot = await _released(source, config.source.slot)
+            slot = await released_slot(source, config.source.slot)
             publication = await read_publication(source, config.source.publication)
         if slot is not None:
             _refuse_slot(slot)
@@ -253,16 +250,6 @@ async def _lock(target: Connection, config: Config) -> None:
         where=f"slot {config.source.slot}",
         hint="stop it, and every standby, then tear down again",
     )
-
-
-async def _released(source: Connection, name: str) -> Slot | None:
-    """Return the slot once nobody reads it any more, or as it is if somebody still does after a while."""
-    deadline = anyio.current_time() + ENDING_S
-    while (slot := await read_slot(source, name)) is not None and slot.active_pid is not None:
-        if anyio.current_time() > deadline:
-            break
-        await anyio.sleep(ENDING_POLL_S)
-    return slot
 
 
 def _refuse_slot(slot: Slot) -> None:

@@ -9,7 +9,6 @@ Source: PostgreSQL, "libpq - C Library", "Parameter Key Words" (host, hostaddr, 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ import anyio
 import psycopg
 from psycopg import conninfo
 
+from cdcsync.config.values import is_address
 from cdcsync.postgres.errors import connect_error
 from cdcsync.postgres.settings import Side, options_with
 
@@ -60,7 +60,7 @@ async def resolved(settings: str) -> str:
     async def ask(at: int, host: str) -> None:
         try:
             with anyio.fail_after(within_s):
-                found[at] = await _addresses(host)
+                found[at] = await addresses_of(host)
         except TimeoutError:
             failures.append(f"failed to resolve host {host!r}: no name server has answered for {within_s} s")
         except OSError as error:
@@ -71,7 +71,7 @@ async def resolved(settings: str) -> str:
             if _is_name(host):
                 tasks.start_soon(ask, at, host)
             else:
-                found[at] = [host if _is_address(host) else ""]  # of a socket there is none
+                found[at] = [host if is_address(host) else ""]  # of a socket there is none
     known = [
         (host, address, port)
         for host, port, addresses in zip(hosts, ports, found, strict=True)
@@ -83,7 +83,11 @@ async def resolved(settings: str) -> str:
     return conninfo.make_conninfo("", **own | dict(zip(("host", "hostaddr", "port"), each, strict=True)))
 
 
-async def _addresses(host: str) -> list[str]:
+async def addresses_of(host: str) -> list[str]:
+    """Return the addresses of a host, in the order in which they are tried.
+
+    :raises OSError: no name server has one.
+    """
     # Without the port: of one that is no number, libpq says what is wrong.
     answer = await asyncio.get_running_loop().getaddrinfo(host, None, proto=socket.IPPROTO_TCP, type=socket.SOCK_STREAM)
     return [str(address[0]) for *_, address in answer]
@@ -91,12 +95,4 @@ async def _addresses(host: str) -> list[str]:
 
 def _is_name(host: str) -> bool:
     """Say whether a host has to be asked for: it is neither a directory of sockets nor an address."""
-    return bool(host) and not host.startswith("/") and not _is_address(host)
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+    return bool(host) and not host.startswith("/") and not is_address(host)

@@ -9,8 +9,6 @@ Source: PostgreSQL, "libpq - C Library", "Specifying Multiple Hosts" and target_
 
 from __future__ import annotations
 
-import asyncio
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 
 import anyio
@@ -18,6 +16,7 @@ import psycopg
 from psycopg import conninfo
 
 from cdcsync.postgres.liveness import Backend, WatchedConnection, backend_of, same_server
+from cdcsync.postgres.logins import addresses_of
 from cdcsync.postgres.settings import Side, conninfo_for, options_with
 from cdcsync.preflight.findings import Finding
 
@@ -119,12 +118,10 @@ async def _addresses(options: Mapping[str, str]) -> Sequence[str]:
         return ()
     try:
         with anyio.fail_after(ANSWER_S):
-            found = await asyncio.get_running_loop().getaddrinfo(
-                host, options.get("port") or 5432, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-            )
+            found = await addresses_of(host)
     except (OSError, UnicodeError):
         return ()  # the session is there: it had the address from the same resolver a moment ago
-    return tuple(dict.fromkeys(str(address[0]) for *_, address in found))
+    return tuple(dict.fromkeys(found))
 
 
 async def _server_at(dsn: str, address: str) -> Backend | None:

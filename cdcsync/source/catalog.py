@@ -37,6 +37,12 @@ FAILOVER_VERSION = 170000
 REPLICATION_ROLES = ("rds_replication",)
 """Roles of managed services whose members may replicate without having the attribute themselves."""
 
+RELEASE_S = 5.0
+"""How long a slot is waited for whose reader has just ended: the server notices that within a moment, or a busy one
+within some seconds."""
+
+RELEASE_POLL_S = 0.02
+
 
 DROPPED_ATTEMPTS = 10
 """How often the catalog is read at most if it fails for a table that is dropped meanwhile. Few drops come just then, so
@@ -380,6 +386,16 @@ async def other_readers(connection: Connection, slot: str) -> list[str]:
         [slot],
     )
     return [name for (name,) in await cursor.fetchall()]
+
+
+async def released_slot(connection: Connection, name: str) -> Slot | None:
+    """Return the slot once nobody reads it any more, or as it is if somebody still does after a while."""
+    deadline = anyio.current_time() + RELEASE_S
+    while (slot := await read_slot(connection, name)) is not None and slot.active_pid is not None:
+        if anyio.current_time() > deadline:
+            break
+        await anyio.sleep(RELEASE_POLL_S)
+    return slot
 
 
 async def current_lsn(connection: Connection) -> Lsn:

@@ -85,6 +85,15 @@ class ServerIdentity(msgspec.Struct, frozen=True):
         return f"{self.system_identifier}/{self.timeline}"
 
 
+def silence(for_s: float) -> SourceUnavailable:
+    """Return the error of a stream on which nothing has come for so many seconds, although the server was asked."""
+    return SourceUnavailable(
+        f"nothing has come from the source for {for_s:.0f} s, although it was asked to reply",
+        where="replication connection",
+        hint="check the network between here and the source, and any proxy in it",
+    )
+
+
 class SlotConnection:
     """A walsender session on one database; use `connect`, then `start`, then `receive` and `send_status`."""
 

@@ -289,11 +289,7 @@ def test_a_source_restored_from_an_older_backup_is_a_gap(
     pipeline.in_step()
     pipeline.stop(worker)
     cluster.stop()
-    put_back(cluster, tmp_path / "backup")
-    if recovered:
-        signal = cluster.data / "recovery.signal"
-        signal.touch()
-        cluster.programs.give(signal)
+    put_back(cluster, tmp_path / "backup", recover=recovered)
     cluster.start()
     pipeline.connect_source()
     if recovered:
@@ -323,11 +319,7 @@ def test_a_restored_source_that_has_written_beyond_the_checkpoint_is_compared(
 
     def put_back_and_write(megabytes: int) -> None:
         cluster.stop()
-        put_back(cluster, tmp_path / "backup")
-        if recovered:
-            signal_file = cluster.data / "recovery.signal"
-            signal_file.touch()
-            cluster.programs.give(signal_file)
+        put_back(cluster, tmp_path / "backup", recover=recovered)
         cluster.start()
         pipeline.connect_source()
         recovering = "SELECT pg_is_in_recovery()"

@@ -26,7 +26,6 @@ import anyio
 import anyio.lowlevel
 import msgspec
 
-from cdcsync.errors import SourceUnavailable
 from cdcsync.flows.follow.open_batch import OpenBatch
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
@@ -52,7 +51,7 @@ from cdcsync.pgoutput.messages import (
 )
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.process.memory import largest_value
-from cdcsync.source.slot import SlotConnection
+from cdcsync.source.slot import SlotConnection, silence
 from cdcsync.source.spool import Spool
 from cdcsync.tracing import PREFIX, Tracing
 
@@ -164,12 +163,7 @@ class Receiver:
                         continue
                     frame = self._slot.poll()  # a frame that came while this process was not running is not silence
                     if frame is None:
-                        raise SourceUnavailable(
-                            f"nothing has come from the source for {self._lag.silent_s:.0f} s,"
-                            " although it was asked to reply",
-                            where="replication connection",
-                            hint="check the network between here and the source, and any proxy in it",
-                        )
+                        raise silence(self._lag.silent_s)
             self._quiet = False
             self._open_batch.note_more()
             self._came = True

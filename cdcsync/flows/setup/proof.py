@@ -28,19 +28,14 @@ from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.liveness import WatchedConnection, same_server
 from cdcsync.postgres.refusals import TOO_MANY_CONNECTIONS
 from cdcsync.postgres.sessions import Connection
-from cdcsync.source.catalog import Slot, read_slot
-from cdcsync.source.slot import SlotConnection
+from cdcsync.source.catalog import Slot, released_slot
+from cdcsync.source.slot import SlotConnection, silence
 from cdcsync.target.pipelines import PipelineState
 
 log = structlog.get_logger()
 
 ASK_S = 1.0
 """How often a source that sends nothing is asked how far it is."""
-
-FREE_S = 5.0
-"""How long to wait until the slot is free again, which the server sees within a moment."""
-
-FREE_POLL_S = 0.02
 
 _BEGIN = ord("B")
 _ROWS = b"IUDT"
@@ -86,13 +81,8 @@ async def has_last_applied(source: Connection, config: Config, slot: Slot, state
             found = await _ends_with(again, last_us, slot.confirmed_flush, state.checkpoint, found=there)
         except DecodingFailed:
             found = False
-    deadline = anyio.current_time() + FREE_S
-    while anyio.current_time() < deadline:
-        with speaking_of("source", where=f"slot {slot.name}"):
-            now = await read_slot(source, slot.name)
-        if now is None or now.active_pid is None:
-            break
-        await anyio.sleep(FREE_POLL_S)
+    with speaking_of("source", where=f"slot {slot.name}"):
+        await released_slot(source, slot.name)
     return found
 
 
@@ -107,11 +97,7 @@ async def _ends_with(again: SlotConnection, last_us: int, confirmed: Lsn, checkp
         if frame is not None:
             heard_at = anyio.current_time()
         elif anyio.current_time() - heard_at > SILENCE_S:
-            raise SourceUnavailable(
-                f"nothing has come from the source for {SILENCE_S:.0f} s, although it was asked to reply",
-                where="replication connection",
-                hint="check the network between here and the source, and any proxy in it",
-            )
+            raise silence(SILENCE_S)
         if frame is None or isinstance(frame, Keepalive):
             if frame is not None and frame.wal_end >= checkpoint:
                 return found

@@ -225,7 +225,7 @@ async def test_it_waits_until_the_server_has_noticed_that_nobody_reads_the_slot_
     slot = await run_sync(pipeline.released)
     async with await SlotConnection.connect(database.dsn) as reader:
         await reader.start(slot, ["cdcsync"], INVALID_LSN, streaming=False)
-        monkeypatch.setattr("cdcsync.flows.teardown.ENDING_S", 0)
+        monkeypatch.setattr("cdcsync.source.catalog.RELEASE_S", 0)
         with pytest.raises(SlotInUse):
             await tear_down(pipeline.config, purge=True)
         assert slots(database) == [slot]
@@ -235,8 +235,8 @@ async def test_it_waits_until_the_server_has_noticed_that_nobody_reads_the_slot_
             await reader.aclose()
             return found
 
-        monkeypatch.setattr("cdcsync.flows.teardown.ENDING_S", PATIENCE_S)
-        monkeypatch.setattr("cdcsync.flows.teardown.read_slot", read_while_it_ends)
+        monkeypatch.setattr("cdcsync.source.catalog.RELEASE_S", PATIENCE_S)
+        monkeypatch.setattr("cdcsync.source.catalog.read_slot", read_while_it_ends)
         await tear_down(pipeline.config, purge=True)
     assert slots(database) == []
 
