@@ -9,7 +9,7 @@
     ├── RunError               what a running worker needs is no longer there           operator
     ├── GapError               changes were lost, or cannot be shown not to be          operator
     │   └── AnotherServer      the source is not the server that the index followed     operator
-    ├── SchemaChanged          a table no longer has what an index needs                operator
+    ├── IndexFault             what keeps one index from going on, and no other         operator
     ├── LeaseLost              another worker holds this pipeline now                   never
     ├── ProtocolError          the server sent what the protocol does not allow         never
     │   └── MalformedMessage   bytes that are no message, with tag and offset           never
@@ -145,8 +145,10 @@ SHOWN_CHARACTERS = 60
 """So much of a key's value is shown: enough to find it by."""
 
 
-class SchemaChanged(CdcsyncError):
-    """A source table no longer has what an index is built on; that index is paused, the others continue.
+class IndexFault(CdcsyncError):
+    """Something of one index keeps it from going on: its tables, a row or value, or its tables in the target.
+
+    That index is paused until it is mended; the others continue.
 
     :param index: the index concerned.
     :param passing: the stream has moved past the cause, so that another look at the table may end the pause at once,

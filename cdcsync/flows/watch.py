@@ -19,8 +19,8 @@ from cdcsync.backoff import Backoff, Failure
 from cdcsync.config import Config
 from cdcsync.config.names import beside_name, own_name
 from cdcsync.errors import (
+    IndexFault,
     RunError,
-    SchemaChanged,
     SetupError,
     TablesChanged,
     Unavailable,
@@ -92,7 +92,7 @@ class Watch:
         plans: Sequence[Plan],
         specs: Sequence[IndexSpec],
         pauses: Pauses,
-        pause: Callable[[SchemaChanged], None],
+        pause: Callable[[IndexFault], None],
         *,
         deliveries: Mapping[str, Deliveries],
         received: Callable[[], Lsn],
@@ -314,7 +314,7 @@ class Watch:
         if error is not None:
             if spec.name not in self._ailing:
                 where = str(spec.shape.table)
-                self._pause(SchemaChanged(error.sentence, index=spec.name, where=where, hint=error.hint, passing=True))
+                self._pause(IndexFault(error.sentence, index=spec.name, where=where, hint=error.hint, passing=True))
             return
         if outdated(catalog, [spec]):
             raise TablesChanged("the table, or how it is sent, is not what it was", where=f"index {spec.name}")

@@ -18,7 +18,7 @@ from typing import Any, assert_never
 
 import msgspec
 
-from cdcsync.errors import SchemaChanged
+from cdcsync.errors import IndexFault
 from cdcsync.lsn import Lsn
 from cdcsync.model.links import Touch, Values
 from cdcsync.model.rows import Change, Delete, Key, Shape, Truncation, Unread, UnreadRow, Upsert, complete, fill
@@ -229,7 +229,7 @@ class Batch:
         self.indexes: dict[str, IndexChanges] = {}
         self.pages: list[PageEnd] = []
         self.marks: list[str] = []
-        self.paused: dict[str, SchemaChanged] = {}
+        self.paused: dict[str, IndexFault] = {}
         """Why indexes stop following their tables here; committed with the position, so that it cannot be forgotten."""
         self.parts: set[Part] = set()
         """Partitions that have rows here, or had some before; committed with the rows, and nothing to apply by

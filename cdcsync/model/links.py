@@ -15,7 +15,7 @@ import msgspec
 
 from cdcsync.config import QualifiedName
 from cdcsync.documents.related import Facts, RelatedRows, Step, TableFacts
-from cdcsync.errors import SchemaChanged
+from cdcsync.errors import IndexFault
 from cdcsync.model.rows import AGAIN, Row, Shape, fill, picker, positions_in
 from cdcsync.pgoutput.messages import TOO_LARGE, UNCHANGED, Relation, Tuple
 
@@ -118,14 +118,14 @@ def _is_key(mine: str, key: str) -> bool:
 class LinkProjection:
     """Turns a relation's tuples into the touches of one link.
 
-    :raises SchemaChanged: the relation lacks a column of the link, or its identity does not cover them.
+    :raises IndexFault: the relation lacks a column of the link, or its identity does not cover them.
     """
 
     def __init__(self, link: Link, relation: Relation) -> None:
         positions = positions_in(relation, link.columns, index=link.index, table=link.table)
         identity = {column.name for column in relation.columns if column.key}
         if not set(link.columns) <= identity:
-            raise SchemaChanged(
+            raise IndexFault(
                 f"the replica identity ({', '.join(sorted(identity))}) does not cover ({', '.join(link.columns)}),"
                 " so changes do not tell which documents a row belonged to",
                 index=link.index,
@@ -163,7 +163,7 @@ class LinkProjection:
     def _touch(self, places: Sequence[Row], xid: int, lsn: int) -> Touch:
         found = dict.fromkeys(places)
         if any(TOO_LARGE in values for values in found):
-            raise SchemaChanged(
+            raise IndexFault(
                 f"a value of the columns ({', '.join(self._link.columns)}) is larger than a sixteenth of the worker's"
                 " memory, so the documents that it belongs to cannot be looked up",
                 index=self._link.index,
@@ -172,7 +172,7 @@ class LinkProjection:
                 passing=True,
             )
         if any(UNCHANGED in values for values in found):
-            raise SchemaChanged(
+            raise IndexFault(
                 f"a change arrived without the columns ({', '.join(self._link.columns)})",
                 index=self._link.index,
                 where=str(self._link.table),

@@ -11,7 +11,7 @@ from datetime import datetime
 
 import msgspec
 
-from cdcsync.errors import SchemaChanged
+from cdcsync.errors import IndexFault
 
 REPEATED_WITHIN_S = 600.0
 """A pause counts as a repeated one for so long after the one before it was ended."""
@@ -43,7 +43,7 @@ class Pause(msgspec.Struct, frozen=True):
     since: datetime | None = None
 
     @classmethod
-    def of(cls, error: SchemaChanged) -> Pause:
+    def of(cls, error: IndexFault) -> Pause:
         """Return the pause that an error calls for."""
         return cls(f"{error.message}, of the row {error.row}" if error.row else error.message, error.hint)
 
@@ -70,7 +70,7 @@ class Pauses:
         self.warned: dict[str, set[tuple[str, str | None]]] = {}
         """What was last warned of about each index that need not be paused: by which place and fix each is known."""
 
-    def note(self, error: SchemaChanged, now: float, seen: object = None, *, refused: bool = False) -> None:
+    def note(self, error: IndexFault, now: float, seen: object = None, *, refused: bool = False) -> None:
         """Note that an index was paused at `now`, a clock's reading in seconds.
 
         :param refused: whether its set-up failed, which would fail again if nothing else is done before.

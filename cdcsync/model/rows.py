@@ -15,7 +15,7 @@ from typing import Self, cast
 import msgspec
 
 from cdcsync.config import QualifiedName
-from cdcsync.errors import SchemaChanged
+from cdcsync.errors import IndexFault
 from cdcsync.pgoutput.messages import TOO_LARGE, UNCHANGED, Relation, Tuple, Value
 
 SOURCE_TABLE = "source_table"
@@ -154,11 +154,11 @@ def positions_in(relation: Relation, names: Sequence[str], *, index: str, table:
     """Return the position of each of a relation's columns, by name.
 
     :param names: columns that the index needs.
-    :raises SchemaChanged: the relation lacks one of them.
+    :raises IndexFault: the relation lacks one of them.
     """
     positions = {column.name: at for at, column in enumerate(relation.columns)}
     if missing := [name for name in names if name not in positions]:
-        raise SchemaChanged(
+        raise IndexFault(
             f"column {', '.join(missing)} is no longer in what the publication sends",
             index=index,
             where=str(table),
@@ -176,12 +176,12 @@ def check_partition(root: Relation, part: Relation, names: Sequence[str], *, ind
     partition's columns by the root's numbers.
 
     :param names: columns that the index needs of an old row.
-    :raises SchemaChanged: they do not.
+    :raises IndexFault: they do not.
     """
     lacking = [column.name for column in part.columns if column.name in names and not column.key]
     if lacking or (root.replica_identity == "f" and part.replica_identity != "f"):
         name = QualifiedName(part.namespace, part.name)
-        raise SchemaChanged(
+        raise IndexFault(
             f"old rows of its partition {name} arrived without "
             + (f"({', '.join(lacking)})" if lacking else f"all columns, and {table} promises all"),
             index=index,
@@ -194,7 +194,7 @@ def check_partition(root: Relation, part: Relation, names: Sequence[str], *, ind
 class Projection:
     """Turns a relation's tuples into the changes of one index.
 
-    :raises SchemaChanged: the relation lacks a column of the shape, or its identity does not cover the key.
+    :raises IndexFault: the relation lacks a column of the shape, or its identity does not cover the key.
     """
 
     def __init__(self, shape: Shape, relation: Relation) -> None:
@@ -204,7 +204,7 @@ class Projection:
         # A full identity holds every column; any other one is what identifies a row, and so has to be the index's key.
         if not (key <= identity if relation.replica_identity == "f" else key == identity):
             listed = ", ".join(column.name for column in relation.columns if column.key)
-            raise SchemaChanged(
+            raise IndexFault(
                 f"the replica identity is ({listed}), and the key of the index ({', '.join(shape.key)})"
                 if identity
                 else f"there is no replica identity, which has to cover the key ({', '.join(shape.key)})",
@@ -232,7 +232,7 @@ class Projection:
     def inserted(self, new: Tuple, xid: int, lsn: int) -> Upsert:
         """Return the change that an INSERT makes.
 
-        :raises SchemaChanged: a column of the key is NULL, as it may be by now.
+        :raises IndexFault: a column of the key is NULL, as it may be by now.
         """
         return Upsert(self.shape, self._whole(self._key(new)), self._row(new), xid, lsn)
 
@@ -242,13 +242,13 @@ class Projection:
         An old tuple is sent only when the identity is FULL or a key column changed; without one the key is unchanged.
         A full old tuple also tells what unchanged TOAST values are.
 
-        :raises SchemaChanged: the key is missing.
+        :raises IndexFault: the key is missing.
         """
         row = self._row(new)
         sent = row[: self._key_width]
         if old is None:
             if UNCHANGED in sent:
-                raise SchemaChanged(
+                raise IndexFault(
                     "an UPDATE arrived without its key",
                     index=self.shape.index,
                     where=str(self.shape.table),
@@ -267,13 +267,13 @@ class Projection:
     def deleted(self, old: Tuple, xid: int, lsn: int) -> Delete:
         """Return the change that a DELETE makes.
 
-        :raises SchemaChanged: the key is missing.
+        :raises IndexFault: the key is missing.
         """
         return Delete(self.shape, self._old_key(old, "a DELETE"), xid, lsn)
 
     def _whole(self, key: Row) -> Key:
         if None in key:
-            raise SchemaChanged(
+            raise IndexFault(
                 f"a row arrived of which the key ({', '.join(self.shape.key)}) contains NULL, which identifies no row",
                 index=self.shape.index,
                 where=str(self.shape.table),
@@ -285,7 +285,7 @@ class Projection:
     def _old_key(self, old: Tuple, operation: str) -> Key:
         key = self._key(old)
         if None in key:  # a partition may have another replica identity than the table that the stream names
-            raise SchemaChanged(
+            raise IndexFault(
                 f"the old row of {operation} arrived without its key",
                 index=self.shape.index,
                 where=str(self.shape.table),

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import msgspec
 
 from cdcsync.config import QualifiedName
-from cdcsync.errors import ProtocolError, SchemaChanged, SourceUnavailable
+from cdcsync.errors import IndexFault, ProtocolError, SourceUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.links import Link, LinkProjection, Touch
 from cdcsync.model.rows import AGAIN, Change, Projection, Shape, check_partition
@@ -90,7 +90,7 @@ class Lost(msgspec.Struct, frozen=True):
     """From here on an index cannot follow its table: its changes are left out."""
 
     index: str
-    error: SchemaChanged
+    error: IndexFault
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -202,7 +202,7 @@ class Assembler:
                 made = LinkProjection(shape, relation) if isinstance(shape, Link) else Projection(shape, relation)
                 projections.append(made)
                 self._check_types(shape, types)
-            except SchemaChanged as error:
+            except IndexFault as error:
                 lost.append(self._lost_event(shape, error))
         self._oids[name] = relation.oid
         self._described_as[relation.oid] = name
@@ -230,7 +230,7 @@ class Assembler:
             looked_at = dict(zip(shape.own, shape.types, strict=False))
         before = self._types.setdefault((shape.index, place), looked_at or mine)
         if changed := [name for name, type_ in mine.items() if before[name] != type_]:
-            raise SchemaChanged(
+            raise IndexFault(
                 f"column {', '.join(changed)} changed its type",
                 index=shape.index,
                 where=str(shape.table),
@@ -249,11 +249,11 @@ class Assembler:
                 self._described()
             elif shape.index not in self._lost:
                 hint = f"give {shape.table} its name back: {AGAIN}; or configure a new index on the other one"
-                error = SchemaChanged(what, index=shape.index, where=str(shape.table), hint=hint, passing=True)
+                error = IndexFault(what, index=shape.index, where=str(shape.table), hint=hint, passing=True)
                 events.append(self._lost_event(shape, error))
         return events
 
-    def _lost_event(self, shape: Shape | Link, error: SchemaChanged) -> Event:
+    def _lost_event(self, shape: Shape | Link, error: IndexFault) -> Event:
         self._lost.add(shape.index)
         for oid, projections in self._projections.items():
             self._projections[oid] = tuple(one for one in projections if one.shape.index != shape.index)
@@ -281,7 +281,7 @@ class Assembler:
             if isinstance(message, Insert):
                 return [one.inserted(values, xid, lsn) for one in projections]
             return [one.deleted(values, xid, lsn) for one in projections]
-        except SchemaChanged as error:
+        except IndexFault as error:
             # A row without its key: of two indexes on the table, the other one meets the same row.
             return [*self._lost_by(error, projections), *self._row(message)]
 
@@ -309,11 +309,11 @@ class Assembler:
             yield Part(one.shape.index, one.table, part.oid)
             try:
                 check_partition(root, part, one.identifying, index=one.shape.index, table=one.table)
-            except SchemaChanged as error:
+            except IndexFault as error:
                 if one.shape.index not in self._lost:
                     yield self._lost_event(one.shape, error)
 
-    def _lost_by(self, error: SchemaChanged, projections: Sequence[Projection | LinkProjection]) -> list[Event]:
+    def _lost_by(self, error: IndexFault, projections: Sequence[Projection | LinkProjection]) -> list[Event]:
         return [self._lost_event(one.shape, error) for one in projections if one.shape.index == error.index]
 
     def _begin(self, message: Begin) -> Sequence[Event]:

@@ -13,7 +13,7 @@ import psycopg
 
 from cdcsync.errors import (
     CdcsyncError,
-    SchemaChanged,
+    IndexFault,
     SetupError,
     SourceUnavailable,
     TargetUnavailable,
@@ -195,7 +195,7 @@ def ours(error: psycopg.Error) -> bool:
     )
 
 
-def fault_of(index: str, error: psycopg.Error, side: Side, *, where: str | None = None) -> SchemaChanged:
+def fault_of(index: str, error: psycopg.Error, side: Side, *, where: str | None = None) -> IndexFault:
     """Return the error of a statement for one index as the reason why that index, and only that one, is paused.
 
     The server's words about a value hold the value, so of those only the kind of error is passed on; those about a size
@@ -204,7 +204,7 @@ def fault_of(index: str, error: psycopg.Error, side: Side, *, where: str | None 
     where = where or f"index {index}"
     if not isinstance(error, REFUSALS):
         hint = error.diag.message_hint or f"correct that in the {side}; the index is tried again from time to time"
-        return SchemaChanged(f"the {side} says: {without_values(error)}", index=index, where=where, hint=hint)
+        return IndexFault(f"the {side} says: {without_values(error)}", index=index, where=where, hint=hint)
     what = f"the {side} refuses a value: {type(error).__name__} ({error.sqlstate})"
     hint = "compare the types of the table's key and carried columns with those of the chunks table"
     if isinstance(error, psycopg.errors.ProgramLimitExceeded) and not chosen(error):
@@ -217,7 +217,7 @@ def fault_of(index: str, error: psycopg.Error, side: Side, *, where: str | None 
         # The server's words about a limit hold sizes, and the names of types and indexes.
         what += f": {without_values(error)}"
         hint = 'docs/operations.md, "What is followed, and what pauses", says what the limits are, and what to do'
-    return SchemaChanged(what, index=index, where=where, hint=hint)
+    return IndexFault(what, index=index, where=where, hint=hint)
 
 
 @contextmanager
@@ -229,7 +229,7 @@ def speaking_of(side: Side, *, where: str | None = None, index: str | None = Non
 
     :param index: the index that the statements inside are for.
     :raises SourceUnavailable, TargetUnavailable: waiting may help.
-    :raises SchemaChanged: it will not, and `index` has to be paused.
+    :raises IndexFault: it will not, and `index` has to be paused.
     :raises SetupError: it will not.
     :raises psycopg.Error: it is a mistake of ours.
     """

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from cdcsync.config import Config
-from cdcsync.errors import SchemaChanged
+from cdcsync.errors import IndexFault
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.collations import stored_findings
@@ -47,5 +47,5 @@ def _looking(found: list[Finding], index: str, what: str) -> Iterator[None]:
     try:
         with speaking_of("target", where=where, index=index):
             yield
-    except SchemaChanged as error:
+    except IndexFault as error:
         found.append(Finding.warning(where, f"{what} cannot be looked at: {error.message}", error.hint))

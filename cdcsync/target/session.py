@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
-from cdcsync.errors import SchemaChanged, TablesChanged, TargetUnavailable
+from cdcsync.errors import IndexFault, TablesChanged, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import PageEnd
 from cdcsync.model.changeset import Applied, ChangeSet, Document, Kept
@@ -88,7 +88,7 @@ class ApplySession(LockedSession):
                 for index in self._writers:
                     try:
                         await self.open_writers([index])
-                    except (SchemaChanged, TargetUnavailable) as error:
+                    except (IndexFault, TargetUnavailable) as error:
                         if error.index != index:
                             raise
             except BaseException:
@@ -104,7 +104,7 @@ class ApplySession(LockedSession):
         """Create the stages of these indexes that could not be created before.
 
         :raises TargetUnavailable: the tables of one are still locked; the others' changes can be applied.
-        :raises SchemaChanged: those of one are not as it needs them.
+        :raises IndexFault: those of one are not as it needs them.
         """
         for index in sorted(self._closed.intersection(indexes)):
             with speaking_of("target", where=f"index {index}", index=index):
@@ -209,7 +209,7 @@ class ApplySession(LockedSession):
         :param parts: the partitions that rows of the batch are of, as far as they are noted nowhere yet.
         :raises TargetUnavailable: nothing or everything was committed; applying again is safe.
         :raises LeaseLost: nothing was committed.
-        :raises SchemaChanged: the target refuses a value of one index; nothing was committed.
+        :raises IndexFault: the target refuses a value of one index; nothing was committed.
         """
         try:
             return await self._apply(
@@ -222,7 +222,7 @@ class ApplySession(LockedSession):
                 commit_time=commit_time,
                 caught_up=caught_up,
             )
-        except SchemaChanged as error:
+        except IndexFault as error:
             if isinstance(error.__cause__, REFUSALS):
                 with speaking_of("target"):
                     error.key = await self._refused(self._writers[error.index], changes[error.index])

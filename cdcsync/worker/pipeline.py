@@ -30,9 +30,9 @@ from cdcsync.documents.chunks import make_chunker
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import (
     CdcsyncError,
+    IndexFault,
     LeaseLost,
     RunError,
-    SchemaChanged,
     SetupError,
     TablesChanged,
     TargetRewound,
@@ -85,7 +85,7 @@ log = structlog.get_logger()
 STANDBY_POLL_S = 1.0
 """How often a standby tries for the lock: well within the five seconds that a takeover may take."""
 
-SetUp = Literal["ready", "stopped", "outdated"] | list[SchemaChanged]
+SetUp = Literal["ready", "stopped", "outdated"] | list[IndexFault]
 """How a set-up ended: the worker may begin, was told to stop, has to examine everything again, or has to leave these
 indexes out."""
 
@@ -316,7 +316,7 @@ class Pipeline:
             index_of = {one: spec.name for spec in specs for one in spec.single_tables}
             try:
                 await set_up_publication(source, config, sorted(index_of), index_of=index_of)
-            except SchemaChanged as error:
+            except IndexFault as error:
                 return [error]
             with speaking_of("source"):
                 expressions = {text for spec in specs for text in spec.config.expressions}
@@ -334,7 +334,7 @@ class Pipeline:
         self.streaming.fit(server.wal_sender_timeout_s)
         return "ready"
 
-    async def work(self) -> list[SchemaChanged]:
+    async def work(self) -> list[IndexFault]:
         """Keep the indexes in step until told to stop, or until some are paused.
 
         :returns: why those are: begin again without them, or with what their tables are now.
@@ -342,7 +342,7 @@ class Pipeline:
         :raises LeaseLost: another worker, or a command, has taken over.
         :raises RunError: the worker cannot continue until someone acts.
         """
-        paused: list[SchemaChanged] = []
+        paused: list[IndexFault] = []
         lost: list[CdcsyncError] = []
         collector.keep()  # before changes come: it takes some time
         try:

@@ -23,8 +23,8 @@ from cdcsync.config.values import is_loopback
 from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import (
     CdcsyncError,
+    IndexFault,
     LeaseLost,
-    SchemaChanged,
     SetupError,
     TablesChanged,
     TargetRewound,
@@ -146,7 +146,7 @@ class Ended(msgspec.Struct, frozen=True):
     :ivar refusals: what a server said to this set-up and to those before, in the same words each time.
     """
 
-    paused: Sequence[SchemaChanged] = ()
+    paused: Sequence[IndexFault] = ()
     in_set_up: bool = False
     refusals: Sequence[str] = ()
 
@@ -188,7 +188,7 @@ async def _run_pipelines(
         while unopened:
             tasks.start_soon(unopened.pop().run)
 
-    def pause(error: SchemaChanged, *, in_set_up: bool) -> None:
+    def pause(error: IndexFault, *, in_set_up: bool) -> None:
         log.error("index_paused", index=error.index, error=str(error), fix=error.hint)
         seen = {plan.name: plan.seen for plan in report.plans}.get(error.index)
         pauses.note(error, anyio.current_time(), seen, refused=in_set_up)
@@ -205,7 +205,7 @@ async def _run_pipelines(
         specs = [spec for spec in report.specs if spec.name not in broken]
         try:
             held = await _hold(state, report, specs, embedders)
-        except SchemaChanged as error:
+        except IndexFault as error:
             pause(error, in_set_up=True)
             continue
         if held is None:
@@ -263,7 +263,7 @@ async def _run(
                 pass
             case _:
                 assert_never(ending)
-    except SchemaChanged as error:
+    except IndexFault as error:
         return Ended([error])
     except TablesChanged as error:
         log.info("tables_changed", where=error.where, because=error.message)

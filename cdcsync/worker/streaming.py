@@ -13,7 +13,7 @@ import structlog
 
 from cdcsync.backoff import Backoff, Failure
 from cdcsync.config import Config
-from cdcsync.errors import CdcsyncError, DecodingFailed, SchemaChanged, SpoolUnusable
+from cdcsync.errors import CdcsyncError, DecodingFailed, IndexFault, SpoolUnusable
 from cdcsync.flows.backfill.marks import Marks
 from cdcsync.flows.follow.stream import Stream
 from cdcsync.flows.setup.gaps import refuse_moved
@@ -85,7 +85,7 @@ class Streaming:
         """Return why no changes came, or none could be applied, for so long, if that is so."""
         return (self._stream if self._state.streaming else self._backoff).failing_for(seconds)
 
-    async def run(self) -> list[SchemaChanged]:
+    async def run(self) -> list[IndexFault]:
         """Follow the slot over any number of connections until told to stop, or until indexes are paused.
 
         :returns: why they are.

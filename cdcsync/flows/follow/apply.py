@@ -16,7 +16,7 @@ import psycopg
 import structlog
 
 from cdcsync.backoff import Backoff, Failure, backoff_s
-from cdcsync.errors import CdcsyncError, SchemaChanged, TargetUnavailable, Unavailable, leading
+from cdcsync.errors import CdcsyncError, IndexFault, TargetUnavailable, Unavailable, leading
 from cdcsync.flows.follow.next_batch import NextBatch, nothing_follows
 from cdcsync.flows.follow.prepare import Preparer
 from cdcsync.lsn import Lsn
@@ -121,7 +121,7 @@ class Applier:
         :param committed: called at once when the batch is in the target, which may be long before this returns.
         :raises LeaseLost, TargetRewound: this worker must not, or cannot, write its batch.
         :raises TablesChanged: statements for an index name a type that has another name by now.
-        :raises SchemaChanged: an index keeps the batch from being written although nothing of it is in there any more.
+        :raises IndexFault: an index keeps the batch from being written although nothing of it is in there any more.
         """
         started = anyio.current_time()
 
@@ -140,7 +140,7 @@ class Applier:
                     if changes is None:
                         changes = await self._prepare(batch)
                     await self._commit_and_prepare(changes, batch, caught_up(), done)
-                except SchemaChanged as error:
+                except IndexFault as error:
                     if isinstance(error.__cause__, psycopg.ProgrammingError):
                         with suppress(TargetUnavailable):
                             await self._session.see_unrenamed(error.index)
@@ -172,12 +172,12 @@ class Applier:
         elif not of_lock:  # which was waited for already
             await anyio.sleep(backoff_s(attempt - 1, first=self._first_wait_s, most=MOST_WAIT_S))
 
-    async def _pause_of_lock(self, index: str) -> SchemaChanged:
+    async def _pause_of_lock(self, index: str) -> IndexFault:
         try:
             locks = await self._session.lockers(index)
         except TargetUnavailable:
             locks = []
-        return SchemaChanged(
+        return IndexFault(
             str(locks[0]) if locks else "its tables in the target are locked",
             index=index,
             where=f"index {index}",
@@ -267,11 +267,11 @@ def _side(error: CdcsyncError | None) -> Side:
     return "target" if isinstance(error, TargetUnavailable) else "source"
 
 
-def _pause_of(error: Unavailable, index: str) -> SchemaChanged:
-    return SchemaChanged(f"the {_side(error)} says: {error.message}", index=index, where=error.where, hint=error.hint)
+def _pause_of(error: Unavailable, index: str) -> IndexFault:
+    return IndexFault(f"the {_side(error)} says: {error.message}", index=index, where=error.where, hint=error.hint)
 
 
-def _leave_out(error: SchemaChanged, batch: Batch) -> bool:
+def _leave_out(error: IndexFault, batch: Batch) -> bool:
     """Leave out the row that has a value which the target cannot hold, if that is what happened; say whether it was.
 
     Such values are characters that the target's encoding lacks, labels that its enum lacks, and numbers beyond its type

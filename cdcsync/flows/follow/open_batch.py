@@ -22,7 +22,7 @@ import math
 import anyio
 import msgspec
 
-from cdcsync.errors import SchemaChanged
+from cdcsync.errors import IndexFault
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import Batch, PageRows
 from cdcsync.model.lag import Lag
@@ -175,7 +175,7 @@ class OpenBatch:
         if promptly:
             self._pace.hasten()
 
-    def pause(self, error: SchemaChanged) -> None:
+    def pause(self, error: IndexFault) -> None:
         """Pause an index with the next commit.
 
         A transaction under way is taken to its end first: begun again before it, the same would be found again.

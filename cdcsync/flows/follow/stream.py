@@ -15,7 +15,7 @@ from typing import assert_never
 
 import anyio
 
-from cdcsync.errors import CdcsyncError, SchemaChanged, SourceUnavailable, leading
+from cdcsync.errors import CdcsyncError, IndexFault, SourceUnavailable, leading
 from cdcsync.flows.follow.accounts import Accounts
 from cdcsync.flows.follow.apply import Applier, Outcome
 from cdcsync.flows.follow.open_batch import Limits, OpenBatch, Position
@@ -87,7 +87,7 @@ class Stream:
                 self._known[oid] = table.schema, table.name
         self.described: Callable[[], None] = lambda: None
         """Called when the source describes a table again."""
-        self._pauses_asked: dict[str, SchemaChanged] = {}
+        self._pauses_asked: dict[str, IndexFault] = {}
         """The pauses from outside that are not stored yet: no other connection would deliver their reasons again."""
         self._progress = Progress(Lsn(0))
         self._open = self._new_batch()
@@ -109,7 +109,7 @@ class Stream:
         """Up to where the target holds everything that the source has committed, even if its checkpoint is behind."""
         return self._open.held
 
-    def pause(self, error: SchemaChanged) -> None:
+    def pause(self, error: IndexFault) -> None:
         """Pause an index with the next commit, of this connection or a later one.
 
         `follow` returns the error once that is stored.
@@ -135,7 +135,7 @@ class Stream:
         one_wal: bool = False,
         status_every_s: float,
         silence_s: float,
-    ) -> list[SchemaChanged]:
+    ) -> list[IndexFault]:
         """Receive and apply over a connection that has begun to stream at `checkpoint`.
 
         :param source_end: where the source's WAL ended when it was connected.
@@ -163,7 +163,7 @@ class Stream:
             tracing=self._tracing,
             status_every_s=status_every_s,
         )
-        paused: list[SchemaChanged] = []
+        paused: list[IndexFault] = []
         try:
             async with anyio.create_task_group() as tasks:
 
@@ -230,9 +230,9 @@ class Stream:
             case _:
                 assert_never(heard)
 
-    async def _apply_until_paused(self) -> list[SchemaChanged]:
+    async def _apply_until_paused(self) -> list[IndexFault]:
         """Commit what comes until a pause and the end of its transaction are stored; returns why there was one."""
-        paused: dict[str, SchemaChanged] = {}
+        paused: dict[str, IndexFault] = {}
         following: Batch | None = None
         while True:
             work = following or await self._open.next()

@@ -16,7 +16,7 @@ import structlog
 
 from cdcsync.config import Config, price_per_million_tokens
 from cdcsync.embedders.protocol import Embedder
-from cdcsync.errors import SchemaChanged, SetupError, Unavailable
+from cdcsync.errors import IndexFault, SetupError, Unavailable
 from cdcsync.flows.dry_run import Bounds, count, embedded_generations, tokens_of
 from cdcsync.flows.replay import Replay
 from cdcsync.flows.setup.differences import difference_of, present_fingerprint
@@ -163,7 +163,7 @@ async def hold_unapproved(
     An index whose rows cannot be read is not held: its load will fail in the same way, and say so.
 
     :raises SourceUnavailable, TargetUnavailable: a server does not answer now.
-    :raises SchemaChanged: somebody holds a table of an index locked, or its tables could lose or hide rows.
+    :raises IndexFault: somebody holds a table of an index locked, or its tables could lose or hide rows.
     """
     # What stands beside an index was confirmed when its migration began.
     guarded = [
@@ -185,7 +185,7 @@ async def hold_unapproved(
             except Unavailable as error:
                 if not locked_out(error):
                     raise
-                raise SchemaChanged(
+                raise IndexFault(
                     f"what it would embed cannot be counted, because a table is locked: {error.message}",
                     index=spec.name,
                     where=error.where,
@@ -213,7 +213,7 @@ async def _hold(
         reading.missing.refuse_unsafe(config.target.schema)
     except SetupError as error:
         # What it would embed cannot be counted, so it must not go on if that is mended just now.
-        raise SchemaChanged(error.message, index=spec.name, where=error.where, hint=error.hint) from error
+        raise IndexFault(error.message, index=spec.name, where=error.where, hint=error.hint) from error
     with speaking_of("target", where=f"index {spec.name}"):
         if await Approvals(config.target.schema).given(target, spec.name, change):
             return None

@@ -14,7 +14,7 @@ import structlog
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import beside_name, own_name
-from cdcsync.errors import SchemaChanged, SetupError, TablesChanged
+from cdcsync.errors import IndexFault, SetupError, TablesChanged
 from cdcsync.flows.setup.differences import (
     as_followed,
     ask_for,
@@ -101,7 +101,7 @@ async def set_up_indexes(
     waiting: Mapping[str, Pause] | None = None,
     *,
     known: set[str] | None = None,
-) -> list[SchemaChanged]:
+) -> list[IndexFault]:
     """Create or extend each index's relations, and ask for what its state calls for.
 
     The relations, the index's row, its fingerprint and the request commit together.
@@ -123,7 +123,7 @@ async def set_up_indexes(
                     continue
                 await _set_up_one(target, config, spec, catalog, pause)
                 known.add(spec.name)
-        except SchemaChanged as error:
+        except IndexFault as error:
             known.discard(spec.name)
             refused.append(error)
     return refused
@@ -134,7 +134,7 @@ async def _set_up_one(
 ) -> None:
     """Set up one index, once nobody is in the way.
 
-    :raises SchemaChanged: somebody stays in the way, other objects depend on what has to change, or the tables that the
+    :raises IndexFault: somebody stays in the way, other objects depend on what has to change, or the tables that the
         index has are not as it needs them.
     """
     try:
@@ -149,9 +149,9 @@ async def _set_up_one(
     except SetupError as error:
         if await Registry(config.target.schema).find(target, spec.name) is None:
             raise
-        raise SchemaChanged(error.message, index=spec.name, where=error.where, hint=error.hint) from error
+        raise IndexFault(error.message, index=spec.name, where=error.where, hint=error.hint) from error
     except LOCKED_OUT as error:
-        raise SchemaChanged(
+        raise IndexFault(
             "its tables or views in the target have to change, and a session there does not let go of them",
             index=spec.name,
             where=str(spec.config.view_name),
@@ -160,7 +160,7 @@ async def _set_up_one(
             f" OR relation IN (SELECT oid FROM pg_class WHERE starts_with(relname, '{spec.relations}_'))",
         ) from error
     except psycopg.errors.DependentObjectsStillExist as error:
-        raise SchemaChanged(
+        raise IndexFault(
             f"the view {spec.config.view_name} has to change, and other objects depend on it",
             index=spec.name,
             where=str(spec.config.view_name),

@@ -14,7 +14,7 @@ import structlog
 from psycopg import sql
 
 from cdcsync.config import Config, QualifiedName
-from cdcsync.errors import DecodingFailed, GapError, SchemaChanged, SetupError, SlotInUse
+from cdcsync.errors import DecodingFailed, GapError, IndexFault, SetupError, SlotInUse
 from cdcsync.flows.blocked import Blocked, Note
 from cdcsync.flows.setup.gaps import (
     heals,
@@ -135,7 +135,7 @@ async def set_up_publication(
     :param tables: none if somebody holds all of them.
     :param index_of: an index that needs each table.
     :raises SetupError: the source refuses that: somebody dropped a table, or edited the publication, meanwhile.
-    :raises SchemaChanged: somebody holds a table of an index, so that it cannot be added.
+    :raises IndexFault: somebody holds a table of an index, so that it cannot be added.
     """
     name = config.source.publication
     with speaking_of("source", where=f"publication {name}"):
@@ -167,7 +167,7 @@ async def set_up_publication(
         except LOCKED_OUT as error:
             locks = await exclusive_locks(source, missing, modes=PUBLISHING_WAITS)
             held = locks[0].of if locks else missing[0]
-            raise SchemaChanged(
+            raise IndexFault(
                 f"a table cannot be added to the publication {name}"
                 + "".join(f": pid {lock.pid} ({lock.session}) holds {lock.table}" for lock in locks[:1]),
                 index=index_of[held],

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
-from cdcsync.errors import SchemaChanged, SetupError, Unavailable
+from cdcsync.errors import IndexFault, SetupError, Unavailable
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.postgres.settings import Side
@@ -178,7 +178,7 @@ async def test_what_is_too_large_for_a_limit_of_the_server_says_for_which(databa
     database.execute(f"INSERT INTO wide VALUES ({', '.join(['1'] * 1_018)})")
     statement, told = LIMITS[limit]
     async with Session(database.dsn, "target", application_name="cdcsync test") as session:
-        with pytest.raises(SchemaChanged) as caught, speaking_of("target", index="articles"):
+        with pytest.raises(IndexFault) as caught, speaking_of("target", index="articles"):
             await (await session.connection()).execute(statement.encode())
     assert told in str(caught.value)
 
@@ -186,7 +186,7 @@ async def test_what_is_too_large_for_a_limit_of_the_server_says_for_which(databa
 async def test_the_words_that_a_function_chose_for_a_limit_are_not_passed_on(database: Database) -> None:
     database.execute(RAISING)
     async with Session(database.dsn, "target", application_name="cdcsync test") as session:
-        with pytest.raises(SchemaChanged) as caught, speaking_of("target", index="articles"):
+        with pytest.raises(IndexFault) as caught, speaking_of("target", index="articles"):
             await (await session.connection()).execute("SELECT public.raising('54000')")
     assert "ProgramLimitExceeded (54000)" in str(caught.value)
     assert "no" not in str(caught.value).split()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from cdcsync.config import QualifiedName
-from cdcsync.errors import SchemaChanged
+from cdcsync.errors import IndexFault
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import ROW_OVERHEAD_BYTES, UNCHANGED_BYTES, Batch, IndexChanges, PageEnd, PageRows, RowChange
 from cdcsync.model.links import Touch
@@ -217,7 +217,7 @@ def test_an_empty_batch_has_nothing_to_apply() -> None:
 def test_a_batch_that_pauses_an_index_is_to_be_applied_even_without_changes() -> None:
     batch = Batch()
 
-    batch.paused["articles"] = SchemaChanged("column author is gone", index="articles")
+    batch.paused["articles"] = IndexFault("column author is gone", index="articles")
 
     assert batch
 

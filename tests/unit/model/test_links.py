@@ -6,7 +6,7 @@ import pytest
 
 from cdcsync.config import QualifiedName
 from cdcsync.documents.related import RelatedRows, Step, TableFacts
-from cdcsync.errors import SchemaChanged
+from cdcsync.errors import IndexFault
 from cdcsync.model.links import Link, LinkProjection, links_of
 from cdcsync.model.rows import Shape
 from cdcsync.pgoutput.messages import TOO_LARGE, UNCHANGED, Column, Relation
@@ -97,7 +97,7 @@ def test_what_a_new_row_leaves_out_is_as_in_the_old_one(projection: LinkProjecti
     assert projection.updated("O", ("9", "1", "t", "a"), ("9", UNCHANGED, "t", "a"), 7, 8).values == (("1", "a"),)
     moved = projection.updated("O", ("9", "1", "t", "a"), ("9", UNCHANGED, "t", "b"), 7, 8)
     assert moved.values == (("1", "a"), ("1", "b")), "the place where the row is now is touched too"
-    with pytest.raises(SchemaChanged, match="without the columns"):
+    with pytest.raises(IndexFault, match="without the columns"):
         projection.updated(None, None, ("9", UNCHANGED, "t", "a"), 7, 8)
 
 
@@ -105,7 +105,7 @@ def test_a_value_too_large_to_look_documents_up_by_pauses_the_index_and_another_
     projection: LinkProjection,
 ) -> None:
     assert projection.inserted(("9", "1", TOO_LARGE, "a"), 7, 8).values == (("1", "a"),)
-    with pytest.raises(SchemaChanged, match="larger than a sixteenth of the worker's memory"):
+    with pytest.raises(IndexFault, match="larger than a sixteenth of the worker's memory"):
         projection.updated("O", ("9", "1", "t", "a"), ("9", TOO_LARGE, "t", "a"), 7, 8)
 
 
@@ -119,7 +119,7 @@ def test_a_value_too_large_to_look_documents_up_by_pauses_the_index_and_another_
 def test_a_table_that_does_not_tell_the_columns_of_the_link_pauses_the_index(
     columns: tuple[str, ...], key: tuple[str, ...], message: str
 ) -> None:
-    with pytest.raises(SchemaChanged, match=message) as caught:
+    with pytest.raises(IndexFault, match=message) as caught:
         LinkProjection(Link(SHAPE, "comments", 0, (WAY,)), relation(*columns, key=key))
     assert caught.value.index == "tickets"
     assert caught.value.hint

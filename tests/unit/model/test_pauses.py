@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from cdcsync.errors import SchemaChanged
+from cdcsync.errors import IndexFault
 from cdcsync.model.pauses import FIRST_DELAY_S, MOST_DELAY_S, PASSING_PAUSES, REPEATED_WITHIN_S, Pause, Pauses
 
 
-def changed(index: str = "articles", *, passing: bool = False) -> SchemaChanged:
-    return SchemaChanged("the column body is gone", index=index, hint="add it again", passing=passing)
+def changed(index: str = "articles", *, passing: bool = False) -> IndexFault:
+    return IndexFault("the column body is gone", index=index, hint="add it again", passing=passing)
 
 
 def test_a_pause_says_what_is_wrong_and_what_to_do() -> None:
@@ -41,7 +41,7 @@ def test_a_cause_that_stays_is_tried_again_more_and_more_rarely_and_keeps_its_la
     pauses = Pauses()
     now, waits = 0.0, []
     for at in range(12):
-        pauses.note(SchemaChanged(f"refused {at}", index="articles"), now)
+        pauses.note(IndexFault(f"refused {at}", index="articles"), now)
         before = now
         if not pauses.due("articles", now):
             assert pauses.standing({}, now)["articles"] == Pause(f"refused {at}")

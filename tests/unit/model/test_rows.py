@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cdcsync.config import QualifiedName
-from cdcsync.errors import SchemaChanged
+from cdcsync.errors import IndexFault
 from cdcsync.model.rows import Delete, Projection, Row, Shape, Upsert, complete, fill
 from cdcsync.pgoutput.messages import UNCHANGED, Column, OldKind, Relation, ReplicaIdentity, Tuple
 
@@ -158,9 +158,9 @@ def test_a_delete_needs_only_the_key(projection: Projection, old: Tuple) -> None
 
 def test_an_old_row_without_its_key_is_an_error_that_names_the_identity(projection: Projection) -> None:
     for old_key in (key_only(id=None), key_only(tenant=None)):
-        with pytest.raises(SchemaChanged, match="a DELETE arrived without its key") as deleting:
+        with pytest.raises(IndexFault, match="a DELETE arrived without its key") as deleting:
             projection.deleted(old_key, XID, LSN)
-        with pytest.raises(SchemaChanged, match="an UPDATE arrived without its key") as updating:
+        with pytest.raises(IndexFault, match="an UPDATE arrived without its key") as updating:
             projection.updated("K", old_key, sent(), XID, LSN)
         for caught in (deleting, updating):
             assert caught.value.where == "public.articles"
@@ -169,7 +169,7 @@ def test_an_old_row_without_its_key_is_an_error_that_names_the_identity(projecti
 
 
 def test_a_large_key_that_a_server_left_out_is_an_error(projection: Projection) -> None:
-    with pytest.raises(SchemaChanged, match="an UPDATE arrived without its key") as caught:
+    with pytest.raises(IndexFault, match="an UPDATE arrived without its key") as caught:
         projection.updated(None, None, sent(toast="id"), XID, LSN)
 
     assert caught.value.hint is not None
@@ -177,7 +177,7 @@ def test_a_large_key_that_a_server_left_out_is_an_error(projection: Projection) 
 
 
 def test_a_relation_that_lacks_columns_is_an_error_that_names_them_once() -> None:
-    with pytest.raises(SchemaChanged, match="column author, body is no longer in") as caught:
+    with pytest.raises(IndexFault, match="column author, body is no longer in") as caught:
         Projection(SHAPE, relation("id", "tenant", "title"))
 
     assert (caught.value.index, caught.value.where) == ("articles", "public.articles")
@@ -194,7 +194,7 @@ def test_an_identity_other_than_the_indexs_key_is_an_error_unless_it_is_the_whol
     if identity == "f" and key == "id tenant title":
         Projection(SHAPE, described)
         return
-    with pytest.raises(SchemaChanged, match="replica identity") as caught:
+    with pytest.raises(IndexFault, match="replica identity") as caught:
         Projection(SHAPE, described)
 
     assert (caught.value.index, caught.value.where) == ("articles", "public.articles")
@@ -222,9 +222,9 @@ def test_a_complete_row_is_left_as_it_is() -> None:
 
 @pytest.mark.parametrize("old", [None, key_only(id="2")])
 def test_a_row_with_null_in_its_key_is_an_error_that_passes(projection: Projection, old: Tuple | None) -> None:
-    with pytest.raises(SchemaChanged, match=r"the key \(tenant, id\) contains NULL") as updated:
+    with pytest.raises(IndexFault, match=r"the key \(tenant, id\) contains NULL") as updated:
         projection.updated(None if old is None else "K", old, sent(id=None), XID, LSN)
-    with pytest.raises(SchemaChanged, match="contains NULL") as inserted:
+    with pytest.raises(IndexFault, match="contains NULL") as inserted:
         projection.inserted(sent(tenant=None), XID, LSN)
     assert updated.value.passing
     assert inserted.value.passing

@@ -10,7 +10,7 @@ import anyio
 import msgspec
 import pytest
 
-from cdcsync.errors import SchemaChanged
+from cdcsync.errors import IndexFault
 from cdcsync.worker import run
 
 pytestmark = pytest.mark.anyio
@@ -54,9 +54,9 @@ async def test_an_examination_made_ahead_is_not_kept_for_later_once_an_index_is_
         async def set_up(self, broken: object) -> str:
             return "ready" if len(begun) == 1 else "outdated"
 
-        async def work(self) -> list[SchemaChanged]:
+        async def work(self) -> list[IndexFault]:
             await self._look_again()
-            return [SchemaChanged("its column is gone", where="table a", index="a")]
+            return [IndexFault("its column is gone", where="table a", index="a")]
 
         async def aclose(self) -> None:
             if len(begun) == 3:

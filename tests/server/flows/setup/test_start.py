@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from cdcsync.config import QualifiedName, parse
 from cdcsync.demo.cluster import Cluster
-from cdcsync.errors import SchemaChanged, SetupError
+from cdcsync.errors import IndexFault, SetupError
 from cdcsync.flows.setup.start import set_up_publication
 from cdcsync.postgres.sessions import connect
 from tests.support.configs import configuration
@@ -73,7 +73,7 @@ async def test_the_index_of_a_table_that_stays_locked_waits_whatever_the_table_i
     source, other = await connect(database.dsn, "source"), await connect(database.dsn, "source")
     async with other.transaction():
         await other.execute(f"LOCK TABLE ONLY {locked} IN SHARE UPDATE EXCLUSIVE MODE".encode())
-        with pytest.raises(SchemaChanged) as refused:
+        with pytest.raises(IndexFault) as refused:
             await set_up_publication(source, config, [free, held], index_of={free: "other", held: "waits"})
     assert refused.value.index == "waits"
     assert f"pid {other.info.backend_pid}" in refused.value.message

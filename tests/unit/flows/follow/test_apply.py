@@ -11,8 +11,8 @@ import pytest
 
 from cdcsync.errors import (
     CdcsyncError,
+    IndexFault,
     LeaseLost,
-    SchemaChanged,
     SourceUnavailable,
     TargetRewound,
     TargetUnavailable,
@@ -51,7 +51,7 @@ async def test_the_same_batch_is_prepared_and_committed_again_for_as_long_as_a_s
 
 async def test_an_index_that_cannot_take_its_changes_is_paused_with_the_batch_and_the_others_get_theirs() -> None:
     target = Target()
-    target.refused["articles"] = error = SchemaChanged("its key is gone", index="articles", hint="put it back")
+    target.refused["articles"] = error = IndexFault("its key is gone", index="articles", hint="put it back")
     batch = a_batch()
     outcomes: list[Outcome] = []
     await applier(target).apply(batch, caught_up=lambda: True, committed=outcomes.append)
@@ -61,14 +61,14 @@ async def test_an_index_that_cannot_take_its_changes_is_paused_with_the_batch_an
 
 
 async def test_a_value_that_the_target_refuses_pauses_its_index_too() -> None:
-    target = Target(SchemaChanged("the target refuses a value", index="notes"))
+    target = Target(IndexFault("the target refuses a value", index="notes"))
     batch = a_batch()
     await applier(target).apply(batch, caught_up=lambda: True)
     assert [(indexes, set(paused)) for indexes, _, paused, _ in target.commits] == [({"articles"}, {"notes"})]
 
 
-def refused(key: str | None, cause: Exception) -> SchemaChanged:
-    error = SchemaChanged("the target refuses a value", index="notes")
+def refused(key: str | None, cause: Exception) -> IndexFault:
+    error = IndexFault("the target refuses a value", index="notes")
     error.key, error.__cause__ = (key,), cause
     return error
 
@@ -148,8 +148,8 @@ async def test_an_index_for_which_a_server_fails_again_and_again_is_paused_and_t
 
 
 async def test_an_index_that_keeps_a_batch_from_being_written_even_without_its_changes_is_not_tried_for_ever() -> None:
-    target = Target(*[SchemaChanged("its tables are gone", index="notes")] * 2)
-    with pytest.raises(SchemaChanged, match="its tables are gone"):
+    target = Target(*[IndexFault("its tables are gone", index="notes")] * 2)
+    with pytest.raises(IndexFault, match="its tables are gone"):
         await applier(target).apply(a_batch(), caught_up=lambda: True)
     assert not target.commits
 

@@ -10,7 +10,7 @@ import pytest
 
 from cdcsync.errors import (
     CdcsyncError,
-    SchemaChanged,
+    IndexFault,
     SetupError,
     TargetUnavailable,
 )
@@ -95,7 +95,7 @@ async def test_what_was_prepared_behind_a_batch_that_failed_is_prepared_again() 
 
 
 async def test_what_an_index_that_is_paused_meanwhile_would_hold_is_not_relied_on() -> None:
-    target = Target(SchemaChanged("the target refuses a value", index="notes"))
+    target = Target(IndexFault("the target refuses a value", index="notes"))
     target.waits_for_all_ahead = True
     made, following = applier(target), Following()
     await made.apply(a_batch(), caught_up=lambda: False, following=following)

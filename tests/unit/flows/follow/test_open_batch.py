@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from cdcsync.config import QualifiedName
-from cdcsync.errors import SchemaChanged
+from cdcsync.errors import IndexFault
 from cdcsync.flows.follow.open_batch import Limits, OpenBatch, Position
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import Batch, PageEnd, PageRows
@@ -19,7 +19,7 @@ from cdcsync.tracing import Tracing
 pytestmark = pytest.mark.anyio
 
 SHAPE = Shape(index="articles", table=QualifiedName("public", "articles"), key=("id",), carried=(), text=("body",))
-GONE = SchemaChanged("column body is gone", index="articles")
+GONE = IndexFault("column body is gone", index="articles")
 ROWS = 3
 
 

@@ -12,7 +12,7 @@ import anyio
 import msgspec
 import pytest
 
-from cdcsync.errors import SchemaChanged, SourceUnavailable
+from cdcsync.errors import IndexFault, SourceUnavailable
 from cdcsync.flows.follow.accounts import Accounts
 from cdcsync.flows.follow.apply import Applier
 from cdcsync.flows.follow.open_batch import Limits
@@ -136,7 +136,7 @@ class Followed:
             stopping=self.stopping,
         )
 
-    async def follow(self) -> list[SchemaChanged]:
+    async def follow(self) -> list[IndexFault]:
         return await self.stream.follow(
             cast(Any, self.slot),
             CHECKPOINT,
@@ -241,8 +241,8 @@ async def test_an_index_that_cannot_follow_its_table_ends_the_following_once_its
 
 async def test_a_pause_from_outside_ends_the_following_too(tmp_path: Path) -> None:
     followed = Followed(tmp_path, *transaction(30, insert("a")))
-    gone = SchemaChanged("the table was dropped", index="articles")
-    found: list[SchemaChanged] = []
+    gone = IndexFault("the table was dropped", index="articles")
+    found: list[IndexFault] = []
 
     async def follow() -> None:
         found.extend(await followed.follow())
@@ -331,7 +331,7 @@ async def test_a_pause_from_outside_outlives_the_connection_whose_batch_was_to_s
     tmp_path: Path, when: str
 ) -> None:
     followed = Followed(tmp_path)
-    gone = SchemaChanged("the table was dropped", index="articles")
+    gone = IndexFault("the table was dropped", index="articles")
     if when == "while it breaks":
         followed.slot.frames.extend(transaction(30, insert("a"))[:-1])
         async with anyio.create_task_group() as tasks:
