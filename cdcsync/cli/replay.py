@@ -181,16 +181,14 @@ async def _checked(
     import msgspec
 
     from cdcsync.flows.replay import as_on_source, canonical_keys, check_where, open_index
-    from cdcsync.postgres.sessions import connect
+    from cdcsync.flows.setup.gaps import connect_followed
 
     spec = await open_index(target, config, index)
     if keys is not None:
         wanted = msgspec.structs.replace(wanted, keys=await canonical_keys(target, spec, keys))
     if not needs_source and wanted.where is None:
         return spec, wanted, None
-    source = await stack.enter_async_context(
-        await connect(config.source.dsn, "source", application_name="cdcsync replay")
-    )
+    source = await stack.enter_async_context(await connect_followed(config, target, application_name="cdcsync replay"))
     spec = await as_on_source(source, config.source.publication, spec)
     if wanted.where is not None:
         await check_where(source, spec, wanted.where)

@@ -86,7 +86,7 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
 
     from cdcsync.flows import audit as flow
     from cdcsync.flows.replay import as_on_source, open_index
-    from cdcsync.postgres.sessions import connect
+    from cdcsync.flows.setup.gaps import connect_followed
     from cdcsync.target.version import open_target
     from cdcsync.worker.substitute import worker_ensured
 
@@ -96,7 +96,7 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
             await open_target(config.target, application_name="cdcsync verify", works=True)
         )
         source = await stack.enter_async_context(
-            await connect(config.source.dsn, "source", application_name="cdcsync verify")
+            await connect_followed(config, target, application_name="cdcsync verify")
         )
         spec = await as_on_source(source, config.source.publication, await open_index(target, config, index))
 

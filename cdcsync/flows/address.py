@@ -2,7 +2,7 @@
 
 The stream, and the sessions that are used all the time, stay with their server for as long as that runs, whatever the
 address leads to by then. So a session is opened now and then. Like each session of a worker it is compared with the
-stream's server before its use (`source/followed`), and that is all that it is for.
+stream's server before its use (`postgres/followed`), and that is all that it is for.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import AnotherServer, GapError, SetupError
 from cdcsync.flows.dry_run import Bounds, seconds_for_each
 from cdcsync.flows.setup.approval import Cost, Reading, confirm_above, cost_of, pause_for, read_need
-from cdcsync.flows.setup.gaps import foreseen_gap
+from cdcsync.flows.setup.gaps import connect_followed, foreseen_gap
 from cdcsync.flows.setup.needs import Need
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
@@ -144,8 +144,8 @@ async def read_plan(
     assert catalog is not None
     specs = {spec.name: spec for spec in report.specs}
     async with (
-        await connect(config.source.dsn, "source", application_name="cdcsync plan") as source,
         await connect(config.target.dsn, "target", application_name="cdcsync plan") as target,
+        await connect_followed(config, target, application_name="cdcsync plan") as source,
     ):
         plans = {one.name: one for one in report.plans}
         planning = _Planning(config, source, target, catalog, embedders, bounds, measure, plans)

@@ -8,8 +8,9 @@
     poolers       whether the pooler before a server shares sessions between its clients
     settings      what a session is opened with, and set to: it renders every value the same way
     errors        what the driver's errors mean for the pipeline
-    logins        finding the addresses of a server, and logging in there
+    logins        finding the addresses of the hosts, and logging in to the first that is the right server
     sessions      connections that come back after an outage
+    followed      the server that a worker's main session is on, where all others have to be
     queries       one row, one value, or rows as text
     estimates     about how many rows a table has
     autovacuums   autovacuums that are to give way

@@ -6,12 +6,14 @@ Source: PostgreSQL, "PostgreSQL Error Codes".
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import msgspec
 import psycopg
 
 from cdcsync.errors import (
+    AnotherServer,
     CdcsyncError,
     IndexFault,
     SetupError,
@@ -20,7 +22,7 @@ from cdcsync.errors import (
     Unavailable,
 )
 from cdcsync.logs import without_quoted
-from cdcsync.postgres.refusals import REPORTED, STILL_RUNS, attempts, explain
+from cdcsync.postgres.refusals import REPORTED, STILL_RUNS, explain
 from cdcsync.postgres.settings import Side
 
 _DAMAGE_FIX = 'docs/operations.md, "Damaged tables", says how to continue'
@@ -260,31 +262,53 @@ def first_line(error: psycopg.Error) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def connect_error(error: psycopg.Error, side: Side, where: str) -> CdcsyncError:
-    """Return what a failed attempt to connect means: by its words, because libpq passes on no code of a refused login.
+class Attempt(msgspec.Struct, frozen=True):
+    """A host of a DSN at one of its addresses, and why no session could be opened there.
 
-    Each of several hosts is explained by itself: it is an error of the set-up only if all of them refuse for good. A
-    host does if it did so at any of its addresses, because a server need not listen on all.
+    :ivar host: with the port, as it is told; the error's message names it if there are several.
+    :ivar inside: whether the host let us in: it is not the server that was wanted, or cannot be used.
     """
-    tried = attempts(str(error))
-    if not tried:
-        return _refused(str(error), side, where)
-    several = len(dict(tried)) > 1
-    said: dict[str, CdcsyncError] = {}
-    for host, words in tried:
-        found = _refused(words, side, where, host=host if several else None)
-        said[host] = min(said.get(host, found), found, key=lambda one: isinstance(one, Unavailable))
-    waits = [one for one in said.values() if isinstance(one, Unavailable)]
-    return min(waits, key=_rank) if waits else next(iter(said.values()))
+
+    host: str
+    address: str
+    error: CdcsyncError
+    inside: bool = False
 
 
-def _rank(error: Unavailable) -> tuple[bool, bool]:
+def none_of(attempts: Sequence[Attempt]) -> CdcsyncError:
+    """Return what it means that no host could be used: the error of one, which tells in its message of the others.
+
+    It is an error of the set-up only if all hosts refuse for good. A host does if it did so at any of its addresses,
+    because a server need not listen on all.
+    """
+    said: dict[str, Attempt] = {}
+    for one in attempts:
+        known = said.get(one.host, one)
+        said[one.host] = min(known, one, key=lambda it: isinstance(it.error, Unavailable))
+    waits = [one for one in said.values() if isinstance(one.error, Unavailable)]
+    lasting = [one for one in said.values() if isinstance(one.error, AnotherServer)] or list(said.values())
+    chosen = min(waits, key=_rank) if waits else lasting[0]
+    error = chosen.error
+    others = [
+        one.error.message if one.host != chosen.host else f"{one.address}: {one.error.message}"
+        for one in attempts
+        if one.error.message != error.message
+    ]
+    error.message = "; ".join([error.message, *dict.fromkeys(others)])
+    return error
+
+
+def _rank(attempt: Attempt) -> tuple[bool, bool, bool]:
     """Order the hosts: first one that serves those who are in, last one whose state the DSN does not ask for."""
-    return error.sqlstate not in STILL_RUNS, "target_session_attrs" in error.message
+    error = attempt.error
+    return error.sqlstate not in STILL_RUNS, not attempt.inside, "target_session_attrs" in error.message
 
 
-def _refused(words: str, side: Side, where: str, *, host: str | None = None) -> CdcsyncError:
-    """Return what the words of one attempt mean."""
+def refused(words: str, side: Side, where: str, *, host: str | None = None) -> CdcsyncError:
+    """Return what a failed attempt to connect means: by its words, because libpq passes on no code.
+
+    :param host: the host, if it is one of several.
+    """
     refusal = explain(words, host=host)
     if refusal is None:
         hint = _REFUSED_FIX if REPORTED in words else None

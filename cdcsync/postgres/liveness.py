@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from typing import Any, LiteralString, TypeVar
 
 import anyio
@@ -66,7 +67,20 @@ SERVER: LiteralString = (
 """The first three fields of `Backend`, asked for under any search_path."""
 
 SYSTEM: LiteralString = "SELECT system_identifier::pg_catalog.text FROM pg_catalog.pg_control_system()"
-"""The last field of `Backend`. Everybody may ask for it, unless an administrator has revoked that."""
+"""The fourth field of `Backend`. Everybody may ask for it, unless an administrator has revoked that."""
+
+_SEGMENT: LiteralString = (
+    "SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery()"
+    " THEN pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_insert_lsn()) END"
+)
+"""The file that a primary writes WAL to: its first 8 digits are the timeline. Not every service has it."""
+
+_KNOWN_TO_ALL: tuple[LiteralString, ...] = (
+    f"SELECT * FROM ({SERVER}) AS here, ({SYSTEM}) AS cluster, ({_SEGMENT}) AS wal",
+    f"SELECT * FROM ({SERVER}) AS here, ({SYSTEM}) AS cluster",
+    SERVER,
+)
+"""What is asked of a server about itself, and what if it does not tell all of that."""
 
 _SEEN: LiteralString = f"""
     SELECT here.started, here.standby, a.pid IS NOT NULL, a.state, a.wait_event
@@ -96,12 +110,14 @@ class Backend(msgspec.Struct, frozen=True):
     :ivar started: when the server was started, in microseconds: of two servers behind one address, the one that it is.
     :ivar standby: whether the server was a standby.
     :ivar system: the system identifier of the server's cluster; None if we may not know it.
+    :ivar timeline: of a primary, the timeline that it writes; None if we may not know it.
     """
 
     pid: int
     started: int
     standby: bool
     system: str | None = None
+    timeline: int | None = None
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -141,6 +157,13 @@ def same_cluster(one: psycopg.AsyncConnection[Any], other: psycopg.AsyncConnecti
 def same_server(one: Backend | None, other: Backend | None) -> bool:
     """Say whether two sessions are certainly of one server, and not of two copies of a cluster: they share its WAL."""
     return one is not None and other is not None and one.started == other.started
+
+
+def left_behind(one: Backend, other: Backend) -> bool:
+    """Say whether a server is certainly a former primary, which another one was promoted in the place of."""
+    if one.system is None or one.system != other.system or one.timeline is None or other.timeline is None:
+        return False
+    return one.timeline < other.timeline
 
 
 class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
@@ -337,14 +360,19 @@ async def _look(asking: psycopg.AsyncConnection[tuple[Any, ...]], backend: Backe
 
 async def backend_of(connection: psycopg.AsyncConnection[tuple[Any, ...]]) -> Backend:
     """Return the server process that a connection has now. Nothing is set for that."""
-    try:
-        # Together, because each statement of its own would take the time of the way there and back.
-        cursor = await connection.execute(f"SELECT * FROM ({SERVER}) AS here, ({SYSTEM}) AS cluster")
-    except (psycopg.ProgrammingError, psycopg.NotSupportedError):
-        cursor = await connection.execute(SERVER)
-    row = await cursor.fetchone()
+    row: Sequence[Any] | None = None
+    # Together, because each statement of its own would take the time of the way there and back.
+    for asked in _KNOWN_TO_ALL:
+        try:
+            row = await (await connection.execute(asked)).fetchone()
+        except (psycopg.ProgrammingError, psycopg.NotSupportedError, psycopg.errors.ObjectNotInPrerequisiteState):
+            if asked is SERVER:
+                raise
+            continue
+        break
     assert row is not None
-    return Backend(*row)
+    pid, started, standby, system, segment = (*row, None, None)[:5]
+    return Backend(pid, started, standby, system, None if segment is None else int(segment[:8], 16))
 
 
 async def system_of(connection: psycopg.AsyncConnection[tuple[Any, ...]]) -> str | None:

@@ -1,39 +1,198 @@
-"""Logging in: finding the addresses of the hosts, and connecting to one of them.
+"""Logging in: finding the addresses of the hosts, and connecting to the first host that is the right server.
 
 The driver would ask the name servers itself, but `connect_timeout` begins only when they have answered, and a name
 server that is out of reach may take minutes. So they are asked here, within that limit, and all hosts at a time.
 
-Source: PostgreSQL, "libpq - C Library", "Parameter Key Words" (host, hostaddr, connect_timeout).
+The driver would also be content with the first host that lets us in. A former primary that came back does, and takes
+writes, as does another cluster. So whoever opens a session says in `fits` which server it has to be, and every host is
+tried at every address, in the driver's order, until one fits. The rules:
+
+1. A host that is not the server, or cannot be used, is left, and the next one is tried. If none fits, the error tells
+   what each of them is.
+2. A host that was not the server is tried last for a while (`ASIDE_S`). It is not skipped: nobody else may answer.
+3. If no server is known yet that it has to be, the other hosts are asked, too: one that was promoted in the place of
+   the host that let us in shows that this is a former primary (`refuse_left_behind`).
+
+Source: PostgreSQL, "libpq - C Library", "Parameter Key Words" (host, hostaddr, connect_timeout, load_balance_hosts).
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import anyio
+import msgspec
 import psycopg
 from psycopg import conninfo
 
 from cdcsync.config.values import is_address
-from cdcsync.postgres.errors import connect_error
+from cdcsync.errors import AnotherServer, SetupError, Unavailable
+from cdcsync.postgres.errors import Attempt, none_of, refused, unavailable
+from cdcsync.postgres.liveness import Backend, backend_of, left_behind
 from cdcsync.postgres.settings import Side, options_with
 
 C = TypeVar("C", bound=psycopg.AsyncConnection[Any])
 
+ASIDE_S = 30.0
+"""How long a host that was not the right server is tried after the others. Otherwise every session of a worker would
+log in there first."""
 
-async def log_in(kind: type[C], settings: str, side: Side, where: str) -> C:
-    """Return a connection in autocommit. The caller closes it.
+ANSWER_S = 3
+"""How long another host may take to say what it is, while a session waits for that: one that does not answer is no
+successor as far as we can tell."""
+
+_NOT_HERE = (Unavailable, SetupError, AnotherServer)
+"""The errors of a host after which the next one is tried. Any other is said by the right server."""
+
+_aside: dict[tuple[str, str, str], float] = {}
+"""Host, address and port of hosts that were not the right server, and until when they are tried last."""
+
+
+class Host(msgspec.Struct, frozen=True):
+    """A host of a DSN at one of its addresses.
+
+    :ivar settings: the DSN that leads there only.
+    """
+
+    host: str
+    address: str
+    port: str
+    settings: str
+
+    @property
+    def label(self) -> str:
+        """The host as errors name it."""
+        name = self.host or self.address
+        return f"{name}, port {self.port}" if self.port else name
+
+
+Fits = Callable[[C, Sequence[Host]], Awaitable[None]]
+"""Raises the error of a host that is not the right server. Takes a connection and the other hosts."""
+
+
+async def log_in(kind: type[C], settings: str, side: Side, where: str, fits: Fits[C] | None = None) -> C:
+    """Return a connection in autocommit with the first host that lets us in and fits. The caller closes it.
 
     :param settings: as `conninfo_for` returns them.
+    :param fits: see `Fits`. It may make what it needs of the connection.
     :raises SetupError: the login is refused for good.
     :raises SourceUnavailable, TargetUnavailable: the server, or a name server, does not answer now.
+    :raises CdcsyncError: an error of `fits`, where that is of the right server or none of the hosts fits.
     """
     try:
-        return await kind.connect(await resolved(settings), autocommit=True)
+        hosts = hosts_of(await resolved(settings))
     except psycopg.Error as error:
-        raise connect_error(error, side, where) from error
+        raise refused(str(error), side, where) from error
+    several = len({one.label for one in hosts}) > 1
+    attempts: list[Attempt] = []
+    cause: Exception | None = None
+    now = anyio.current_time()
+    for one in sorted(hosts, key=lambda it: _aside.get((it.host, it.address, it.port), now) > now):
+        try:
+            connection = await kind.connect(one.settings, autocommit=True)
+        except psycopg.Error as error:
+            cause = error
+            found = refused(str(error), side, where, host=one.label if several else None)
+            attempts.append(Attempt(one.label, one.address, found))
+            continue
+        try:
+            if fits is not None:
+                await fits(connection, [it for it in hosts if it is not one])
+        except _NOT_HERE as error:
+            connection.pgconn.finish()
+            cause = error
+            if several:
+                error.message += f" (host {one.label})"
+            attempts.append(Attempt(one.label, one.address, error, inside=True))
+            if len(hosts) > 1:
+                _aside[one.host, one.address, one.port] = anyio.current_time() + ASIDE_S
+        except BaseException:
+            connection.pgconn.finish()
+            raise
+        else:
+            return connection
+    said = none_of(attempts)
+    if said is cause:
+        raise said
+    raise said from cause
+
+
+async def refuse_left_behind(backend: Backend, others: Sequence[Host], side: Side, where: str) -> None:
+    """Refuse a former primary: another host was promoted in its place.
+
+    :param others: the other hosts of the DSN, which are asked all at a time.
+    :raises SourceUnavailable, TargetUnavailable: it is one.
+    """
+    if backend.standby or backend.system is None or backend.timeline is None:
+        return
+    newer: dict[str, int] = {}
+
+    async def ask(one: Host) -> None:
+        other = await server_at(one.settings)
+        if other is not None and left_behind(backend, other):
+            assert other.timeline is not None
+            newer[one.label] = other.timeline
+
+    async with anyio.create_task_group() as tasks:
+        for one in others:
+            tasks.start_soon(ask, one)
+    for label, timeline in newer.items():
+        raise unavailable(
+            side,
+            f"the server is a former primary: it is on timeline {backend.timeline}, and {label}, which was promoted in"
+            f" its place, is on timeline {timeline}",
+            where=where,
+            hint=f"stop it, or make it a standby of the present primary; or take it out of {side}.dsn",
+        )
+
+
+async def server_at(settings: str) -> Backend | None:
+    """Return the server at the one host and address of a DSN; None if it does not let us in by now.
+
+    :param settings: as for `log_in`.
+    """
+    own = conninfo.conninfo_to_dict(settings)
+    own |= {"connect_timeout": ANSWER_S, "target_session_attrs": "any", "replication": ""}
+    try:
+        with anyio.fail_after(ANSWER_S):
+            connection = await psycopg.AsyncConnection.connect(conninfo.make_conninfo("", **own), autocommit=True)
+            try:
+                return await backend_of(connection)
+            finally:
+                connection.pgconn.finish()
+    except (psycopg.Error, OSError):
+        return None
+
+
+def hosts_of(settings: str) -> list[Host]:
+    """Return the hosts of a DSN in the order in which the driver tries them.
+
+    :param settings: as `resolved` returns them. If they cannot be told apart, the driver tells what is wrong.
+    """
+    own = conninfo.conninfo_to_dict(settings)
+    options = options_with(own)
+    named, addresses, ports = (options.get(key, "").split(",") for key in ("host", "hostaddr", "port"))
+    number = max(len(named), len(addresses))
+    each = [values * number if len(values) == 1 else values for values in (named, addresses, ports)]
+    if number == 1 or any(len(values) != number for values in each):
+        return [Host(named[0], addresses[0], ports[0], settings)]
+    found = []
+    for host, address, port in zip(*each, strict=True):
+        here = {**own, "host": host, "hostaddr": address, "port": port}
+        found.append(Host(host, address, port, conninfo.make_conninfo("", **here)))
+    if options.get("load_balance_hosts") == "random":
+        random.shuffle(found)
+    if options.get("target_session_attrs") == "prefer-standby":
+        attributes = [("standby", one) for one in found] + [("any", one) for one in found]
+        found = [
+            msgspec.structs.replace(one, settings=conninfo.make_conninfo(one.settings, target_session_attrs=wanted))
+            for wanted, one in attributes
+        ]
+    return found
 
 
 async def resolved(settings: str) -> str:
@@ -83,13 +242,35 @@ async def resolved(settings: str) -> str:
     return conninfo.make_conninfo("", **own | dict(zip(("host", "hostaddr", "port"), each, strict=True)))
 
 
+_asked: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Future[list[str]]] = {}
+"""The look-ups under way: an event loop asks for a host once at a time. A name server that does not answer keeps a
+thread for minutes, long after nobody waits for it any more, and there are few; so each host has one at most."""
+
+
 async def addresses_of(host: str) -> list[str]:
     """Return the addresses of a host, in the order in which they are tried.
 
     :raises OSError: no name server has one.
     """
+    loop = asyncio.get_running_loop()
+    key = loop, host
+    answer = _asked.get(key)
+    if answer is None:
+        answer = _asked[key] = asyncio.ensure_future(_ask_for(loop, host))
+        answer.add_done_callback(lambda done: _done(key, done))
+    # A caller that gives up leaves the look-up to the others, and to those who ask again meanwhile.
+    return await asyncio.shield(answer)
+
+
+def _done(key: tuple[asyncio.AbstractEventLoop, str], answer: asyncio.Future[list[str]]) -> None:
+    _asked.pop(key, None)
+    if not answer.cancelled():
+        answer.exception()  # nobody may be waiting for it any more
+
+
+async def _ask_for(loop: asyncio.AbstractEventLoop, host: str) -> list[str]:
     # Without the port: of one that is no number, libpq says what is wrong.
-    answer = await asyncio.get_running_loop().getaddrinfo(host, None, proto=socket.IPPROTO_TCP, type=socket.SOCK_STREAM)
+    answer = await loop.getaddrinfo(host, None, proto=socket.IPPROTO_TCP, type=socket.SOCK_STREAM)
     return [str(address[0]) for *_, address in answer]
 
 

@@ -310,24 +310,6 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
 )
 
 
-_SEVERAL = "Multiple connection attempts failed. All failures were:\n"
-_VALUE = r"""('[^']*'|"[^"]*"|None)"""
-_ATTEMPT = re.compile(rf"^- host: {_VALUE}, port: {_VALUE}, hostaddr: {_VALUE}: ", re.MULTILINE)
-
-
-def attempts(text: str) -> list[tuple[str, str]]:
-    """Return the host and the words of each attempt that psycopg lists; none where it made only one.
-
-    A host whose name has several addresses is tried at each of them.
-    """
-    parts = _ATTEMPT.split(text.partition(_SEVERAL)[2])
-    found = []
-    for *named, words in zip(parts[1::4], parts[2::4], parts[3::4], parts[4::4], strict=True):
-        name, port, address = ("" if value == "None" else value[1:-1] for value in named)
-        found.append(((name or address) + (port and f", port {port}"), words))
-    return found
-
-
 def explain(words: str, *, host: str | None = None) -> Refusal | None:
     """Return what libpq's words mean; None where they are not known.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from psycopg.pq import TransactionStatus
 from cdcsync.errors import CdcsyncError, SetupError, Unavailable
 from cdcsync.postgres.errors import speaking_of, unavailable
 from cdcsync.postgres.liveness import WatchedConnection, at_its_host, backend_of
-from cdcsync.postgres.logins import log_in
+from cdcsync.postgres.logins import Host, log_in, refuse_left_behind
 from cdcsync.postgres.poolers import shares_sessions
 from cdcsync.postgres.settings import (
     DURABILITY,
@@ -37,7 +37,8 @@ from cdcsync.postgres.settings import (
 Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
 Admit = Callable[[Connection, Side], Awaitable[None]]
-Refused = Callable[[SetupError], Awaitable[None]]
+Refused = Callable[[CdcsyncError], Awaitable[None]]
+Right = Callable[[WatchedConnection], Awaitable[None]]
 
 _ADMITTING: ContextVar[tuple[Admit, Refused] | None] = ContextVar("admitting", default=None)
 
@@ -50,8 +51,9 @@ def admitting(admit: Admit, refused: Refused) -> Iterator[None]:
     than the one that is followed. A server that refuses a session is no fault of the index or the request that the
     session was for.
 
-    :param admit: called with each session before its use; raises what is to be raised where it is not admitted.
-    :param refused: called with an error that waiting does not mend, before `connect` raises it.
+    :param admit: called with each session before its use; raises what is to be raised where it is not admitted. If the
+        server is not the right one, the next host of the DSN is tried.
+    :param refused: called with the error of a session that no host admits, before `connect` raises it.
     """
     token = _ADMITTING.set((admit, refused))
     try:
@@ -90,16 +92,23 @@ async def connect(
     autocommit: bool = True,
     lock_wait_ms: int | None = None,
     works: bool = False,
+    right: Right | None = None,
 ) -> WatchedConnection:
     """Open an SQL session with pinned rendering. The caller closes it.
 
+    The server is the one that `admitting` or `right` takes for the right one. If neither is there to say, it is none
+    that another host of the DSN shows to be a former primary.
+
     :param lock_wait_ms: how long a statement waits for a lock, if that is not for the side to say.
     :param works: whether it keeps an index in step, as every session on the source does; see `WORKING`.
+    :param right: raises the error of a server that is not the right one; `admitting` is not asked then.
     :raises SetupError: wrong password, database, host name or DSN, or a pooler that shares sessions: waiting does not
         help.
     :raises SourceUnavailable, TargetUnavailable: the server does not answer now.
     """
     admit, refused = _ADMITTING.get() or (None, None)
+    if right is not None:
+        admit = None
     try:
         settings = conninfo_for(dsn, application_name=application_name)
         return await _open(
@@ -108,8 +117,9 @@ async def connect(
             autocommit=autocommit,
             lock_wait_ms=lock_wait_ms,
             works=works,
+            right=right,
         )
-    except SetupError as error:
+    except CdcsyncError as error:
         if refused is not None:
             await refused(error)
         raise
@@ -124,29 +134,31 @@ async def _open(
     autocommit: bool,
     lock_wait_ms: int | None,
     works: bool,
+    right: Right | None,
 ) -> WatchedConnection:
-    connection = await log_in(WatchedConnection, settings, side, where)
-    here = at_its_host(connection, settings)
-    connection.watch(here)
-    # Planned anew each time: a plan made while a table was empty would scan it for ever, and one that is kept over an
-    # ALTER TABLE is an error.
-    connection.prepare_threshold = None
-    try:
-        with speaking_of(side, where=where), anyio.fail_after(SETTINGS_S):
-            connection.backend = await backend_of(connection)
-            if connection.backend.pid != connection.info.backend_pid:
-                await _refuse_shared(connection, here, side, where)
-            await _set_up(connection, side, lock_wait_ms, works=works)
-            if admit is not None:
-                await admit(connection, side)
-            await connection.set_autocommit(autocommit)
-    except TimeoutError:
-        connection.pgconn.finish()
-        raise unavailable(side, f"it let us in, and said nothing for {SETTINGS_S:g} s", where=where) from None
-    except BaseException:
-        connection.pgconn.finish()
-        raise
-    return connection
+    async def fits(connection: WatchedConnection, others: Sequence[Host]) -> None:
+        here = at_its_host(connection, settings)
+        connection.watch(here)
+        # Planned anew each time: a plan made while a table was empty would scan it for ever, and one that is kept over
+        # an ALTER TABLE is an error.
+        connection.prepare_threshold = None
+        try:
+            with speaking_of(side, where=where), anyio.fail_after(SETTINGS_S):
+                connection.backend = await backend_of(connection)
+                if connection.backend.pid != connection.info.backend_pid:
+                    await _refuse_shared(connection, here, side, where)
+                if right is not None:
+                    await right(connection)
+                if admit is None:
+                    await refuse_left_behind(connection.backend, others, side, where)
+                await _set_up(connection, side, lock_wait_ms, works=works)
+                if admit is not None:
+                    await admit(connection, side)
+                await connection.set_autocommit(autocommit)
+        except TimeoutError:
+            raise unavailable(side, f"it let us in, and said nothing for {SETTINGS_S:g} s", where=where) from None
+
+    return await log_in(WatchedConnection, settings, side, where, fits)
 
 
 async def _refuse_shared(connection: WatchedConnection, here: str, side: Side, where: str) -> None:

@@ -16,16 +16,12 @@ import psycopg
 from psycopg import conninfo
 
 from cdcsync.postgres.liveness import Backend, WatchedConnection, backend_of, same_server
-from cdcsync.postgres.logins import addresses_of
+from cdcsync.postgres.logins import ANSWER_S, addresses_of, server_at
 from cdcsync.postgres.settings import Side, conninfo_for, options_with
 from cdcsync.preflight.findings import Finding
 
 PRIMARY_ONLY = ("read-write", "primary")
 """The values of target_session_attrs that let no standby in."""
-
-ANSWER_S = 3
-"""How long an address may take to let us in. One that does not answer is nobody's standby as far as we can tell: of a
-name with an IPv4 and an IPv6 address, the latter often leads nowhere."""
 
 
 def connection_options(dsn: str) -> dict[str, str]:
@@ -126,19 +122,4 @@ async def _addresses(options: Mapping[str, str]) -> Sequence[str]:
 
 async def _server_at(dsn: str, address: str) -> Backend | None:
     """Return the server that lets us in at one address of a DSN's host; None if nobody does."""
-    settings = conninfo_for(
-        dsn,
-        application_name="cdcsync check",
-        hostaddr=address,
-        connect_timeout=ANSWER_S,
-        target_session_attrs="any",
-    )
-    try:
-        with anyio.fail_after(ANSWER_S):
-            connection = await psycopg.AsyncConnection.connect(settings, autocommit=True)
-            try:
-                return await backend_of(connection)
-            finally:
-                connection.pgconn.finish()
-    except (psycopg.Error, OSError):
-        return None
+    return await server_at(conninfo_for(dsn, application_name="cdcsync check", hostaddr=address))

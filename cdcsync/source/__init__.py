@@ -11,7 +11,6 @@
     reads         one read: rows, and the snapshot that they were read under
     relations     the tables that are followed, as the catalog has them
     slot          the replication connection
-    followed      the server that the stream is on, where every session has to be
     spool         large transactions on disk
     families      tables that are found by a pattern
     functions     what conditions go by

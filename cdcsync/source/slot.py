@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Self
 
@@ -43,7 +43,7 @@ from cdcsync.pgoutput.wire import from_datetime
 from cdcsync.postgres.errors import first_line, passing, translate, without_values
 from cdcsync.postgres.interrupts import CANCEL_S
 from cdcsync.postgres.liveness import SERVER, Backend
-from cdcsync.postgres.logins import log_in
+from cdcsync.postgres.logins import Host, log_in, refuse_left_behind
 from cdcsync.postgres.settings import LEAVING, RENDERING, SAFETY, conninfo_for, describe
 
 FOLLOWER = "cdcsync"
@@ -103,23 +103,29 @@ class SlotConnection:
         self._where = where
 
     @classmethod
-    async def connect(cls, dsn: str) -> Self:
-        """Open the session. The caller closes it.
+    async def connect(cls, dsn: str, right: Callable[[Self], Awaitable[None]] | None = None) -> Self:
+        """Open the session with the first host that is the right server. The caller closes it.
 
+        :param right: raises the error of a server that is not the right one. Without it, the server is none that
+            another host of the DSN shows to be a former primary.
         :raises SetupError: the login is wrong, or the role may not replicate.
         :raises SourceUnavailable: the server does not answer now.
         """
         where = f"source ({describe(dsn)})"
         settings = conninfo_for(dsn, application_name=FOLLOWER, replication="database")
-        connection: psycopg.AsyncConnection[Any] = await log_in(psycopg.AsyncConnection, settings, "source", where)
-        slot = cls(connection, where)
-        try:
+        opened: list[Self] = []
+
+        async def fits(connection: psycopg.AsyncConnection[Any], others: Sequence[Host]) -> None:
+            slot = cls(connection, where)
             await slot._command(RENDERING)
             await slot._command(SAFETY)
-        except BaseException:
-            await slot.aclose()
-            raise
-        return slot
+            if right is not None:
+                await right(slot)
+            await refuse_left_behind(await slot.backend(), others, "source", where)
+            opened.append(slot)
+
+        await log_in(psycopg.AsyncConnection[Any], settings, "source", where, fits)
+        return opened[0]
 
     async def identify(self) -> ServerIdentity:
         """Ask the server for its identity: system identifier, timeline and position."""
@@ -134,8 +140,10 @@ class SlotConnection:
 
     async def backend(self) -> Backend:
         """Return the server process of this session, and with it the server."""
+        server = await self.identify()
         ((pid, started, standby),) = await self._command(SERVER)
-        return Backend(int(pid), int(started), standby == "t")
+        timeline = None if standby == "t" else server.timeline
+        return Backend(int(pid), int(started), standby == "t", server.system_identifier, timeline)
 
     @property
     def address(self) -> str:

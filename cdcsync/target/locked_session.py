@@ -19,7 +19,7 @@ from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupt
-from cdcsync.postgres.liveness import WatchedConnection
+from cdcsync.postgres.liveness import Backend, WatchedConnection, left_behind
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.pipelines import Lease, Pipelines, PipelineState
@@ -59,6 +59,10 @@ class LockedSession:
         self._connection: WatchedConnection | None = None
         self._pid: int | None = None if before is None else before._pid
         """The server process of the last connection."""
+        self._server: Backend | None = None if before is None else before._server
+        """The server that the last connection was with."""
+        self.opened: Callable[[Backend], None] = lambda server: None
+        """Called with the server of each connection that got the lock."""
         self.holder: int | None = None
         """The server process that had the lock when `try_open` found it taken."""
 
@@ -156,8 +160,10 @@ class LockedSession:
         await self.prepare(specs)
 
     def _hold(self, connection: WatchedConnection) -> None:
-        self._connection = connection
-        self._pid = None if connection.backend is None else connection.backend.pid
+        assert connection.backend is not None
+        self._connection, self._server = connection, connection.backend
+        self._pid = connection.backend.pid
+        self.opened(connection.backend)
 
     async def admit(self, connection: Connection) -> None:
         """Let another session of this worker write beside this one.
@@ -241,12 +247,26 @@ class LockedSession:
         return f"cdcsync apply {self._slot}"
 
     async def _connect(self) -> WatchedConnection:
+        """Connect to a host that is no former primary of the server that the last connection was with."""
+
+        async def right(connection: WatchedConnection) -> None:
+            backend, last = connection.backend, self._server
+            if backend is not None and last is not None and left_behind(backend, last):
+                raise TargetUnavailable(
+                    f"the server is a former primary: it is on timeline {backend.timeline}, and changes were applied on"
+                    f" timeline {last.timeline}",
+                    where=f"target ({connection.info.host}:{connection.info.port})",
+                    hint="stop it, or make it a standby of the present primary; or take it out of target.dsn; if it is"
+                    " to be the target again, start the worker again",
+                )
+
         return await connect(
             self._dsn,
             "target",
             application_name=self._application_name,
             lock_wait_ms=LOCK_WAIT_MS,
             works=True,
+            right=right,
         )
 
     async def aclose(self) -> None:

@@ -57,6 +57,7 @@ from cdcsync.flows.retention import watch_slot
 from cdcsync.flows.settle import Settle
 from cdcsync.flows.setup.approval import Held
 from cdcsync.flows.setup.exchange import do_what_was_asked
+from cdcsync.flows.setup.gaps import connect_source
 from cdcsync.flows.setup.indexes import let_go, outdated, pause_indexes, set_up_indexes
 from cdcsync.flows.setup.start import refuse_early, set_up_publication, set_up_shared
 from cdcsync.flows.watch import Watch
@@ -67,8 +68,9 @@ from cdcsync.model.pauses import Pause, Pauses
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.followed import FollowedServer
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupted_by
-from cdcsync.postgres.sessions import IDLE_S, Connection, Session, admitting, connect
+from cdcsync.postgres.sessions import IDLE_S, Connection, Session, admitting
 from cdcsync.postgres.settings import Side
 from cdcsync.preflight.indexes import Plan
 from cdcsync.process import collector
@@ -238,6 +240,9 @@ class Pipeline:
             self.reconfigure,
         )
         state.admit = self.streaming.server.admit
+        self.applied = FollowedServer("target", self.stream.leave)
+        """The server to which changes are applied."""
+        self.session.opened = self.applied.follow
 
     def _look_after_others(self, spec: IndexSpec, metrics: Metrics) -> None:
         """Make the flows of an index's generations beside the live one, as far as their embedders are configured."""
@@ -301,7 +306,7 @@ class Pipeline:
         # Over the connection that holds the lock: if it breaks, nothing more is written until the lock is taken again.
         target = self.session.connection
         async with (
-            await connect(config.source.dsn, "source") as source,
+            await connect_source(config, await self.session.state(), application_name="cdcsync") as source,
             interrupted_by(self.state.stopping, target, source),
         ):
             await self._builds.keep(self.specs)
@@ -361,13 +366,18 @@ class Pipeline:
                         if side == "source":
                             self.streaming.server.admit(connection)
                             return
-                        try:
-                            await self.session.admit(connection)
-                        except (LeaseLost, TargetRewound, RunError) as error:
-                            await end(error)
-                            raise
+                        self.applied.admit(connection)
+                        await self.session.admit(connection)
 
-                    with admitting(admit, lambda error: end(RunError.of(error))), self.state.outages.noted():
+                    async def refused(error: CdcsyncError) -> None:
+                        if isinstance(error, SetupError):
+                            await end(RunError.of(error))
+                        elif isinstance(error, (LeaseLost, TargetRewound, RunError)):
+                            await end(error)
+                        self.streaming.server.refused(error)
+                        self.applied.refused(error)
+
+                    with admitting(admit, refused), self.state.outages.noted():
                         self._begin(tasks)
                         paused = await self.streaming.run()
                     tasks.cancel_scope.cancel()

@@ -25,7 +25,8 @@ from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
 from cdcsync.model.lag import Lag
 from cdcsync.postgres.errors import speaking_of
-from cdcsync.postgres.sessions import IDLE_S, Connection, Session
+from cdcsync.postgres.sessions import IDLE_S, Connection, Session, admitting
+from cdcsync.postgres.settings import Side
 from cdcsync.status import (
     Headline,
     Paces,
@@ -358,13 +359,17 @@ class WorkerState:
         target = await self._target.connection()
         source: Connection | CdcsyncError
         try:
-            source = await self._source.connection()
-            self.admit(source)
+            with admitting(self._admit, _let_be):
+                source = await self._source.connection()
+            self.admit(source)  # since it was opened, the stream may have gone to another server
         except CdcsyncError as error:
             await self._source.aclose()
             source = error
         with speaking_of("target"):
             return await read_status(self.config, source, target)
+
+    async def _admit(self, connection: Connection, side: Side) -> None:
+        self.admit(connection)
 
     def _note_unreadable(self, status: Status) -> None:
         """Note and log since when the tables of indexes cannot be read."""
@@ -388,3 +393,7 @@ class WorkerState:
 
 def _troubled(dispatcher: Dispatcher) -> float:
     return float(dispatcher.problem is not None)
+
+
+async def _let_be(error: CdcsyncError) -> None:
+    """Leave it to the status to tell that the source cannot be asked."""

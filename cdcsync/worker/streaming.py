@@ -16,18 +16,17 @@ from cdcsync.config import Config
 from cdcsync.errors import CdcsyncError, DecodingFailed, IndexFault, SpoolUnusable
 from cdcsync.flows.backfill.marks import Marks
 from cdcsync.flows.follow.stream import Stream
-from cdcsync.flows.setup.gaps import refuse_moved
+from cdcsync.flows.setup.gaps import connect_slot, refuse_moved
 from cdcsync.flows.setup.start import starting_point
 from cdcsync.lsn import Lsn
 from cdcsync.model.lag import SILENCE_S
 from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries
 from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.followed import FollowedServer
 from cdcsync.postgres.interrupts import cancelled_by
 from cdcsync.postgres.sessions import Session
 from cdcsync.source.catalog import running_transactions
-from cdcsync.source.followed import FollowedServer
-from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool
 from cdcsync.target.session import ApplySession
 from cdcsync.worker.state import WorkerState
@@ -61,7 +60,7 @@ class Streaming:
         self._deliveries = deliveries
         self._spool = spool
         self._backoff = Backoff(self._stream_waits, until=state.stopping)
-        self.server = FollowedServer(stream.leave)
+        self.server = FollowedServer("source", stream.leave)
         self._connection = anyio.CancelScope()
         """What follows the slot over the present connection, or did over the last one."""
         self._again = anyio.Event()
@@ -97,7 +96,7 @@ class Streaming:
         while not self._state.stopping.is_set():
             async with backoff, control, self._disconnected_at_its_end():
                 await self._session.ensure(self._specs)
-                async with await SlotConnection.connect(self._config.source.dsn) as slot:
+                async with await connect_slot(self._config, await self._session.state()) as slot:
                     self.server.follow(await slot.backend())
                     source = await control.connection()
                     self._session.take_changes_of(source)

@@ -130,7 +130,7 @@ CATALOGUE = (
     P(
         "one source",
         "Whatever is read from the source, or written to its WAL, is of the server that the stream is on.",
-        "source/followed.py:FollowedServer",
+        "postgres/followed.py:FollowedServer",
         (
             "test_no_row_is_read_from_a_former_primary_that_is_back_while_the_stream_is_on_its_successor",
             "test_the_stream_follows_its_address_to_another_primary_although_the_one_before_runs",

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 from psycopg import conninfo
 
@@ -97,6 +98,54 @@ def test_a_target_that_lost_confirmed_changes_under_a_worker_is_a_gap(
         pipeline.event("resync_requested")
         until(lambda: all_read(pipeline) and pipeline.in_step_now(), pipeline.tail)
         assert worker.poll() is None
+
+
+def test_a_former_primary_of_the_target_that_is_back_and_named_first_is_passed_over(
+    make_database: Callable[[], Database],
+    make_cluster: Callable[..., Cluster],
+    make_simple: MakeSimple,
+    stack: contextlib.ExitStack,
+) -> None:
+    source, first = make_database(), make_cluster()
+    dsn = make_target(first)
+    standby = stack.enter_context(first.standby(slot="near"))
+    dsn = conninfo.make_conninfo(
+        dsn, host="127.0.0.1,127.0.0.1", port=f"{first.port},{standby.port}", target_session_attrs="read-write"
+    )
+    pipeline = make_simple(source.dsn, dsn, slot=source.name)
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    (lsn,) = pipeline.target.execute("SELECT pg_current_wal_insert_lsn()").fetchone() or ("",)
+    cut_off(standby, after=lsn)
+    first.kill()
+    standby.promote()
+    pipeline.connect_target()
+    change(pipeline, " on the promoted one")
+    pipeline.in_step()
+
+    first.start()
+    row = "SELECT fence, commits, checkpoint FROM cdcsync.pipelines"
+    with psycopg.connect(first.dsn("target"), autocommit=True) as former:
+        before = former.execute(row).fetchall()
+        change(pipeline, " and beside the former one")
+        pipeline.in_step()
+        # Also if all sessions are opened again, by this worker or by the next one.
+        pipeline.target.execute(
+            "SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE application_name LIKE 'cdcsync%'"
+        )
+        change(pipeline, " again")
+        pipeline.in_step()
+        assert worker.poll() is None
+        assert pipeline.command("status").returncode == 0
+        assert pipeline.command("check").returncode == 0
+        assert pipeline.stop(worker) == 0
+        worker = pipeline.start()
+        change(pipeline, " by the next worker")
+        pipeline.in_step()
+        assert pipeline.stop(worker) == 0
+        assert former.execute(row).fetchall() == before
+    assert pipeline.times("resync_requested") == 0
 
 
 @pytest.mark.proof_from(1)

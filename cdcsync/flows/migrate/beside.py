@@ -18,10 +18,11 @@ from cdcsync.errors import SetupError, UsageError
 from cdcsync.flows.dry_run import Bounds
 from cdcsync.flows.migrate.present import Started
 from cdcsync.flows.setup.approval import COUNTED_S, Cost, Reading, confirm_above, cost_of
+from cdcsync.flows.setup.gaps import connect_followed
 from cdcsync.flows.setup.needs import Need
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
-from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight import examine, refuse
 from cdcsync.preflight.indexes import WantedVectors
 from cdcsync.process.crashpoints import crash_point
@@ -186,7 +187,7 @@ async def _cost(
     made = wanted.embedder.identity, wanted.embedder.dimensions, wanted.index.vector_type
     known = entry if made == (live.model, live.dimensions, live.vector_type) else None
     reading = Reading(known, Need("replay", True, ()))
-    async with await connect(config.source.dsn, "source", application_name="cdcsync migrate") as source:
+    async with await connect_followed(config, connection, application_name="cdcsync migrate") as source:
         bounds = Bounds(seconds=COUNTED_S)
         return await cost_of(source, connection, config, spec, reading, embedders, catalog, bounds), spec
 

@@ -20,6 +20,7 @@ from cdcsync.errors import IndexFault, SetupError, Unavailable
 from cdcsync.flows.dry_run import Bounds, count, embedded_generations, tokens_of
 from cdcsync.flows.replay import Replay
 from cdcsync.flows.setup.differences import difference_of, present_fingerprint
+from cdcsync.flows.setup.gaps import connect_followed
 from cdcsync.flows.setup.needs import AWAITS_APPROVAL, Need, need_of
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
@@ -173,8 +174,8 @@ async def hold_unapproved(
     if not guarded or catalog is None:
         return held
     async with (
-        await connect(config.source.dsn, "source", application_name="cdcsync plan") as source,
         await connect(config.target.dsn, "target", application_name="cdcsync plan", works=True) as target,
+        await connect_followed(config, target, application_name="cdcsync plan") as source,
     ):
         for spec, limit in guarded:
             try:

@@ -20,7 +20,8 @@ from cdcsync.config import Config
 from cdcsync.errors import AnotherServer, DecodingFailed, GapError, SetupError, SourceUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.errors import speaking_of
-from cdcsync.postgres.queries import fetch_row, fetch_value
+from cdcsync.postgres.liveness import WatchedConnection, same_server
+from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.source.catalog import SENDS_PREPARED, Slot, misfit, read_slot, why_lost
 from cdcsync.source.slot import ServerIdentity, SlotConnection
@@ -49,23 +50,91 @@ async def foreseen_gap(config: Config) -> GapError | None:
     :raises SourceUnavailable, TargetUnavailable: a server does not answer now.
     """
     schema, name = config.target.schema, config.source.slot
-    async with (
-        await connect(config.source.dsn, "source", application_name="cdcsync check") as source,
-        await connect(config.target.dsn, "target", application_name="cdcsync check") as target,
-    ):
-        # The slot is read before the checkpoint: a worker that runs moves it after that.
-        with speaking_of("source", where=f"slot {name}"):
-            slot = await read_slot(source, name)
+    async with await connect(config.target.dsn, "target", application_name="cdcsync check") as target:
         with speaking_of("target"):
             table = sql.Identifier(schema, "pipelines").as_string(target)
             if not await fetch_value(target, "SELECT to_regclass(%s) IS NOT NULL", [table]):
                 return None
-            state = await Pipelines(schema, name).read(target)
+        state = await _known(target, config)
         try:
-            await refuse_gaps(source, target, state, slot, config)
+            async with await connect_source(config, state, application_name="cdcsync check") as source:
+                # The slot is read before the checkpoint: a worker that runs moves it after that.
+                with speaking_of("source", where=f"slot {name}"):
+                    slot = await read_slot(source, name)
+                with speaking_of("target"):
+                    state = await Pipelines(schema, name).read(target)
+                await refuse_gaps(source, target, state, slot, config)
         except GapError as gap:
             return gap
     return None
+
+
+async def connect_followed(config: Config, target: Connection, *, application_name: str) -> WatchedConnection:
+    """Open a session with the host of `source.dsn` that the pipeline in a target follows. The caller closes it.
+
+    :raises AnotherServer, SourceUnavailable, SetupError: as `connect_source`.
+    """
+    return await connect_source(config, await _known(target, config), application_name=application_name)
+
+
+async def _known(target: Connection, config: Config) -> PipelineState | None:
+    """Return the stored state of the pipeline; None if it never began."""
+    with speaking_of("target"):
+        table = sql.Identifier(config.target.schema, "pipelines").as_string(target)
+        if not await fetch_value(target, "SELECT to_regclass(%s) IS NOT NULL", [table]):
+            return None
+        return await Pipelines(config.target.schema, config.source.slot).read(target)
+
+
+async def connect_source(config: Config, state: PipelineState | None, *, application_name: str) -> WatchedConnection:
+    """Open a session with the host of `source.dsn` that a pipeline follows. The caller closes it.
+
+    :param state: of the pipeline; None if there is none yet.
+    :raises AnotherServer: no host is its server, and all of them answer.
+    :raises SourceUnavailable, SetupError: as `connect`; or it is a standby.
+    """
+
+    async def right(connection: WatchedConnection) -> None:
+        backend = connection.backend
+        assert backend is not None
+        if backend.standby:
+            raise _standby()
+        if state is not None and backend.system is not None and backend.timeline is not None:
+            info = connection.info
+            refuse_another_server(
+                f"{info.host}:{info.port}", state, backend.system, backend.timeline, config.source.slot, follow=True
+            )
+
+    return await connect(config.source.dsn, "source", application_name=application_name, right=right)
+
+
+async def connect_slot(config: Config, state: PipelineState | None) -> SlotConnection:
+    """Open a replication connection with the host of `source.dsn` that a pipeline follows. The caller closes it.
+
+    :param state: of the pipeline; None if there is none yet.
+    :raises AnotherServer: no host is its server, and all of them answer.
+    :raises SourceUnavailable, SetupError: as `SlotConnection.connect`; or it is a standby, whose view of slots and WAL
+        is only older, which is not a gap.
+    """
+
+    async def right(slot: SlotConnection) -> None:
+        if await slot.in_recovery():
+            raise _standby()
+        if state is not None:
+            server = await slot.identify()
+            refuse_another_server(
+                slot.address, state, server.system_identifier, server.timeline, config.source.slot, follow=True
+            )
+
+    return await SlotConnection.connect(config.source.dsn, right)
+
+
+def _standby() -> SourceUnavailable:
+    return SourceUnavailable(
+        "the server is a standby just now",
+        where="source.dsn",
+        hint="name all hosts, and add target_session_attrs=primary, to go straight to the primary",
+    )
 
 
 async def refuse_gaps(
@@ -79,29 +148,16 @@ async def refuse_gaps(
     name = config.source.slot
     refuse_misfit(slot, None if state is None else state.checkpoint)
     if state is not None and state.system_identifier is not None:
-        async with await SlotConnection.connect(config.source.dsn) as slot_connection:
-            await refuse_standby(slot_connection, source)
+        async with await connect_slot(config, state) as slot_connection:
+            backend = source.backend if isinstance(source, WatchedConnection) else None
+            if not same_server(backend, await slot_connection.backend()):
+                raise SourceUnavailable("the address led to another server meanwhile", where=f"slot {name}")
             server = await slot_connection.identify()
-            refuse_another_server(slot_connection, state, server, name)
+            refuse_another_server(slot_connection.address, state, server.system_identifier, server.timeline, name)
             if state.checkpoint is not None:
                 await refuse_gap(slot_connection, state, server, slot, name)
                 return
     await refuse_forgotten(target, config.target.schema, name, list(config.indexes))
-
-
-async def refuse_standby(slot_connection: SlotConnection, source: Connection) -> None:
-    """Wait for a promotion: a standby's view of slots and WAL is only older, which is not a gap.
-
-    :raises SourceUnavailable: one of the two sessions is on a standby.
-    """
-    with speaking_of("source"):
-        row = await fetch_row(source, "SELECT pg_is_in_recovery()")
-    if row == (True,) or await slot_connection.in_recovery():
-        raise SourceUnavailable(
-            "the server is a standby just now",
-            where="source.dsn",
-            hint="name all hosts, and add target_session_attrs=primary, to go straight to the primary",
-        )
 
 
 def refuse_misfit(slot: Slot | None, checkpoint: Lsn | None) -> None:
@@ -154,35 +210,39 @@ async def refuse_forgotten(target: Connection, schema: str, name: str, indexes: 
 
 
 def refuse_another_server(
-    slot_connection: SlotConnection, state: PipelineState, server: ServerIdentity, name: str
+    address: str, state: PipelineState, system: str, timeline: int, name: str, *, follow: bool = False
 ) -> None:
     """Refuse a server that is not the one we followed, nor one that was promoted in its place.
 
     That holds as well while a pipeline has no checkpoint: it may be in the middle of a resync.
 
+    :param system: the server's system identifier.
+    :param follow: whether one that somebody approved is not refused.
     :raises AnotherServer: it is one.
     """
-    where, approved = f"slot {name}, checkpoint {state.checkpoint}", state.approved_source == server.name
-    if state.system_identifier is not None and state.system_identifier != server.system_identifier:
+    server = f"{system}/{timeline}"
+    where, approved = f"slot {name}, checkpoint {state.checkpoint}", state.approved_source == server
+    if approved and follow:
+        return
+    if state.system_identifier is not None and state.system_identifier != system:
         raise AnotherServer(
-            f"this is another cluster than before ({slot_connection.address} has the system identifier"
-            f" {server.system_identifier}, and it was {state.system_identifier}): pg_upgrade made a new cluster of the"
-            " old one, or source.dsn leads elsewhere",
+            f"this is another cluster than before ({address} has the system identifier {system}, and it was"
+            f" {state.system_identifier}): pg_upgrade made a new cluster of the old one, or source.dsn leads elsewhere",
             where=where,
             hint=f"after pg_upgrade, or to follow this cluster from now on, {_FOLLOW}; if source.dsn leads elsewhere,"
             " point it at the old cluster; if this is the source of another pipeline, give it a slot of its own with"
             " source.slot",
-            server=server.name,
+            server=server,
             approved=approved,
         )
-    if state.timeline is not None and server.timeline < state.timeline:
+    if state.timeline is not None and timeline < state.timeline:
         raise AnotherServer(
-            f"the source is on timeline {server.timeline}, and the index has followed timeline {state.timeline}:"
-            f" {slot_connection.address} was left behind by a promotion, or restored",
+            f"the source is on timeline {timeline}, and the index has followed timeline {state.timeline}:"
+            f" {address} was left behind by a promotion, or restored",
             where=where,
             hint="point source.dsn at the present primary alone, or stop this server, if it was left behind; to follow"
             f" it from now on, {_FOLLOW}",
-            server=server.name,
+            server=server,
             approved=approved,
         )
 

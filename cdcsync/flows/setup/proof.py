@@ -63,15 +63,18 @@ async def has_last_applied(source: Connection, config: Config, slot: Slot, state
     assert state.checkpoint is not None
     if state.commit_time is None:
         return False
+
+    async def right(again: SlotConnection) -> None:
+        if not (isinstance(source, WatchedConnection) and same_server(source.backend, await again.backend())):
+            raise SourceUnavailable("the address led to another server meanwhile", where=f"slot {slot.name}")
+
     try:
-        again = await SlotConnection.connect(config.source.dsn)
+        again = await SlotConnection.connect(config.source.dsn, right)
     except SourceUnavailable as error:
         if error.sqlstate != TOO_MANY_CONNECTIONS:
             raise
         return False
     async with again:
-        if not (isinstance(source, WatchedConnection) and same_server(source.backend, await again.backend())):
-            raise SourceUnavailable("the address led to another server meanwhile", where=f"slot {slot.name}")
         confirmed, checkpoint = str(slot.confirmed_flush), str(state.checkpoint)
         log.info("slot_read_again", slot=slot.name, confirmed=confirmed, checkpoint=checkpoint)
         await again.start(slot.name, [config.source.publication], slot.confirmed_flush, streaming=False)

@@ -23,7 +23,6 @@ from cdcsync.flows.setup.gaps import (
     refuse_gap,
     refuse_gaps,
     refuse_misfit,
-    refuse_standby,
     refuse_undecodable,
 )
 from cdcsync.flows.setup.proof import fell_back, has_last_applied
@@ -214,14 +213,13 @@ async def starting_point(
     """
     name = config.source.slot
     state = await session.state()
-    await refuse_standby(slot_connection, source)
     server = await slot_connection.identify()
     with speaking_of("source", where=f"slot {name}"):
         started = await read_started(source)
         slot = await read_slot(source, name)
     refuse_misfit(slot, state.checkpoint)
     try:
-        refuse_another_server(slot_connection, state, server, name)
+        refuse_another_server(slot_connection.address, state, server.system_identifier, server.timeline, name)
         if state.checkpoint is None:
             await refuse_forgotten(session.connection, config.target.schema, name, indexes)
         else:

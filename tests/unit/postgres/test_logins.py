@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -11,13 +12,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import psycopg
 import pytest
 from psycopg import conninfo
 
 import cdcsync
 from cdcsync.errors import SetupError
-from cdcsync.postgres.logins import resolved
+from cdcsync.postgres.logins import addresses_of, hosts_of, resolved
 from cdcsync.postgres.sessions import connect
 
 ADDRESSES = {"one": ["192.0.2.1", "2001:db8::1"], "two": ["192.0.2.2"]}
@@ -142,6 +145,64 @@ async def test_name_servers_have_as_long_as_a_login_may_take(monkeypatch: pytest
     finally:
         ended.set()  # the end of the test's event loop waits for that thread
     assert asked == [{"host": "one", "connect_timeout": "7"}]
+
+
+async def test_a_host_is_asked_for_once_at_a_time_however_many_wait_or_have_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Otherwise each attempt of each session would keep a thread of its own, until none is left for the other names.
+    asked: list[str] = []
+    answering = threading.Event()
+
+    def late(host: str, *_: object, **__: object) -> list[tuple[Any, ...]]:
+        asked.append(host)
+        answering.wait()
+        return [(0, 0, 0, "", ("192.0.2.1", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", late)
+    found: list[list[str]] = []
+
+    async def ask() -> None:
+        found.append(await addresses_of("dead"))
+
+    try:
+        for _ in range(50):
+            with anyio.move_on_after(0):
+                await addresses_of("dead")
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(ask)
+            await anyio.lowlevel.checkpoint()
+            answering.set()
+    finally:
+        answering.set()
+    assert found == [["192.0.2.1"]] * 3
+    assert asked == ["dead"]
+
+
+@pytest.mark.usefixtures("name_server")
+async def test_hosts_are_tried_in_the_drivers_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "shuffle", list.reverse)
+
+    async def tried(settings: str) -> list[tuple[str, str]]:
+        hosts = hosts_of(await resolved(settings))
+        return [
+            (one.address, str(conninfo.conninfo_to_dict(one.settings).get("target_session_attrs"))) for one in hosts
+        ]
+
+    one, two, three = "192.0.2.1", "2001:db8::1", "192.0.2.2"
+    assert await tried("host=one,two port=1") == [(one, "None"), (two, "None"), (three, "None")]
+    assert await tried("host=one,two port=1,2 load_balance_hosts=random target_session_attrs=primary") == [
+        (three, "primary"),
+        (two, "primary"),
+        (one, "primary"),
+    ]
+    assert await tried("host=one port=1 target_session_attrs=prefer-standby") == [
+        (one, "standby"),
+        (two, "standby"),
+        (one, "any"),
+        (two, "any"),
+    ]
 
 
 PROGRAM = """

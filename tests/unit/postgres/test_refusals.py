@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import psycopg
 import pytest
 
-from cdcsync.errors import CdcsyncError, SetupError, SourceUnavailable
-from cdcsync.postgres.errors import connect_error
+from cdcsync.errors import AnotherServer, CdcsyncError, SetupError, SourceUnavailable
+from cdcsync.postgres.errors import Attempt, none_of, refused
 from cdcsync.postgres.refusals import explain
 
 SERVER = 'connection failed: connection to server at "10.0.0.1", port 5433 failed: '
@@ -148,7 +147,7 @@ def test_words_that_are_not_known_are_left_alone() -> None:
     ],
 )
 def test_only_a_server_that_has_not_answered_is_told_as_one_that_may_not_run(text: str, hint: str) -> None:
-    error = connect_error(psycopg.OperationalError(text), "source", "source")
+    error = refused(text, "source", "source")
     assert str(error.hint).startswith(hint)
 
 
@@ -162,17 +161,17 @@ POOLER = "FATAL:  no more connections allowed (max_client_conn)"
 
 
 def failed(*attempts: tuple[str, str, str]) -> CdcsyncError:
-    """Return what it means that these attempts failed: host, address and words, listed as psycopg does."""
-    told = [
-        (
-            f"host: {host!r}, port: '5432', hostaddr: {address!r}",
+    """Return what it means that these attempts failed: host, address and words."""
+    several = len({host for host, *_ in attempts}) > 1
+    told = []
+    for host, address, words in attempts:
+        text, label = (
             f'connection failed: connection to server at "{host}", port 5432 failed: {words}',
+            f"{host}, port 5432",
         )
-        for host, address, words in attempts
-    ]
-    lines = [told[-1][1], "Multiple connection attempts failed. All failures were:"]
-    lines += [f"- {attempt}: {words}" for attempt, words in told]
-    return connect_error(psycopg.OperationalError("\n".join(lines)), "source", "source")
+        error = refused(text, "source", "source", host=label if several else None)
+        told.append(Attempt(label, address, error))
+    return none_of(told)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -227,7 +226,7 @@ def test_of_several_hosts_one_that_may_let_us_in_later_says_why_not_now(
 def test_several_hosts_that_all_refuse_for_good_are_told_by_the_first(words: tuple[str, ...], message: str) -> None:
     error = failed(*[(host, f"10.0.0.{host}", said) for host, said in zip("abc", words, strict=False)])
     assert isinstance(error, SetupError)
-    assert error.message.endswith(message)
+    assert error.message.split("; ")[0].endswith(message)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -235,13 +234,28 @@ def test_a_host_that_listens_on_one_of_its_addresses_is_told_by_what_it_says_the
     tried = [("localhost", "::1", REFUSED), ("localhost", "127.0.0.1", NO_ROLE)]
     error = failed(*tried[:: -1 if turned else 1])
     assert isinstance(error, SetupError)
-    assert error.message == "there is no role ann"
+    assert error.message == "there is no role ann; ::1: no server listens on localhost, port 5432"
 
 
-def test_a_host_without_a_name_is_told_by_its_address() -> None:
-    listed = "\n".join(
-        f"- host: None, port: None, hostaddr: '{address}': connection timeout expired" for address in ("::1", "::2")
+def test_each_host_and_each_address_is_told_once_with_its_reason() -> None:
+    error = failed(
+        ("a", "10.0.0.1", NO_ROLE), ("a", "10.0.0.2", NO_ROLE), ("b", "10.0.0.3", LIMIT), ("c", "10.0.0.4", REFUSED)
     )
-    text = f"connection timeout expired\nMultiple connection attempts failed. All failures were:\n{listed}"
-    error = connect_error(psycopg.errors.ConnectionTimeout(text), "source", "source")
-    assert error.message == "the server does not answer (host ::1)"
+    assert error.message == (
+        "role ann has as many connections as it may (host b, port 5432); there is no role ann (host a, port 5432);"
+        " no server listens on c, port 5432"
+    )
+    error = failed(("a", "10.0.0.1", LIMIT), ("a", "10.0.0.2", REFUSED), ("a", "10.0.0.3", LIMIT))
+    assert error.message == ("role ann has as many connections as it may; 10.0.0.2: no server listens on a, port 5432")
+
+
+def test_a_host_that_let_us_in_and_is_not_the_server_is_told_before_those_that_are_away() -> None:
+    away = Attempt("a, port 1", "10.0.0.1", SourceUnavailable("away"))
+    another = Attempt("b, port 1", "10.0.0.2", SourceUnavailable("a former primary"), inside=True)
+    wrong = Attempt(
+        "c, port 1", "10.0.0.3", AnotherServer("another cluster", server="1/1", approved=False), inside=True
+    )
+    assert none_of([away, another, wrong]).message == "a former primary; away; another cluster"
+    # Nobody waits for a server that is there and wrong; while another host is away, it may be the right one.
+    assert isinstance(none_of([wrong]), AnotherServer)
+    assert isinstance(none_of([away, wrong]), SourceUnavailable)

@@ -12,13 +12,13 @@ import anyio.lowlevel
 import pytest
 
 from cdcsync.demo.cluster import Cluster
-from cdcsync.errors import SetupError, SourceUnavailable
+from cdcsync.errors import CdcsyncError, SourceUnavailable
+from cdcsync.postgres import followed
 from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.followed import FollowedServer
 from cdcsync.postgres.liveness import Backend
 from cdcsync.postgres.sessions import Connection, Session, admitting, connect
 from cdcsync.postgres.settings import Side
-from cdcsync.source import followed
-from cdcsync.source.followed import FollowedServer
 from cdcsync.source.slot import SlotConnection
 from tests.support.poolers import pooled
 from tests.support.proxies import Proxy
@@ -33,7 +33,7 @@ class Following:
 
     def __init__(self) -> None:
         self.left: list[str] = []
-        self.server = FollowedServer(self.left.append)
+        self.server = FollowedServer("source", self.left.append)
 
     @contextlib.contextmanager
     def admitting(self) -> Iterator[None]:
@@ -41,8 +41,8 @@ class Following:
             assert side == "source"
             self.server.admit(connection)
 
-        async def refused(error: SetupError) -> None:
-            raise AssertionError(error)
+        async def refused(error: CdcsyncError) -> None:
+            self.server.refused(error)
 
         with admitting(admit, refused):
             yield
