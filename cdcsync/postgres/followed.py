@@ -95,8 +95,6 @@ class FollowedServer:
                 where=where,
                 hint=f"stop it, or make it a standby of the present primary; or take it out of {side}.dsn",
             )
-        if backend is not None and left_behind(self._server, backend):
-            self._go()
         error = unavailable(
             side,
             self._elsewhere,
@@ -104,7 +102,10 @@ class FollowedServer:
             hint=f"{main} connects again, where {side}.dsn leads; if that changes by turns, two servers take writes:"
             f" stop the one that is not the primary, or take it out of {side}.dsn",
         )
-        self._found.add(error)
+        if backend is not None and left_behind(self._server, backend):
+            self._go()
+        else:
+            self._found.add(error)
         raise error
 
     def refused(self, error: CdcsyncError) -> None:

@@ -27,6 +27,7 @@ from cdcsync.postgres.followed import FollowedServer
 from cdcsync.postgres.interrupts import cancelled_by
 from cdcsync.postgres.sessions import Session
 from cdcsync.source.catalog import running_transactions
+from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool
 from cdcsync.target.session import ApplySession
 from cdcsync.worker.state import WorkerState
@@ -96,7 +97,12 @@ class Streaming:
         while not self._state.stopping.is_set():
             async with backoff, control, self._disconnected_at_its_end():
                 await self._session.ensure(self._specs)
-                async with await connect_slot(self._config, await self._session.state()) as slot:
+                opened: SlotConnection | None = None
+                async with cancelled_by(self._state.stopping):  # each host has its own time to answer
+                    opened = await connect_slot(self._config, await self._session.state())
+                if opened is None:
+                    return []
+                async with opened as slot:
                     self.server.follow(await slot.backend())
                     source = await control.connection()
                     self._session.take_changes_of(source)

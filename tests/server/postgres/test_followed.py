@@ -67,6 +67,12 @@ async def server_of(cluster: Cluster) -> Backend:
         return await slot.backend()
 
 
+def several(*clusters: Cluster) -> str:
+    """Return a DSN of several hosts, in this order."""
+    hosts, ports = ",".join("127.0.0.1" for _ in clusters), ",".join(str(one.port) for one in clusters)
+    return f"host={hosts} port={ports} user=postgres dbname=postgres target_session_attrs=read-write"
+
+
 def session(dsn: str) -> Session:
     return Session(dsn, "source", application_name="cdcsync test")
 
@@ -95,6 +101,25 @@ async def test_a_session_elsewhere_is_refused_and_makes_the_stream_connect_again
     assert "take it out of source.dsn" in (raised.value.hint or "")
     ((why),) = following.left
     assert ELSEWHERE in why
+
+
+async def test_a_session_goes_past_another_server_to_the_one_that_the_stream_is_on(
+    make_cluster: Callable[..., Cluster], following: Following
+) -> None:
+    here, there = make_cluster(), make_cluster()
+    following.server.follow(await server_of(here))
+    with following.admitting():
+        for _ in range(2):
+            async with await connect(several(there, here), "source") as connection:
+                assert connection.info.port == here.port
+        assert following.left == []
+        here.stop()
+        with pytest.raises(SourceUnavailable, match=ELSEWHERE) as raised:
+            await connect(several(there, here), "source")
+    # Each of them is told.
+    assert f"host 127.0.0.1, port {there.port}" in str(raised.value)
+    assert f"no server listens on 127.0.0.1, port {here.port}" in str(raised.value)
+    assert len(following.left) == 1
 
 
 async def test_the_stream_stays_a_while_although_sessions_are_elsewhere(
