@@ -118,4 +118,5 @@ class FollowedServer:
 
     def _go(self) -> None:
         if anyio.current_time() - self._since >= STAYS_S:
+            self._since = anyio.current_time()
             self._leave(self._elsewhere)

@@ -165,6 +165,11 @@ class LockedSession:
         self._pid = connection.backend.pid
         self.opened(connection.backend)
 
+    def cut(self) -> None:
+        """End the connection, also amid a statement: the next use opens another, where the address leads by then."""
+        if self._connection is not None:
+            self._connection.cut()
+
     async def admit(self, connection: Connection) -> None:
         """Let another session of this worker write beside this one.
 

@@ -240,7 +240,12 @@ class Pipeline:
             self.reconfigure,
         )
         state.admit = self.streaming.server.admit
-        self.applied = FollowedServer("target", self.stream.leave)
+
+        def leave(why: str) -> None:
+            self.session.cut()
+            self.stream.leave(why)
+
+        self.applied = FollowedServer("target", leave)
         """The server to which changes are applied."""
         self.session.opened = self.applied.follow
 
