@@ -265,16 +265,17 @@ async def test_a_host_that_refuses_for_good_does_not_speak_for_another_that_is_f
     orders = [f"{primary.port},{other.port}", f"{other.port},{primary.port}"]
     dsns = [f"host=127.0.0.1,127.0.0.1 port={ports} user=ann dbname=postgres" for ports in orders]
     at = f"127.0.0.1, port {primary.port}"
+    beside = f"there is no role ann (host 127.0.0.1, port {other.port})"
     for dsn in dsns:
         error = await refused(dsn, side)
         assert isinstance(error, Unavailable)
-        assert error.message == f"role ann has as many connections as it may (host {at})"
+        assert error.message == f"role ann has as many connections as it may (host {at}); {beside}"
         assert error.sqlstate == TOO_MANY_CONNECTIONS
     primary.stop()
     for dsn in dsns:
         error = await refused(dsn, side)
         assert isinstance(error, Unavailable)
-        assert error.message == f"no server listens on {at}"
+        assert error.message == f"no server listens on {at}; {beside}"
 
 
 @pytest.mark.parametrize("value", ["database", "true"])
