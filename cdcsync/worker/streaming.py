@@ -106,6 +106,9 @@ class Streaming:
                     self.server.follow(await slot.backend())
                     source = await control.connection()
                     self._session.take_changes_of(source)
+                    # Also a start that fails, or has to connect again, may have found that what was delivered says
+                    # nothing about what follows.
+                    before, followed = followed, None
                     async with cancelled_by(self._state.stopping):
                         start = await starting_point(
                             slot,
@@ -119,13 +122,14 @@ class Streaming:
                         self._stuck = None
                     if self._state.stopping.is_set():
                         return []
+                    if start is None:
+                        continue
                     # The marks of pages under way may lie before what this connection will deliver.
                     self._marks.interrupt()
                     checkpoint, timeline = start.checkpoint, start.server.timeline
-                    if start.anew or timeline != followed:
+                    if start.anew or timeline != before:
                         # On a new timeline, ids that were delivered may never have been given out: no snapshot would
                         # see them. What counts is delivered again.
-                        followed = None
                         # What these did before the slot or the publication took notice of their tables may never be
                         # delivered.
                         with speaking_of("source"):
@@ -133,7 +137,7 @@ class Streaming:
                         for deliveries in self._deliveries.values():
                             deliveries.begin_anew()
                             deliveries.suspect(running)
-                        followed = timeline
+                    followed = timeline
                     await slot.start(
                         self._config.source.slot,
                         [self._config.source.publication],

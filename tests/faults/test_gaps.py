@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -360,7 +361,7 @@ def test_a_restored_source_that_has_written_beyond_the_checkpoint_is_compared(
 def test_a_crash_that_sets_the_slot_back_costs_no_comparison(
     make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple
 ) -> None:
-    cluster = make_cluster()
+    cluster = make_cluster(settings={"max_wal_senders": "1"})
     pipeline = make_simple(cluster.dsn(), database.dsn)
     worker = pipeline.start()
     pipeline.live()
@@ -379,6 +380,43 @@ def test_a_crash_that_sets_the_slot_back_costs_no_comparison(
         pipeline.in_step()
     assert pipeline.target.execute("SELECT FROM cdcsync.backfills WHERE kind = 'compare'").fetchall() == []
     assert worker.poll() is None
+
+
+def test_a_start_whose_slot_waits_for_a_standby_says_what_it_waits_for(
+    make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple
+) -> None:
+    cluster = make_cluster()
+    pipeline = make_simple(cluster.dsn(), database.dsn)
+    if pipeline.source.info.server_version < 170000:
+        pytest.skip("a walsender waits for a standby from PostgreSQL 17 on")
+    load(pipeline)
+    worker = pipeline.start()
+    change(pipeline)
+    pipeline.in_step()
+    # Nothing is sent before this standby has it, which there is not. The crash sets the slot back.
+    pipeline.source.execute("ALTER SYSTEM SET synchronized_standby_slots = 'nobody'")
+    pipeline.stop(worker)
+    cluster.kill()
+    cluster.start()
+    pipeline.connect_source()
+    streams = pipeline.times("streaming")
+    pipeline.start()
+    pipeline.event("slot_read_again")
+
+    def waits() -> str:
+        return json.loads(pipeline.get("/status")[1])["worker"]["waits"] or ""
+
+    until(lambda: "sends again what precedes the checkpoint" in waits(), pipeline.tail)
+    assert "synchronized_standby_slots" in waits()
+    code, ready = pipeline.get("/readyz")
+    assert (code, b"the start waits: slot " in ready) == (503, True)
+    assert pipeline.times("streaming") == streams
+
+    pipeline.source.execute("ALTER SYSTEM RESET synchronized_standby_slots")
+    pipeline.source.execute("SELECT pg_reload_conf()")
+    pipeline.in_step()
+    until(lambda: not waits(), pipeline.tail)
+    assert pipeline.times("source_doubted") == 0
 
 
 def test_a_restart_while_no_indexed_row_changes_costs_no_comparison(

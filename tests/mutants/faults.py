@@ -489,6 +489,53 @@ MUTANTS = (
         "::test_a_transaction_that_is_left_behind_is_ended_whatever_the_server_waits_for",
         "TimeoutError",
     ),
+    Mutant(
+        "a session that is on another server than the stream is used",
+        "source/followed.py",
+        "        if self._server is None or same_server(backend, self._server):\n",
+        "        if True:\n",
+        "tests",
+        "tests/server/source/test_followed.py::test_a_session_elsewhere_is_refused_and_makes_the_stream_connect_again",
+        "DID NOT RAISE SourceUnavailable",
+    ),
+    Mutant(
+        "a source that was restored is taken for one that crashed",
+        "flows/setup/proof.py",
+        "        elif frame.payload[0] in _ROWS and now_us != last_us:\n            found = False\n",
+        "",
+        "tests",
+        "tests/server/flows/setup/test_proof.py"
+        "::test_the_last_transaction_proves_the_history_unless_rows_were_changed_after_it[a row was changed after it]",
+        "assert True is False",
+    ),
+    Mutant(
+        "a slot that sends nothing again is proof, wherever it begins",
+        "flows/setup/proof.py",
+        "there = state.commit_lsn is not None and state.commit_lsn <= slot.confirmed_flush",
+        "there = state.commit_lsn is not None",
+        "tests",
+        "tests/server/flows/setup/test_proof.py"
+        "::test_what_was_applied_before_the_slots_position_is_there_unless_rows_were_changed_after_it",
+        "assert not True",
+    ),
+    Mutant(
+        "another server is read whole without an approval",
+        "flows/setup/gaps.py",
+        "return gap.approved if isinstance(gap, AnotherServer) else config",
+        "return (isinstance(gap, AnotherServer) and gap.approved) or config",
+        "tests",
+        "tests/unit/flows/setup/test_gaps.py::test_only_an_approval_makes_the_worker_follow_another_server[resync]",
+        "assert True is False",
+    ),
+    Mutant(
+        "a command writes to tables of a newer version",
+        "target/version.py",
+        "            await _require_known(connection, target.schema)\n",
+        "            pass\n",
+        "tests",
+        "tests/server/target/test_version.py::test_a_session_that_may_write_is_refused_by_tables_of_a_newer_version",
+        "DID NOT RAISE SetupError",
+    ),
 )
 """All of them."""
 

@@ -200,14 +200,17 @@ async def starting_point(
     *,
     stuck: DecodingFailed | None = None,
     note: Note,
-) -> StartingPoint:
+) -> StartingPoint | None:
     """Return where to stream from; creates the slot where there is none.
 
     After a gap, `source.on_gap = "resync"`, or the approval of another server, makes a new slot and asks for a full
     backfill of every index.
 
     :param stuck: why the source cannot decode what follows the checkpoint, if it has failed there again and again.
-    :param note: told whose transactions the creation of a slot waits for.
+    :param note: told whose transactions the creation of a slot waits for, and how far a slot is that sends again what
+        was applied.
+    :returns: None if the connection was used up to see whether the source went back: the answer is stored, and another
+        connection needs not ask.
     :raises GapError: changes between the checkpoint and what the slot can send may be missing.
     :raises SetupError: the slot is of another kind or database, and so not ours to drop.
     """
@@ -240,11 +243,12 @@ async def starting_point(
     assert slot is not None
     anew = state.source_started is not None and started != state.source_started
     followed = state.timeline is not None and server.timeline > state.timeline
-    doubted = followed
+    doubted, asked = followed, False
     if anew and not followed:
         # What is applied in part comes after the checkpoint, and so after all that the slot may send to prove it.
         in_part = state.reach != state.checkpoint
-        doubted = in_part or (fell_back(slot, state) and not await has_last_applied(source, config, slot, state))
+        asked = not in_part and fell_back(slot, state)
+        doubted = in_part or (asked and not await has_last_applied(slot_connection, source, config, slot, state, note))
     if doubted or started != state.source_started or state.approved_source is not None:
         # On a promoted server, rows that were read again (for values that are not sent, or documents of several tables)
         # may have been read in a state that it never had. And an approval that nothing came of must not hold for ever.
@@ -262,6 +266,8 @@ async def starting_point(
             because="the source was started again, and its slot does not show that it has what was applied last, as if"
             " it had been restored; source and indexes are compared",
         )
+    if asked:
+        return None
     await _let_standbys_have(slot_connection, slot, config)
     return StartingPoint(state.checkpoint, doubted, server)
 

@@ -96,7 +96,7 @@ async def test_a_session_elsewhere_is_refused_and_makes_the_stream_connect_again
     here, there = make_cluster(), make_cluster()
     following.server.follow(await server_of(here))
     with following.admitting(), pytest.raises(SourceUnavailable, match=ELSEWHERE) as raised:
-        await connect(there.dsn(), "source")
+        await (await connect(there.dsn(), "source")).close()
     assert f"127.0.0.1:{there.port}" in str(raised.value)
     assert "take it out of source.dsn" in (raised.value.hint or "")
     ((why),) = following.left

@@ -9,11 +9,15 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 from typer.core import TyperArgument, TyperGroup
 
 from cdcsync import __version__
 from cdcsync.cli.entry import command_line
-from cdcsync.target.version import VERSION
+from cdcsync.config import parse
+from cdcsync.errors import SetupError
+from cdcsync.postgres.sessions import connect
+from cdcsync.target.version import DDL, VERSION, open_target, write_version
 from tests.support.configs import Section, configuration
 from tests.support.servers import Database
 from tests.support.workers import Pipeline, until
@@ -195,6 +199,20 @@ def test_every_command_refuses_tables_of_a_newer_version_and_names_both(earlier:
             wrong.append((line, done.returncode, "it has written"))
             break
     assert not wrong
+
+
+@pytest.mark.anyio
+async def test_a_session_that_may_write_is_refused_by_tables_of_a_newer_version(database: Database) -> None:
+    database.execute("CREATE SCHEMA cdcsync")
+    async with await connect(database.dsn, "target") as connection:
+        for statement in DDL:
+            await connection.execute(sql.SQL(statement).format(schema=sql.Identifier("cdcsync")))
+        await write_version(connection, "cdcsync")
+    target = parse(configuration(database.dsn), {}, where="the test's configuration").target
+    await (await open_target(target, application_name="cdcsync test")).close()
+    database.execute("UPDATE cdcsync.schema_version SET version = version + 1, cdcsync = '9.9'")
+    with pytest.raises(SetupError, match=f"of version {VERSION + 1}, made by cdcsync 9.9"):
+        await (await open_target(target, application_name="cdcsync test")).close()
 
 
 def test_a_standby_of_a_newer_version_leaves_the_tables_to_the_worker_that_runs(earlier: Pipeline) -> None:
