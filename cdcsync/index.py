@@ -127,9 +127,9 @@ class Resources:
         self,
         config: Config,
         *,
-        connections: int = CONNECTIONS,
-        model_timeout_s: float = MODEL_TIMEOUT_S,
-        application_name: str = "cdcsync index",
+        connections: int,
+        model_timeout_s: float,
+        application_name: str,
         tracing: Tracing | None = None,
     ) -> None:
         self.config = config

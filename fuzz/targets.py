@@ -24,7 +24,7 @@ from cdcsync.errors import CdcsyncError
 from cdcsync.malformed import MALFORMED
 from cdcsync.model.visibility import Snapshot
 from cdcsync.pgoutput.decode import decode
-from cdcsync.pgoutput.frames import decode_frame, decode_status_update
+from cdcsync.pgoutput.frames import decode_frame
 from cdcsync.source.spool import Spool
 from cdcsync.target.search.arguments import plain_filter
 
@@ -44,11 +44,8 @@ def _decode(data: bytes) -> None:
 
 
 def _frame(data: bytes) -> None:
-    for read in (decode_frame, decode_status_update):
-        try:
-            read(data)
-        except CdcsyncError:
-            continue
+    with contextlib.suppress(CdcsyncError):
+        decode_frame(data)
 
 
 def _spool(data: bytes) -> None:

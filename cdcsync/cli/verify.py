@@ -135,7 +135,7 @@ async def _tell_what_may_be_in_the_way(config: Config) -> None:
     from cdcsync.errors import CdcsyncError
     from cdcsync.flows.blocked import Blocked, outlast
     from cdcsync.postgres.sessions import Session
-    from cdcsync.source.catalog import running_transactions
+    from cdcsync.source.transactions import running_transactions
 
     def note(why: str | None) -> None:
         if why is not None:

@@ -60,10 +60,6 @@ def read_fields(kind: mi.StructType, value: dict[str, Any], key_path: str, probl
     return {key: item for key, item in values.items() if item is not WRONG}
 
 
-def _holds_sections(kind: mi.Type) -> bool:
-    return isinstance(kind, mi.DictType) and isinstance(kind.value_type, mi.StructType | mi.UnionType)
-
-
 def _read(kind: mi.Type, value: Any, key_path: str, problems: Problems) -> Any:
     """Return the value as its type has it, or WRONG with the problem noted."""
     match kind:

@@ -207,12 +207,12 @@ class Cluster:
             else:
                 return
 
-    def wait_until_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
+    def wait_until_ready(self) -> None:
         """Return when the server accepts connections (a standby: when it answers queries).
 
         :raises SetupError: it ended first, or was not ready in time; it is not running then.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + START_TIMEOUT_S
         while self.running:
             if self._status() == "ready":
                 self._port_is_fixed = True
@@ -303,11 +303,9 @@ class Cluster:
         """
         self.programs.run("pg_ctl", "promote", "--wait", "--pgdata", str(self.data))
 
-    def log_tail(self, lines: int = 15) -> str:
+    def log_tail(self) -> str:
         """Return the last lines of the server's log."""
-        return (
-            "\n".join(self.log.read_text("utf-8", errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
-        )
+        return "\n".join(self.log.read_text("utf-8", errors="replace").splitlines()[-15:]) if self.log.exists() else ""
 
     def _initdb(self) -> None:
         """Fill the data directory; C.UTF-8 where the system has it, since C alone knows no letters beyond ASCII."""

@@ -18,7 +18,7 @@ MIN_WORDS = 4
 """Shorter first lines ("Return self.") could be of any entry."""
 
 
-def summaries(entries: Sequence[Entry], *, most: int = QUESTIONS) -> Collection:
+def summaries(entries: Sequence[Entry]) -> Collection:
     """Return questions about some entries, evenly spread; a first line that several entries share is left out."""
     found: dict[str, list[str]] = {}
     for entry in entries:
@@ -26,7 +26,7 @@ def summaries(entries: Sequence[Entry], *, most: int = QUESTIONS) -> Collection:
         if len(line.split()) >= MIN_WORDS:
             found.setdefault(line, []).append(f"{entry.module},{entry.name}")
     unique = [(line, keys[0]) for line, keys in found.items() if len(keys) == 1]
-    chosen = unique[:: max(1, len(unique) // most)][:most]
+    chosen = unique[:: max(1, len(unique) // QUESTIONS)][:QUESTIONS]
     return Collection(
         "first lines of docstrings",
         {str(number): line for number, (line, _) in enumerate(chosen, 1)},

@@ -155,7 +155,7 @@ class RelatedRows(msgspec.Struct, frozen=True):
         steps = [(str(step.table), step.on) for step in self.steps]
         return repr((own, steps, [one.definition for one in self.related]))
 
-    def lateral(self, parent: str, facts: Facts, types: Mapping[str, str], equal: Equal, *, apart: bool = False) -> str:
+    def lateral(self, parent: str, facts: Facts, types: Mapping[str, str], equal: Equal, *, apart: bool) -> str:
         """Return SQL that joins what its rows come to for each row of `parent`; none makes the texts NULL.
 
         :param parent: what the statement calls the table that it is related to.

@@ -160,7 +160,7 @@ class ModelFiles(msgspec.Struct, frozen=True):
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def onnx_files(files: ModelFiles, name: str | None = None) -> tuple[str, ...]:
+def onnx_files(files: ModelFiles, name: str | None) -> tuple[str, ...]:
     """Return the names of a model's ONNX file and of what lies beside it; none where there is no such file.
 
     :param name: the file's, in the model's directory; None for where models usually have it.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
@@ -74,7 +74,6 @@ class Provider:
     """One provider: its address, key, connections and pace.
 
     :param where: the section that describes it, for messages.
-    :param clock: the time in seconds.
     """
 
     def __init__(
@@ -84,12 +83,10 @@ class Provider:
         *,
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
-        clock: Callable[[], float] = anyio.current_time,
     ) -> None:
         self.where = where
         self._settings = settings
         self._budgets = (requests_per_minute, tokens_per_minute)
-        self._clock = clock
         self._url = settings.base_url.rstrip("/")
         self._client: httpx2.AsyncClient | None = None
         self._pace: Pace | None = None
@@ -131,7 +128,7 @@ class Provider:
                 hint=f"correct {PROXIES}, and SSL_CERT_FILE; a proxy's address begins with http:// or https://",
             ) from None
         requests, tokens = self._budgets
-        self._pace = Pace(self._clock(), requests_per_minute=requests, tokens_per_minute=tokens)
+        self._pace = Pace(anyio.current_time(), requests_per_minute=requests, tokens_per_minute=tokens)
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -188,7 +185,7 @@ class Provider:
         """Wait until a request may go, and note it."""
         assert self._pace is not None
         while True:
-            now = self._clock()
+            now = anyio.current_time()
             wait = self._pace.wait_s(now, tokens)
             if wait <= 0:
                 self._pace.take(now, tokens)
@@ -199,7 +196,7 @@ class Provider:
                 )
             await anyio.sleep(wait)
             if (waited := WAITED.get()) is not None:
-                waited.seconds += self._clock() - now
+                waited.seconds += anyio.current_time() - now
 
     async def _attempt(self, path: str, body: bytes | None, at_most: int, sent: Sequence[str]) -> Answer | str:
         """Send the request once; returns the answer, or what went wrong on the way.
@@ -228,7 +225,7 @@ class Provider:
             return f"the connection broke: {repeatable(words, sent) or type(error).__name__}"
         if answer is None:
             return f"the answer is larger than {at_most} bytes"
-        self._pace.heard(self._clock(), answer.headers)
+        self._pace.heard(anyio.current_time(), answer.headers)
         return answer
 
     async def _send(self, path: str, sent: bytes | None, at_most: int) -> Answer | None:
@@ -264,7 +261,7 @@ class Provider:
         wait = max(asked or 0.0, spread(min(30.0, own)) if asked is None or told.times >= TRUSTED else 0.0)
         told.times += 1
         told.seconds += wait
-        self._pace.hold(self._clock(), wait)
+        self._pace.hold(anyio.current_time(), wait)
         log.debug("provider_asks_to_wait", where=self.where, seconds=round(wait, 2), reason=problem)
         if "insufficient_quota" in problem or told.seconds > PATIENCE_S:
             raise EmbedderUnavailable(
@@ -293,7 +290,7 @@ class Provider:
     def correct(self, tokens: float) -> None:
         """Note that a request had so many tokens more than was estimated, or fewer when negative."""
         if self._pace is not None:
-            self._pace.correct(self._clock(), tokens)
+            self._pace.correct(anyio.current_time(), tokens)
 
     def _secrets(self) -> list[str]:
         """Return what no message may repeat."""

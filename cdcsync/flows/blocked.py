@@ -13,7 +13,7 @@ import anyio
 
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection
-from cdcsync.source.catalog import blockers, current_snapshot
+from cdcsync.source.transactions import blockers, current_snapshot
 
 REPORT_S = 10.0
 """How often a wait is told of, and after how long for the first time."""

@@ -130,7 +130,7 @@ async def read_plan(
     *,
     bounds: Bounds,
     measure: bool,
-    gap: GapError | None = None,
+    gap: GapError | None,
 ) -> ConfigurationPlan:
     """Return what `run` would do.
 

@@ -57,16 +57,6 @@ class Keepalive(msgspec.Struct, frozen=True, gc=False):
     reply_requested: bool
 
 
-class StatusUpdate(msgspec.Struct, frozen=True, gc=False):
-    """How far the client has come, as the server reads it: each position is that of the last byte plus one."""
-
-    received: Lsn
-    flushed: Lsn
-    applied: Lsn
-    at_us: int
-    reply_requested: bool
-
-
 def decode_frame(data: bytes | memoryview) -> XLogData | Keepalive:
     """Read one frame that the server sent.
 
@@ -86,9 +76,13 @@ def decode_frame(data: bytes | memoryview) -> XLogData | Keepalive:
         end = start if wal_end == wal_start else Lsn(wal_end)
         return XLogData(start, end, sent_at_us, bytes(data[_XLOG_DATA_HEAD.size :]))
     if tag == _KEEPALIVE:
-        _check_size(data, _KEEPALIVE_FRAME)
+        if size != _KEEPALIVE_FRAME.size:
+            early = size < _KEEPALIVE_FRAME.size
+            raise MalformedMessage("k", min(size, _KEEPALIVE_FRAME.size), ENDS_EARLY if early else TRAILING_BYTES)
         wal_end, sent_at_us, reply = _KEEPALIVE_FRAME.unpack(data)
-        return Keepalive(Lsn(wal_end), sent_at_us, _flag(data, reply))
+        if reply > 1:
+            raise MalformedMessage("k", size - 1, "a flag that is neither 0 nor 1")
+        return Keepalive(Lsn(wal_end), sent_at_us, reply == 1)
     raise MalformedMessage(chr(tag), 0, "a frame of a kind that servers do not send")
 
 
@@ -104,31 +98,3 @@ def encode_status_update(
     :param reply_requested: whether the server should answer with a keepalive at once.
     """
     return _STATUS_UPDATE_FRAME.pack(_STATUS_UPDATE, received, flushed, applied, at_us, reply_requested)
-
-
-def decode_status_update(data: bytes | memoryview) -> StatusUpdate:
-    """Read a frame that `encode_status_update` or another client wrote.
-
-    :raises MalformedMessage: the bytes are not a status update.
-    """
-    if not data:
-        raise MalformedMessage("", 0, "the frame is empty")
-    if data[0] != _STATUS_UPDATE:
-        raise MalformedMessage(chr(data[0]), 0, "a frame that is not a status update")
-    _check_size(data, _STATUS_UPDATE_FRAME)
-    _, received, flushed, applied, at_us, reply = _STATUS_UPDATE_FRAME.unpack(data)
-    return StatusUpdate(Lsn(received), Lsn(flushed), Lsn(applied), at_us, _flag(data, reply))
-
-
-def _check_size(data: bytes | memoryview, layout: struct.Struct) -> None:
-    if len(data) < layout.size:
-        raise MalformedMessage(chr(data[0]), len(data), ENDS_EARLY)
-    if len(data) > layout.size:
-        raise MalformedMessage(chr(data[0]), layout.size, TRAILING_BYTES)
-
-
-def _flag(data: bytes | memoryview, value: int) -> bool:
-    """Return the frame's last byte, `value`, as the yes or no that it is."""
-    if value > 1:
-        raise MalformedMessage(chr(data[0]), len(data) - 1, "a flag that is neither 0 nor 1")
-    return value == 1

@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, LiteralString, TypeVar
 
 import anyio
@@ -118,6 +119,11 @@ class Backend(msgspec.Struct, frozen=True):
     standby: bool
     system: str | None = None
     timeline: int | None = None
+
+    @property
+    def started_at(self) -> datetime:
+        """When the server was started, as `pg_postmaster_start_time()` has it."""
+        return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=self.started)
 
 
 class Seen(msgspec.Struct, frozen=True):

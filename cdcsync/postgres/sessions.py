@@ -231,7 +231,7 @@ class Session:
         """When its connection was last waited for, by the event loop's clock; minus infinity if it has none."""
         return -math.inf if self._connection is None else self._connection.used_at
 
-    async def connection(self) -> Connection:
+    async def connection(self) -> WatchedConnection:
         """Return the open connection.
 
         :raises SourceUnavailable, TargetUnavailable, SetupError: as `connect`.

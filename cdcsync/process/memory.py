@@ -64,7 +64,7 @@ def memory(groups: Path = GROUPS, own: Path = OWN) -> int:
     return min(limits)
 
 
-def control_groups(name: str, groups: Path = GROUPS, own: Path = OWN) -> list[str]:
+def control_groups(name: str, groups: Path, own: Path) -> list[str]:
     """Return what a file of the control groups says, for each group that this process is in."""
     try:
         lines = own.read_text("utf-8").splitlines()

@@ -96,7 +96,7 @@ def without_rows(error: CdcsyncError) -> CdcsyncError:
     return error
 
 
-def problem_of(error: CdcsyncError, *, candid: bool = False) -> Problem:
+def problem_of(error: CdcsyncError, *, candid: bool) -> Problem:
     """Return what an error of ours means to a caller.
 
     :param candid: tell what only the operator can change in detail, with names of hosts and roles.

@@ -3,6 +3,7 @@
     definitions   whether what decoding looks up changed
     marks         our marks in the WAL
     sizes         values that are too large to be read
+    transactions  which transactions are open, and whose they are
     unreadable    rows that the server fails to read, told apart from the others
     columns       the columns of a table and their types
     conditions    conditions that someone wrote, as the server understands them

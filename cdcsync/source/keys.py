@@ -12,8 +12,8 @@ from psycopg import sql
 from cdcsync.model.rows import Key, Unread
 from cdcsync.model.visibility import Snapshot
 from cdcsync.postgres.sessions import Connection
-from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.statements import PLACE, Statements
+from cdcsync.source.transactions import current_snapshot
 from cdcsync.source.unreadable import of_a_row, read_apart
 
 T = TypeVar("T")

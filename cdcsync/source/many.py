@@ -20,9 +20,9 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Snapshot
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
-from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.reads import Page
 from cdcsync.source.tables import SourceTable
+from cdcsync.source.transactions import current_snapshot
 
 T = TypeVar("T")
 

@@ -265,7 +265,7 @@ async def published_names(connection: Connection, name: str) -> list[QualifiedNa
     return [QualifiedName(schema, table) for schema, table in await cursor.fetchall()]
 
 
-def create_publication_statement(name: str, tables: Sequence[QualifiedName], *, version: int = 0) -> sql.Composed:
+def create_publication_statement(name: str, tables: Sequence[QualifiedName], *, version: int) -> sql.Composed:
     """Return the statement that creates a publication of `tables`, or of none yet.
 
     :param version: the server's. If it can, the publication sends stored generated columns: templates may use them,

@@ -7,7 +7,6 @@ the stream carries too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import MappingProxyType
 from typing import LiteralString
 
 from psycopg import sql
@@ -37,10 +36,10 @@ class Statements:
         self,
         shape: Shape,
         key_types: Sequence[str],
-        condition: str | None = None,
+        condition: str | None,
         *,
-        related: Sequence[RelatedRows] = (),
-        facts: Facts = MappingProxyType({}),
+        related: Sequence[RelatedRows],
+        facts: Facts,
     ) -> None:
         self.shape = shape
         self.all_rows = condition is None

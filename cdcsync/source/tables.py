@@ -22,11 +22,11 @@ from cdcsync.model.visibility import Snapshot
 from cdcsync.postgres.queries import Statement
 from cdcsync.postgres.sessions import Connection
 from cdcsync.source import counts, fitting
-from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.keys import read_keys
 from cdcsync.source.marks import flush, unflushed
 from cdcsync.source.reads import Page, read_rows
 from cdcsync.source.statements import PLACE, Statements
+from cdcsync.source.transactions import current_snapshot
 from cdcsync.source.unreadable import of_a_row
 
 

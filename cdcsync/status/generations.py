@@ -70,8 +70,8 @@ async def read_generations(
     generations: Sequence[Generation],
     builds: Builds,
     *,
-    other: Entry | None = None,
-    left_out: Listed = NONE_LEFT_OUT,
+    other: Entry | None,
+    left_out: Listed,
     evaluated: bool = True,
 ) -> list[GenerationStatus]:
     """Return the state of these generations of an index, in their order.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from types import MappingProxyType
 from typing import cast
 
 import msgspec
@@ -74,7 +73,7 @@ async def read_indexes(
     now: datetime,
     problems: list[str],
     *,
-    waiting: Mapping[str, Pause] = MappingProxyType({}),
+    waiting: Mapping[str, Pause],
 ) -> Indexes:
     """Return the status of each index of the configuration that is stored, and add their problems to `problems`.
 

@@ -116,7 +116,6 @@ class Generation(msgspec.Struct, frozen=True):
     max_rows_per_s: int | None = None
     begun_at: datetime | None = None
     filled_at: datetime | None = None
-    ready_at: datetime | None = None
     live_at: datetime | None = None
     reason: str | None = None
     refusal: str | None = None
@@ -243,7 +242,7 @@ class Generations:
         facts = {
             name: value
             for name, value in msgspec.structs.asdict(one).items()
-            if value is not None and name not in ("begun_at", "filled_at", "ready_at", "live_at")
+            if value is not None and name not in ("begun_at", "filled_at", "live_at")
         }
         await connection.execute(
             sql.SQL("INSERT INTO {} ({}) VALUES ({}) ON CONFLICT DO NOTHING").format(

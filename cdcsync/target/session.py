@@ -64,9 +64,9 @@ class ApplySession(LockedSession):
         self.wal_end: Lsn | None = None
         """Where the WAL ended as the last commit was written, with `one_wal`."""
 
-    def take_changes_of(self, source: Connection) -> None:
+    def take_changes_of(self, source: WatchedConnection) -> None:
         """Note the server that the changes come from, to whose WAL this session may write as well."""
-        self._source = source.backend if isinstance(source, WatchedConnection) else None
+        self._source = source.backend
 
     @property
     def one_wal(self) -> bool:

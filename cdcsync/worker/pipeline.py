@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections import ChainMap
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import anyio
@@ -407,19 +408,17 @@ class Pipeline:
         tasks.start_soon(note_for_ever, self.embedding, *self._pipeline, self.dispatchers)
         tasks.start_soon(self.probe_providers)
         tasks.start_soon(self.keep_models)
-        tasks.start_soon(self.backfill_once_streaming)
-        tasks.start_soon(self.compare_once_streaming)
-        tasks.start_soon(self.audit_once_streaming)
         tasks.start_soon(self.evaluate_on_schedule)
         for words in (count_words_for_ever, enter_words_for_ever):
             tasks.start_soon(words, self.config.target.dsn, self.config.target.schema, self.specs)
         tasks.start_soon(self.settle.run)
         target = self.config.target
         tasks.start_soon(build_until_live, target.dsn, target.schema, self.specs, self._builds)
-        tasks.start_soon(self.watch_once_streaming)
-        tasks.start_soon(self.watch_slot_once_streaming)
-        tasks.start_soon(self.watch_address_once_streaming)
         tasks.start_soon(send_heartbeats, self.config)
+        # Not before the slot exists: it would never deliver a mark that was written earlier.
+        where = partial(watch_address, self.config.source.dsn)
+        for run in (self.backfills.run, self.compare, self.audit, self.watch_tables, self.watch_slot, where):
+            tasks.start_soon(self.once_streaming, run)
 
     async def aclose(self) -> None:
         """Give up the lock and every connection."""
@@ -430,9 +429,13 @@ class Pipeline:
             await self.embedding.aclose()
         self.spool.clear()
 
-    async def watch_once_streaming(self) -> None:
-        """Ask the source what the stream does not tell."""
+    async def once_streaming(self, run: Callable[[], Awaitable[None]]) -> None:
+        """Run a task once the slot is followed."""
         await self.streaming.begun.wait()
+        await run()
+
+    async def watch_tables(self) -> None:
+        """Ask the source what the stream does not tell."""
         try:
             await self.watch.run()
         except TablesChanged:
@@ -440,16 +443,10 @@ class Pipeline:
             await self._look_again()
             raise
 
-    async def watch_slot_once_streaming(self) -> None:
+    async def watch_slot(self) -> None:
         """Look at the slot, and let go of a source that shuts down."""
-        await self.streaming.begun.wait()
         source = self.config.source
         await watch_slot(source.dsn, source.slot, self.state.metrics, self.stream.leave)
-
-    async def watch_address_once_streaming(self) -> None:
-        """See whether the source's address still leads to the server that the stream is on."""
-        await self.streaming.begun.wait()
-        await watch_address(self.config.source.dsn)
 
     async def keep_models(self) -> None:
         """Spare the garbage collector the models, too, which take seconds to load."""
@@ -458,14 +455,8 @@ class Pipeline:
                 await dispatcher.ready.wait()
             collector.keep()
 
-    async def backfill_once_streaming(self) -> None:
-        """Serve backfills: not before the slot exists, which would never deliver a mark written earlier."""
-        await self.streaming.begun.wait()
-        await self.backfills.run()
-
-    async def compare_once_streaming(self) -> None:
+    async def compare(self) -> None:
         """Compare the indexes whose rows may have changed without the stream telling it."""
-        await self.streaming.begun.wait()
         specs = {spec.name: spec for spec in self.specs}
         config = self.config
         await compare_for_ever(
@@ -478,12 +469,11 @@ class Pipeline:
             problems=self.comparing,
         )
 
-    async def audit_once_streaming(self) -> None:
+    async def audit(self) -> None:
         """Compare the indexes with their source for ever, unless the configuration forbids it."""
         worker = self.config.worker
         if not (worker.audit_max_rows_per_s or worker.verify_every_s):
             return
-        await self.streaming.begun.wait()
         audit = RollingAudit(
             self.config.source.dsn,
             self.config.target.dsn,

@@ -26,9 +26,9 @@ from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.followed import FollowedServer
 from cdcsync.postgres.interrupts import cancelled_by
 from cdcsync.postgres.sessions import Session
-from cdcsync.source.catalog import running_transactions
 from cdcsync.source.slot import SlotConnection
 from cdcsync.source.spool import Spool
+from cdcsync.source.transactions import running_transactions
 from cdcsync.target.session import ApplySession
 from cdcsync.worker.state import WorkerState
 

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
+from tests.support import forked
 from tests.support.clusters import cut_off
 from tests.support.configs import configuration
 from tests.support.outages import (
@@ -29,7 +30,13 @@ from tests.support.workers import PATIENCE_S, Pipeline, until
 
 pytestmark = [pytest.mark.server, pytest.mark.faults, pytest.mark.failover]
 
-MakePair = Callable[..., tuple[Cluster, Cluster]]
+MakePair = Callable[[Mapping[str, str], Mapping[str, str]], tuple[Cluster, Cluster]]
+
+WAITING = {"synchronized_standby_slots": "near"}
+"""Of a primary that sends no worker what the standby does not have yet."""
+
+NOT_WAITING = {"synchronized_standby_slots": ""}
+"""Of its standby, for when that is promoted."""
 
 
 @pytest.fixture
@@ -54,8 +61,14 @@ def both(first: Cluster, second: Cluster) -> str:
     )
 
 
-def until_the_standby_has_the_slot(pipeline: Pipeline, standby: Cluster) -> None:
-    """Do what `sync_replication_slots = on` does every now and then, until it has done it for good."""
+def start_and_synchronise(pipeline: Pipeline, standby: Cluster) -> forked.Process:
+    """Start a worker; return once the index is live and equal, and the standby has the slot.
+
+    Does what `sync_replication_slots = on` does every now and then, until that has done it for good.
+    """
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
     with psycopg.connect(standby.dsn(), autocommit=True) as connection:
 
         def synced() -> object:
@@ -69,6 +82,7 @@ def until_the_standby_has_the_slot(pipeline: Pipeline, standby: Cluster) -> None
             ).fetchone()
 
         until(synced, "the standby to have the slot")
+    return worker
 
 
 def until_the_standby_has_synchronised_the_slot(pipeline: Pipeline, standby: Cluster) -> None:
@@ -111,11 +125,9 @@ def test_the_index_follows_a_standby_promoted_amid_writes_and_not_the_primary_le
     make_pair: MakePair, database: Database, make_simple: MakeSimple
 ) -> None:
     # The worker gets what the standby has, and nothing before.
-    primary, standby = make_pair({"synchronized_standby_slots": "near"}, {"synchronized_standby_slots": ""})
+    primary, standby = make_pair(WAITING, NOT_WAITING)
     pipeline = make_simple(both(primary, standby), database.dsn)
-    worker = pipeline.start()
-    pipeline.live()
-    until_the_standby_has_the_slot(pipeline, standby)
+    worker = start_and_synchronise(pipeline, standby)
     broken = threading.Event()
     writer = threading.Thread(target=write_until_it_breaks, args=[primary.dsn(), broken])
     writer.start()
@@ -156,9 +168,7 @@ def test_a_standby_without_the_last_checkpoint_has_no_acknowledgement_of_it_if_t
 ) -> None:
     # The standby has the change but not the commit of its checkpoint, which comes later in the same WAL, and it asks
     # for the slot's position over a connection of its own.
-    primary, standby = make_pair(
-        {"synchronized_standby_slots": "near"}, {"synchronized_standby_slots": "", "sync_replication_slots": "on"}
-    )
+    primary, standby = make_pair(WAITING, NOT_WAITING | {"sync_replication_slots": "on"})
     make_target(primary)
     dsn = both(primary, standby)
     pipeline = make_simple(dsn, dsn.replace("dbname=postgres", "dbname=target"))
@@ -241,11 +251,9 @@ def test_a_promoted_standby_that_lacks_what_is_indexed_is_a_gap(
 def test_a_promoted_standby_whose_history_is_gone_is_a_gap(
     make_pair: MakePair, database: Database, make_simple: MakeSimple, put_back: bool
 ) -> None:
-    primary, standby = make_pair({"synchronized_standby_slots": "near"}, {"synchronized_standby_slots": ""})
+    primary, standby = make_pair(WAITING, NOT_WAITING)
     pipeline = make_simple(both(primary, standby), database.dsn)
-    worker = pipeline.start()
-    pipeline.live()
-    until_the_standby_has_the_slot(pipeline, standby)
+    worker = start_and_synchronise(pipeline, standby)
     pipeline.stop(worker)
     primary.kill()
     standby.promote()
@@ -272,12 +280,10 @@ def test_a_worker_waits_for_the_promotion_of_a_standby_that_its_address_leads_to
     make_pair: MakePair, database: Database, make_simple: MakeSimple
 ) -> None:
     # The address moves to the standby before that is promoted: what it says of the slot is not a gap.
-    primary, standby = make_pair({"synchronized_standby_slots": "near"}, {"synchronized_standby_slots": ""})
+    primary, standby = make_pair(WAITING, NOT_WAITING)
     with closing(Proxy(primary.port)) as address:
         pipeline = make_simple(f"host=127.0.0.1 port={address.port} user=postgres dbname=postgres", database.dsn)
-        worker = pipeline.start()
-        pipeline.live()
-        until_the_standby_has_the_slot(pipeline, standby)
+        worker = start_and_synchronise(pipeline, standby)
         address.move(standby.port)
         primary.kill()
         until(
@@ -321,13 +327,10 @@ OURS = "SELECT application_name FROM pg_stat_activity WHERE application_name LIK
 def test_the_stream_follows_its_address_to_another_primary_although_the_one_before_runs(
     make_pair: MakePair, make_beside: Callable[[str], Pipeline]
 ) -> None:
-    primary, standby = make_pair({"synchronized_standby_slots": "near"}, {"synchronized_standby_slots": ""})
+    primary, standby = make_pair(WAITING, NOT_WAITING)
     with closing(Proxy(primary.port)) as address:
         pipeline = make_beside(f"host=127.0.0.1 port={address.port} user=postgres dbname=postgres")
-        worker = pipeline.start()
-        pipeline.live()
-        pipeline.in_step()
-        until_the_standby_has_the_slot(pipeline, standby)
+        worker = start_and_synchronise(pipeline, standby)
         address.move(standby.port)
         assert "on a standby" in pipeline.event("source_sessions_wait")["error"]
         pipeline.source.execute("UPDATE notes SET title = 'over the stream that is open' WHERE id % 2 = 0")
@@ -354,12 +357,9 @@ def test_the_stream_follows_its_address_to_another_primary_although_the_one_befo
 def test_no_row_is_read_from_a_former_primary_that_is_back_while_the_stream_is_on_its_successor(
     make_pair: MakePair, make_beside: Callable[[str], Pipeline]
 ) -> None:
-    primary, standby = make_pair({"synchronized_standby_slots": "near"}, {"synchronized_standby_slots": ""})
+    primary, standby = make_pair(WAITING, NOT_WAITING)
     pipeline = make_beside(both(primary, standby))
-    worker = pipeline.start()
-    pipeline.live()
-    pipeline.in_step()
-    until_the_standby_has_the_slot(pipeline, standby)
+    worker = start_and_synchronise(pipeline, standby)
     primary.kill()
     standby.promote()
     pipeline.connect_source()
@@ -413,10 +413,7 @@ def test_a_backfill_does_not_wait_for_transactions_that_a_failover_lost(
     # They were delivered and not applied; on the new primary nobody has their ids yet, and nobody writes.
     primary, standby = make_pair({}, {})
     pipeline = make_simple(both(primary, standby), database.dsn)
-    worker = pipeline.start()
-    pipeline.live()
-    pipeline.in_step()
-    until_the_standby_has_the_slot(pipeline, standby)
+    worker = start_and_synchronise(pipeline, standby)
     with pipeline.target.transaction():
         (checkpoint,) = pipeline.target.execute("SELECT checkpoint FROM cdcsync.pipelines FOR UPDATE").fetchone() or (
             "",
@@ -463,10 +460,7 @@ def test_a_failover_that_loses_a_transaction_that_was_applied_in_part_is_a_gap(
     # The checkpoint is still before the transaction, so it alone would not tell.
     primary, standby = make_pair({}, {})
     pipeline = make_simple(both(primary, standby), database.dsn, rows=60, worker_lines="batch_rows = 10")
-    worker = pipeline.start()
-    pipeline.live()
-    pipeline.in_step()
-    until_the_standby_has_the_slot(pipeline, standby)
+    worker = start_and_synchronise(pipeline, standby)
     with pipeline.target.transaction():
         pipeline.target.execute("SELECT FROM cdcsync.articles_chunks WHERE id = 55 FOR UPDATE")
         cut_off(standby, after=pipeline.position())

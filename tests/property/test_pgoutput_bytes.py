@@ -17,11 +17,8 @@ from cdcsync.lsn import Lsn
 from cdcsync.pgoutput.decode import decode
 from cdcsync.pgoutput.frames import (
     Keepalive,
-    StatusUpdate,
     XLogData,
     decode_frame,
-    decode_status_update,
-    encode_status_update,
 )
 from cdcsync.pgoutput.messages import (
     TOO_LARGE,
@@ -292,30 +289,3 @@ def test_any_bytes_give_a_frame_or_a_malformed_message(data: bytes) -> None:
         assert 0 <= frame.offset <= len(data)
     else:
         assert encode_frame(frame) == data
-
-
-@given(lsns, lsns, lsns, times, st.booleans())
-def test_a_status_update_reads_back_as_it_was_written(
-    received: Lsn, flushed: Lsn, applied: Lsn, at_us: int, reply_requested: bool
-) -> None:
-    written = encode_status_update(
-        received=received, flushed=flushed, applied=applied, at_us=at_us, reply_requested=reply_requested
-    )
-
-    assert decode_status_update(written) == StatusUpdate(received, flushed, applied, at_us, reply_requested)
-
-
-@given(st.builds(lambda tag, rest: tag + rest, st.sampled_from([b"", b"r"]), st.binary(max_size=40)))
-def test_any_bytes_give_a_status_update_or_a_malformed_message(data: bytes) -> None:
-    update = outcome(lambda: decode_status_update(data))
-
-    if isinstance(update, MalformedMessage):
-        assert 0 <= update.offset <= len(data)
-    else:
-        assert data == encode_status_update(
-            received=update.received,
-            flushed=update.flushed,
-            applied=update.applied,
-            at_us=update.at_us,
-            reply_requested=update.reply_requested,
-        )

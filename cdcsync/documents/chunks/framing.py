@@ -102,7 +102,7 @@ class _Piece(msgspec.Struct):
 
 
 def cut_framed(
-    pieces: Sequence[tuple[Rendering, str]], capacity: int, cutter: Callable[[int], Cutter], most: int | None = None
+    pieces: Sequence[tuple[Rendering, str]], capacity: int, cutter: Callable[[int], Cutter], most: int | None
 ) -> list[list[str]]:
     """Cut pieces of documents, each chunk with what stands around it and none longer than the capacity.
 

@@ -31,8 +31,9 @@ from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS, LockedOut
 from cdcsync.postgres.sessions import Connection, Session
 from cdcsync.process.crashpoints import crash_point
-from cdcsync.source.catalog import insert_lsn, running_transactions
+from cdcsync.source.catalog import insert_lsn
 from cdcsync.source.publications import fixed_in
+from cdcsync.source.transactions import running_transactions
 from cdcsync.target.ddl.names import written_tables
 from cdcsync.target.requests.queue import Queue
 from cdcsync.target.requests.submission import Requests

@@ -28,9 +28,9 @@ from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.locking import SHARED_LOCK_WAIT_MS, LockedOut
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session
 from cdcsync.process.crashpoints import crash_point
-from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.marks import emit_mark
 from cdcsync.source.tables import SourceTable
+from cdcsync.source.transactions import current_snapshot
 from cdcsync.target.ddl.names import written_tables
 from cdcsync.target.requests.queue import Queue
 from cdcsync.target.requests.submission import Requests

@@ -21,9 +21,9 @@ from cdcsync.model.spec import IndexSpec
 from cdcsync.model.visibility import Deliveries, Snapshot
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection, Session
-from cdcsync.source.catalog import current_snapshot
 from cdcsync.source.reads import Page as Read
 from cdcsync.source.tables import SourceTable
+from cdcsync.source.transactions import current_snapshot
 from cdcsync.target.keys import page_of_keys, written_keys
 from cdcsync.target.requests.queue import Queue
 

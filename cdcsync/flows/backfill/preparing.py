@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 import anyio.to_thread
 import msgspec
-import structlog
 
 from cdcsync.documents.chunks import Chunk, Chunker
 from cdcsync.documents.templates import Rendering
@@ -23,8 +22,6 @@ from cdcsync.model.vectors import FloatVector
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.look_ups import texts_with_vector
-
-log = structlog.get_logger()
 
 QUICK_S = 0.25
 """A page whose texts the model takes longer for is applied without vectors, which follow from the backlog: text is not

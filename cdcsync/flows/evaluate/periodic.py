@@ -28,9 +28,7 @@ UNHURRIED = Budget(statement_s=30.0, most_s=60.0, share=0.2)
 evaluates when the target is idle."""
 
 
-async def evaluate_for_ever(
-    dsn: str, schema: str, specs: Sequence[IndexSpec], *, every_s: float, budget: Budget = UNHURRIED
-) -> None:
+async def evaluate_for_ever(dsn: str, schema: str, specs: Sequence[IndexSpec], *, every_s: float) -> None:
     """Evaluate each live index once in `every_s` seconds, one after the other, and store the outcome; until cancelled.
 
     The status and the metrics show what is stored.
@@ -43,7 +41,7 @@ async def evaluate_for_ever(
                 for spec in specs:
                     connection = await target.connection()
                     try:
-                        await _evaluate_live(connection, schema, spec, budget)
+                        await _evaluate_live(connection, schema, spec)
                     except CdcsyncError as error:
                         log.warning("evaluation_failed", index=spec.name, error=str(error), fix=error.hint)
                         if away(error, "target"):
@@ -52,7 +50,7 @@ async def evaluate_for_ever(
                 await anyio.sleep(every_s)
 
 
-async def _evaluate_live(connection: Connection, schema: str, spec: IndexSpec, budget: Budget) -> None:
+async def _evaluate_live(connection: Connection, schema: str, spec: IndexSpec) -> None:
     """Evaluate an index that is live and has vectors, as it is stored now."""
     with speaking_of("target", where=f"index {spec.name}", index=spec.name):
         entry = await Registry(schema).find(connection, spec.name)
@@ -62,7 +60,7 @@ async def _evaluate_live(connection: Connection, schema: str, spec: IndexSpec, b
         if not await fetch_value(connection, sql.SQL("SELECT EXISTS (SELECT FROM {} OFFSET 1)").format(vectors)):
             return
         found = await evaluate(
-            connection, schema, await stored_spec(connection, schema, spec.name, spec.config), budget=budget
+            connection, schema, await stored_spec(connection, schema, spec.name, spec.config), budget=UNHURRIED
         )
         not_stored = await evaluations.store(connection, schema, found)
     (measured,) = found.measured

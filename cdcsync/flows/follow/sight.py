@@ -29,7 +29,7 @@ from cdcsync.model.visibility import XID_SPAN, Snapshot
 from cdcsync.postgres.errors import locked_out, speaking_of
 from cdcsync.postgres.locking import LockedOut
 from cdcsync.postgres.sessions import Connection, Session
-from cdcsync.source.catalog import blockers, current_snapshot, in_doubt, running_transactions
+from cdcsync.source.transactions import blockers, current_snapshot, in_doubt, running_transactions
 
 log = structlog.get_logger()
 

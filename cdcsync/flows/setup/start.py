@@ -29,22 +29,16 @@ from cdcsync.flows.setup.proof import fell_back, has_last_applied
 from cdcsync.lsn import Lsn
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import LOCKED_OUT, speaking_of
+from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.locking import BRIEFLY, PUBLISHING_WAITS, exclusive_locks, until_locked
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.target import SHARED
 from cdcsync.process.crashpoints import crash_point
-from cdcsync.source.catalog import (
-    FAILOVER_VERSION,
-    Slot,
-    next_transaction,
-    read_catalog,
-    read_slot,
-    read_started,
-    running_transactions,
-)
+from cdcsync.source.catalog import FAILOVER_VERSION, Slot, read_catalog, read_slot
 from cdcsync.source.definitions import definitions_changed_since
 from cdcsync.source.publications import create_publication_statement, mark_statement, publish_statement
 from cdcsync.source.slot import ServerIdentity, SlotConnection
+from cdcsync.source.transactions import next_transaction, running_transactions
 from cdcsync.target.ddl.shared import NUMBERED, create_shared
 from cdcsync.target.ddl.standing import continue_numbers
 from cdcsync.target.pipelines import Pipelines
@@ -193,12 +187,12 @@ async def refuse_early(source: Connection, session: ApplySession, config: Config
 
 async def starting_point(
     slot_connection: SlotConnection,
-    source: Connection,
+    source: WatchedConnection,
     session: ApplySession,
     config: Config,
     indexes: Sequence[str],
     *,
-    stuck: DecodingFailed | None = None,
+    stuck: DecodingFailed | None,
     note: Note,
 ) -> StartingPoint | None:
     """Return where to stream from; creates the slot where there is none.
@@ -218,8 +212,9 @@ async def starting_point(
     state = await session.state()
     server = await slot_connection.identify()
     with speaking_of("source", where=f"slot {name}"):
-        started = await read_started(source)
         slot = await read_slot(source, name)
+    assert source.backend is not None
+    started = source.backend.started_at
     refuse_misfit(slot, state.checkpoint)
     try:
         refuse_another_server(slot_connection.address, state, server.system_identifier, server.timeline, name)

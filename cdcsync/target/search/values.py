@@ -134,7 +134,7 @@ _FOR_JSON: dict[str, type[Loader]] = {
 _LISTS = {one.array_oid: _list_or_text(one) for one in psycopg.adapters.types if one.array_oid}
 
 
-def load_values(cursor: psycopg.AsyncCursor[Any] | psycopg.AsyncRawCursor[Any], *, for_json: bool = False) -> None:
+def load_values(cursor: psycopg.AsyncCursor[Any] | psycopg.AsyncRawCursor[Any], *, for_json: bool) -> None:
     """Have a cursor load each value of every row, in ranges and arrays too; none of them makes it fail.
 
     :param for_json: also load as the server's text what JSON has no form for, such as bytes, intervals and NaN: the

@@ -35,6 +35,14 @@ def beats_each_millisecond(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "BEATS", liveness.TCP_USER_TIMEOUT_MS / 2)
 
 
+async def test_a_session_knows_when_its_server_was_started_as_the_server_tells_it(database: Database) -> None:
+    async with await connect(database.dsn, "source") as connection:
+        assert connection.backend is not None
+        told = await (await connection.execute("SELECT pg_postmaster_start_time()")).fetchone()
+
+    assert (connection.backend.started_at,) == told
+
+
 LOOPBACK = "127.0.0.1"
 
 HEARD = "SELECT state_change::text FROM pg_stat_activity WHERE application_name = %s"

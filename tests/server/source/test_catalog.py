@@ -1,103 +1,21 @@
-"""The catalog as it is read: the tables that are asked about, and the transactions that are open."""
+"""The catalog as it is read: the tables that are asked about."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection
-from typing import cast
+from collections.abc import Collection
 
 import anyio
 import psycopg
 import pytest
-from psycopg import sql
 
 from cdcsync.config import QualifiedName
-from cdcsync.demo.cluster import Cluster
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect
-from cdcsync.source.catalog import (
-    DROPPED_ATTEMPTS,
-    Catalog,
-    blockers,
-    current_snapshot,
-    read_catalog,
-    running_transactions,
-)
+from cdcsync.source.catalog import DROPPED_ATTEMPTS, Catalog, read_catalog
 from cdcsync.source.relations import Table
-from tests.support.clusters import OTHER_VERSIONS
 from tests.support.publications import T, lay_out
-from tests.support.servers import Database
 
 pytestmark = pytest.mark.server
-
-
-async def test_the_newest_open_transaction_is_among_those_that_run(database: Database) -> None:
-    """A snapshot alone does not list it: its id is above all that have finished."""
-    with database.connect() as writer, writer.transaction():
-        row = writer.execute("SELECT pg_current_xact_id()::text::int8").fetchone()
-        assert row is not None
-        async with await connect(database.dsn, "source") as connection:
-            assert not (await current_snapshot(connection)).sees(row[0])
-            assert row[0] in await running_transactions(connection)
-
-
-@pytest.mark.proof_from(1)
-@pytest.mark.parametrize("version", [None, *OTHER_VERSIONS])
-async def test_transactions_of_other_databases_are_not_waited_for_whatever_the_role(
-    make_cluster: Callable[..., Cluster], version: int | None
-) -> None:
-    """They cannot have written here. What waits for the whole server still tells of them."""
-    if version is not None and not OTHER_VERSIONS[version].exists():
-        pytest.skip(f"PostgreSQL {version} is not installed")
-    cluster = make_cluster(**({} if version is None else {"bin_dir": OTHER_VERSIONS[version]}))
-    with psycopg.connect(cluster.dsn(), autocommit=True) as administrator:
-        administrator.execute("CREATE ROLE follower LOGIN REPLICATION")
-        administrator.execute("CREATE DATABASE elsewhere")
-    with contextlib.ExitStack() as stack:
-        here, there = (
-            [opened(stack, cluster.dsn(name), "open"), opened(stack, cluster.dsn(name), "prepared")]
-            for name in ("postgres", "elsewhere")
-        )
-        async with await connect(cluster.dsn(user="follower"), "source") as connection:
-            running = await running_transactions(connection)
-            anywhere = await running_transactions(connection, anywhere=True)
-
-    assert running >= set(here)
-    assert running.isdisjoint(there)
-    assert anywhere >= {*here, *there}
-
-
-def opened(stack: contextlib.ExitStack, dsn: str, how: str) -> int:
-    """Open a transaction that has written, in a subtransaction too, or prepare it; returns its id."""
-    session = stack.enter_context(psycopg.connect(dsn, autocommit=True))
-    session.execute("BEGIN")
-    row = session.execute("SELECT pg_current_xact_id()::text::int8").fetchone()
-    assert row is not None
-    session.execute("SAVEPOINT a")
-    session.execute(sql.SQL("CREATE TABLE {} ()").format(sql.Identifier(how)))
-    if how == "prepared":
-        session.execute(sql.SQL("PREPARE TRANSACTION {}").format(f"{row[0]}"))
-    return cast(int, row[0])
-
-
-async def test_a_prepared_transaction_that_is_in_the_way_is_named(database: Database) -> None:
-    gid = f"{database.name} it's"
-    with database.connect() as writer:
-        if writer.execute("SHOW max_prepared_transactions").fetchone() == ("0",):
-            pytest.skip("max_prepared_transactions is 0 on this server")
-        writer.execute("CREATE TABLE t (id int)")
-        writer.execute("BEGIN")
-        writer.execute("INSERT INTO t VALUES (1)")
-        writer.execute(sql.SQL("PREPARE TRANSACTION {}").format(gid))
-        async with await connect(database.dsn, "source") as connection:
-            xids = await running_transactions(connection)
-            described = await blockers(connection, xids)
-        writer.execute(sql.SQL("ROLLBACK PREPARED {}").format(gid))
-
-    mine = [one for one in described if f"prepared transaction '{database.name} it''s'" in str(one)]
-    assert [one.ending for one in mine] == [
-        f"COMMIT PREPARED or ROLLBACK PREPARED '{database.name} it''s' in database {database.name}"
-    ]
 
 
 async def test_nothing_is_read_of_other_tables_whatever_they_are(source: Connection) -> None:

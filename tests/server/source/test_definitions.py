@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cdcsync.postgres.sessions import Connection
-from cdcsync.source.catalog import next_transaction
 from cdcsync.source.definitions import definitions_changed_since
+from cdcsync.source.transactions import next_transaction
 
 pytestmark = pytest.mark.server
 

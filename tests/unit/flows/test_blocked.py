@@ -9,7 +9,7 @@ import pytest
 
 from cdcsync.flows import blocked
 from cdcsync.flows.blocked import REPORT_S, Blocked, noted
-from cdcsync.source.catalog import Blocker
+from cdcsync.source.transactions import Blocker
 from tests.support.virtual import in_virtual_time
 
 CONNECTION: Any = cast(Any, None)

@@ -6,10 +6,8 @@ from cdcsync.errors import MalformedMessage
 from cdcsync.lsn import Lsn
 from cdcsync.pgoutput.frames import (
     Keepalive,
-    StatusUpdate,
     XLogData,
     decode_frame,
-    decode_status_update,
     encode_status_update,
 )
 
@@ -83,36 +81,3 @@ def test_a_status_update_has_the_layout_that_servers_read() -> None:
     written = encode_status_update(received=Lsn(3), flushed=Lsn(2), applied=Lsn(2**32), at_us=42)
 
     assert written == STATUS_UPDATE
-
-
-@pytest.mark.parametrize("reply_requested", [False, True])
-@pytest.mark.parametrize("form", [bytes, memoryview], ids=["bytes", "memoryview"])
-def test_a_status_update_reads_back_as_it_was_written(
-    form: type[bytes] | type[memoryview], reply_requested: bool
-) -> None:
-    written = encode_status_update(
-        received=Lsn(2**64 - 1), flushed=Lsn(7), applied=Lsn(0), at_us=-5, reply_requested=reply_requested
-    )
-
-    assert decode_status_update(form(written)) == StatusUpdate(Lsn(2**64 - 1), Lsn(7), Lsn(0), -5, reply_requested)
-
-
-def test_every_truncation_of_a_status_update_is_malformed() -> None:
-    for size in range(len(STATUS_UPDATE)):
-        with pytest.raises(MalformedMessage) as caught:
-            decode_status_update(STATUS_UPDATE[:size])
-        assert caught.value.offset == size
-
-
-@pytest.mark.parametrize(
-    ("data", "problem"),
-    [
-        (STATUS_UPDATE + b"\x00", "bytes follow"),
-        (STATUS_UPDATE[:-1] + b"\x02", "neither 0 nor 1"),
-        (KEEPALIVE, "not a status update"),
-    ],
-    ids=["trailing byte", "flag", "another frame"],
-)
-def test_bytes_that_are_no_status_update_are_malformed(data: bytes, problem: str) -> None:
-    with pytest.raises(MalformedMessage, match=problem):
-        decode_status_update(data)
