@@ -1,15 +1,21 @@
 """A session that holds the pipeline's lock, through broken connections, for as long as nobody else took over.
 
 The pipeline's row moves only in `_chain`: from the row that this worker last saw committed, or not at all.
+
+An address may lead to another server while the one before still runs: a name that moved, or a proxy. A session that is
+open would stay where it is. So every other session of the worker has to be on the server of this one, or it is not
+used, and this one is opened again, where the address leads. What is known of the pipeline's row then decides.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from typing import Self
+from weakref import WeakSet
 
 import anyio
 import psycopg
@@ -19,7 +25,7 @@ from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupt
-from cdcsync.postgres.liveness import WatchedConnection
+from cdcsync.postgres.liveness import WatchedConnection, same_server
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.pipelines import Lease, Pipelines, PipelineState
@@ -33,6 +39,10 @@ short enough that the others can go on without that index."""
 OLD_SESSION_S = 2.0
 """A server needs a moment to end a session whose client is gone: it drops the session's temporary tables, several for
 each index, before it frees the lock."""
+
+STAYS_S = 10.0
+"""How long this session stays at least before another one elsewhere has it opened again. An address that leads to two
+servers by turns would otherwise end it with every other session."""
 
 
 def worker_name() -> str:
@@ -59,6 +69,11 @@ class LockedSession:
         self._connection: WatchedConnection | None = None
         self._pid: int | None = None if before is None else before._pid
         """The server process of the last connection."""
+        self._opened_at = -math.inf
+        self._leaving = False
+        """Whether the connection was ended because the address leads elsewhere."""
+        self._beside_this = WeakSet[WatchedConnection]()
+        """The other sessions that were admitted."""
         self.holder: int | None = None
         """The server process that had the lock when `try_open` found it taken."""
 
@@ -156,15 +171,40 @@ class LockedSession:
         await self.prepare(specs)
 
     def _hold(self, connection: WatchedConnection) -> None:
-        self._connection = connection
+        self._connection, self._opened_at, self._leaving = connection, anyio.current_time(), False
         self._pid = None if connection.backend is None else connection.backend.pid
+        for one in list(self._beside_this):
+            if not self.is_beside(one):
+                self._beside_this.discard(one)
+                one.cut()
 
     async def admit(self, connection: Connection) -> None:
         """Let another session of this worker write beside this one.
 
         :raises LeaseLost, TargetRewound, TargetUnavailable, RunError: as `Pipelines.admit`.
+        :raises TargetUnavailable: it is on another server. This session is opened again; the caller tries again later.
         """
         await self._pipelines.admit(connection, self._held)
+        if self.is_beside(connection):
+            if isinstance(connection, WatchedConnection):
+                self._beside_this.add(connection)
+            return
+        if self._connection is not None and anyio.current_time() - self._opened_at >= STAYS_S:
+            self._leaving = True
+            self._connection.cut()
+        raise TargetUnavailable(
+            "a new session is on another server than the one that changes are written to, or the server has been"
+            " restarted",
+            where=f"target ({connection.info.host}:{connection.info.port})",
+            hint="the worker connects again, where target.dsn leads; if that changes by turns, two servers take writes:"
+            " stop the one that is not the target, or take it out of target.dsn",
+        )
+
+    def is_beside(self, connection: Connection) -> bool:
+        """Say whether another session is on the server of this one, as far as that is open and both are known."""
+        own = None if self._connection is None or self._leaving else self._connection.backend
+        other = connection.backend if isinstance(connection, WatchedConnection) else None
+        return own is None or other is None or same_server(own, other)
 
     async def awaited(self) -> bool:
         """Say whether somebody waits until the index holds a position.

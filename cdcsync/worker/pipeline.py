@@ -238,6 +238,7 @@ class Pipeline:
             self.reconfigure,
         )
         state.admit = self.streaming.server.admit
+        state.is_beside = self.session.is_beside
 
     def _look_after_others(self, spec: IndexSpec, metrics: Metrics) -> None:
         """Make the flows of an index's generations beside the live one, as far as their embedders are configured."""
@@ -403,7 +404,7 @@ class Pipeline:
         tasks.start_soon(build_until_live, target.dsn, target.schema, self.specs, self._builds)
         tasks.start_soon(self.watch_once_streaming)
         tasks.start_soon(self.watch_slot_once_streaming)
-        tasks.start_soon(self.watch_address_once_streaming)
+        tasks.start_soon(self.watch_addresses_once_streaming)
         tasks.start_soon(send_heartbeats, self.config)
 
     async def aclose(self) -> None:
@@ -431,10 +432,12 @@ class Pipeline:
         source = self.config.source
         await watch_slot(source.dsn, source.slot, self.state.metrics, self.stream.leave)
 
-    async def watch_address_once_streaming(self) -> None:
-        """See whether the source's address still leads to the server that the stream is on."""
+    async def watch_addresses_once_streaming(self) -> None:
+        """See whether the addresses still lead to the servers that the stream and the apply session are on."""
         await self.streaming.begun.wait()
-        await watch_address(self.config.source.dsn)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch_address, self.config.source.dsn, "source")
+            tasks.start_soon(watch_address, self.config.target.dsn, "target")
 
     async def keep_models(self) -> None:
         """Spare the garbage collector the models, too, which take seconds to load."""

@@ -138,6 +138,15 @@ CATALOGUE = (
         ),
     ),
     P(
+        "one target",
+        "All that a worker writes goes to one server: the one that the target's address leads to.",
+        "target/locked_session.py:LockedSession.admit",
+        (
+            "test_the_worker_follows_its_targets_address_to_another_server_although_the_one_before_runs",
+            "test_a_session_elsewhere_has_this_one_follow_the_address_and_those_left_behind_end",
+        ),
+    ),
+    P(
         "a slot decodes what was written",
         "A slot that missed a change of tables while it was created is made again, also by the next worker.",
         "source/definitions.py:definitions_changed_since",

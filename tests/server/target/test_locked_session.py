@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -9,17 +10,23 @@ from typing import TYPE_CHECKING
 import anyio
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 import cdcsync.target.locked_session as session_module
-from cdcsync.errors import LeaseLost, RunError, TargetUnavailable
+from cdcsync.demo.cluster import Cluster
+from cdcsync.errors import LeaseLost, RunError, TargetRewound, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres import liveness
-from cdcsync.postgres.sessions import Connection
+from cdcsync.postgres.queries import fetch_one
+from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target.locked_session import worker_name
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.session import ApplySession
 from tests.support.expiries import EXPIRIES, expire
-from tests.support.indexes import SCHEMA, changes, document, until
+from tests.support.indexes import SCHEMA, changes, document, register, until
+from tests.support.outages import make_target
+from tests.support.proxies import Proxy
+from tests.support.relations import create
 from tests.support.sessions import SLOT, SPECS, Pipeline, apply
 
 if TYPE_CHECKING:
@@ -224,3 +231,66 @@ async def test_a_session_that_was_refused_a_write_is_opened_again(
     await session.ensure([])
     await apply(session, Lsn(0x100))
     assert await locked.checkpoint() == Lsn(0x100)
+
+
+async def test_a_session_elsewhere_has_this_one_follow_the_address_and_those_left_behind_end(
+    make_cluster: Callable[..., Cluster], make_proxy: Callable[[int], Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = make_cluster()
+    moving = make_proxy(first.port)
+    dsn = make_conninfo(make_target(first), host="127.0.0.1", port=moving.port)
+    async with (
+        contextlib.AsyncExitStack() as stack,
+        await connect(dsn, "target") as connection,
+        await connect(dsn, "target") as left_behind,
+    ):
+        await create(connection, *SPECS)
+        await Pipelines(SCHEMA, SLOT).ensure(connection, "publication")
+        for spec in SPECS:
+            await register(connection, spec, slot=SLOT)
+        session = ApplySession(dsn, SCHEMA, SLOT)
+        stack.push_async_callback(session.aclose)
+        assert await session.try_open()
+        await session.prepare(SPECS)
+        await session.admit(left_behind)
+        await apply(session, Lsn(10), articles=changes(document("1", "a")))
+        fence = (await session.state()).fence
+        standby = stack.enter_context(first.standby(slot="near"))
+        moving.move(standby.port)
+        async with await connect(dsn, "target") as too_early:
+            with pytest.raises(TargetUnavailable, match="standby"):
+                await session.admit(too_early)
+        await apply(session, Lsn(20))
+        (end,) = await fetch_one(connection, "SELECT pg_current_wal_lsn()::text")
+        reached = "SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn"
+        async with await connect(dsn, "target") as waiting:
+
+            async def replayed() -> bool:
+                return await fetch_one(waiting, reached, [end]) == (True,)
+
+            await until(replayed)
+        standby.promote()
+
+        async with await connect(dsn, "target") as elsewhere:
+            assert not session.is_beside(elsewhere)
+            with pytest.raises(TargetUnavailable, match="another server than the one that changes are written to"):
+                await session.admit(elsewhere)
+            await apply(session, Lsn(30))  # it stays for a while
+            monkeypatch.setattr(session_module, "STAYS_S", 0.0)
+            with pytest.raises(TargetUnavailable, match="another server"):
+                await session.admit(elsewhere)
+            with pytest.raises(TargetUnavailable):
+                await apply(session, Lsn(40))
+            # What was committed there since the promotion is not here.
+            with pytest.raises(TargetRewound):
+                await session.ensure(SPECS)
+            await elsewhere.execute(
+                "UPDATE cdcsync.pipelines SET checkpoint = '0/1E', commits = commits + 1 WHERE slot = 'slot'"
+            )
+            await session.ensure(SPECS)
+            await session.admit(elsewhere)
+            await apply(session, Lsn(40))
+            row = await fetch_one(elsewhere, "SELECT checkpoint::text, fence FROM cdcsync.pipelines")
+            assert row == ("0/28", fence)
+        with pytest.raises(psycopg.OperationalError):
+            await left_behind.execute("SELECT 1")
