@@ -29,7 +29,12 @@ INTERRUPTED: LiteralString = (
 DROPPED: dict[LiteralString, Missing] = {
     "DROP TABLE cdcsync.articles_chunks CASCADE": Missing(
         ("articles_chunks",),
-        ("articles_chunks_by_tenant", "articles_chunks_search", "public.articles_index", "public.articles_index_chunks"),
+        (
+            "articles_chunks_by_tenant",
+            "articles_chunks_search",
+            "public.articles_index",
+            "public.articles_index_chunks",
+        ),
     ),
     "DROP TABLE cdcsync.articles_backlog": Missing(("articles_backlog",)),
     "DROP TABLE cdcsync.articles_vectors_1 CASCADE": Missing(
