@@ -373,7 +373,7 @@ class Watch:
             return
         if now >= self._relations_due:
             with speaking_of("target", where=f"index {name}"):
-                unsafe = any(
+                unsafe = bool(
                     await unsafe_tables(await target.connection(), self._config.target.schema, entry.relations)
                 )
             if not unsafe and name in self._pauses.unsafe:

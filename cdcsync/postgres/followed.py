@@ -68,6 +68,11 @@ class FollowedServer:
                 self._sessions.discard(one)
                 one.cut()
 
+    def is_on(self, connection: Connection) -> bool:
+        """Say whether a session is on the server that the main session is on, or was on last."""
+        assert isinstance(connection, WatchedConnection)
+        return self._server is None or same_server(connection.backend, self._server)
+
     def admit(self, connection: Connection) -> None:
         """See that a session is on the server that the main session is on.
 
@@ -76,7 +81,7 @@ class FollowedServer:
         """
         assert isinstance(connection, WatchedConnection)
         backend, side, main = connection.backend, self._side, self._main
-        if self._server is None or same_server(backend, self._server):
+        if self._server is None or self.is_on(connection):
             self._sessions.add(connection)
             return
         where = f"{side} ({connection.info.host}:{connection.info.port})"

@@ -249,6 +249,7 @@ class Pipeline:
         self.applied = FollowedServer("target", leave)
         """The server to which changes are applied."""
         self.session.opened = self.applied.follow
+        state.is_followed = self.applied.is_on
 
     def _look_after_others(self, spec: IndexSpec, metrics: Metrics) -> None:
         """Make the flows of an index's generations beside the live one, as far as their embedders are configured."""
@@ -416,9 +417,10 @@ class Pipeline:
         tasks.start_soon(build_until_live, target.dsn, target.schema, self.specs, self._builds)
         tasks.start_soon(send_heartbeats, self.config)
         # Not before the slot exists: it would never deliver a mark that was written earlier.
-        where = partial(watch_address, self.config.source.dsn)
-        for run in (self.backfills.run, self.compare, self.audit, self.watch_tables, self.watch_slot, where):
+        for run in (self.backfills.run, self.compare, self.audit, self.watch_tables, self.watch_slot):
             tasks.start_soon(self.once_streaming, run)
+        tasks.start_soon(self.once_streaming, partial(watch_address, self.config.source.dsn, "source"))
+        tasks.start_soon(self.once_streaming, partial(watch_address, target.dsn, "target"))
 
     async def aclose(self) -> None:
         """Give up the lock and every connection."""

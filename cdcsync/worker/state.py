@@ -79,6 +79,8 @@ class WorkerState:
         by index."""
         self.admit: Callable[[Connection], None] = lambda source: None
         """Sees that a session with the source is on the server that is followed."""
+        self.is_followed: Callable[[Connection], bool] = lambda target: True
+        """Says whether a session with the target is on the server that changes are written to."""
         self._reconfigure: Callable[[Config], None] = lambda config: None
         self._dispatchers: Mapping[str, Dispatcher] = {}
         self._connected = False
@@ -357,6 +359,9 @@ class WorkerState:
 
     async def _read(self) -> Status:
         target = await self._target.connection()
+        if not self.is_followed(target):
+            await self._target.aclose()
+            target = await self._target.connection()
         source: Connection | CdcsyncError
         try:
             with admitting(self._admit, _let_be):

@@ -138,6 +138,15 @@ CATALOGUE = (
         ),
     ),
     P(
+        "one target",
+        "All that a worker writes goes to one server: the one that the target's address leads to.",
+        "postgres/followed.py:FollowedServer",
+        (
+            "test_the_worker_follows_its_targets_address_to_another_server_although_the_one_before_runs",
+            "test_a_former_primary_of_the_target_that_is_back_and_named_first_is_passed_over",
+        ),
+    ),
+    P(
         "a slot decodes what was written",
         "A slot that missed a change of tables while it was created is made again, also by the next worker.",
         "source/definitions.py:definitions_changed_since",

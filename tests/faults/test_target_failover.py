@@ -13,6 +13,7 @@ from psycopg import conninfo
 from cdcsync.demo.cluster import Cluster
 from tests.support.clusters import copy_of, cut_off, put_back
 from tests.support.outages import MakeSimple, all_read, make_target, stops_at_the_gap_and_heals
+from tests.support.proxies import Proxy
 from tests.support.servers import Database
 from tests.support.workers import PATIENCE_S, Pipeline, until
 
@@ -180,3 +181,37 @@ def test_an_empty_checkpoint_beside_a_loaded_index_is_a_gap(
     pipeline.target.execute("UPDATE cdcsync.pipelines SET checkpoint = NULL")
 
     stops_at_the_gap_and_heals(pipeline, "the pipeline has no checkpoint")
+
+
+def test_the_worker_follows_its_targets_address_to_another_server_although_the_one_before_runs(
+    make_database: Callable[[], Database],
+    make_cluster: Callable[..., Cluster],
+    make_simple: MakeSimple,
+    make_proxy: Callable[[int], Proxy],
+    stack: contextlib.ExitStack,
+) -> None:
+    source, first = make_database(), make_cluster()
+    standby = stack.enter_context(first.standby(slot="near"))
+    address = make_proxy(first.port)
+    dsn = conninfo.make_conninfo(make_target(first), host="127.0.0.1", port=address.port)
+    pipeline = make_simple(source.dsn, dsn, slot=source.name, source_lines='on_gap = "resync"')
+    pipeline.hurry["cdcsync.flows.address.LOOK_S"] = 1.0
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    address.move(standby.port)
+    assert "standby" in pipeline.event("target_sessions_wait")["error"]
+    change(pipeline, " over the session that is open")
+    pipeline.in_step()
+
+    standby.promote()
+    pipeline.connect_target()
+    change(pipeline, " to the new target")
+
+    until(pipeline.in_step_now, pipeline.tail)
+    with psycopg.connect(first.dsn(), autocommit=True) as left:
+        ours = "SELECT application_name FROM pg_stat_activity WHERE application_name LIKE 'cdcsync%'"
+        until(lambda: not left.execute(ours).fetchall(), lambda: f"{left.execute(ours).fetchall()} to end")
+    assert worker.poll() is None
+    assert pipeline.times("index_paused") == 0
+    assert pipeline.stop(worker) == 0

@@ -67,6 +67,7 @@ HELD = {
     "the target refuses a value …, too long": (f"{SCENARIOS}test_values.py", "test_a_key_that_the_target_cannot_take"),
     "the target refuses a value …, in a row": ("tests/server/postgres/test_errors.py", "in a row too wide for a page"),
     "… would be empty after a crash": (PAUSES, "would be empty after a crash of the target"),
+    "… has triggers or rules": (PAUSES, "… has triggers or rules"),
     "… has policies that hide rows": (
         "tests/server/test_roles.py",
         "test_policies_that_an_operator_forces_on_the_worker_pause_that_index",
@@ -98,6 +99,10 @@ HELD = {
     "no server, but the source's address": (
         "tests/faults/test_failover.py",
         "test_the_stream_follows_its_address_to_another_primary",
+    ),
+    "no server, but the target's address": (
+        "tests/faults/test_target_failover.py",
+        "test_the_worker_follows_its_targets_address_to_another_server",
     ),
     "the source's primary": ("tests/faults/test_failover.py", "test_the_index_follows_a_standby_promoted"),
     "the source, which is shut down": ("tests/faults/test_outages.py", "test_a_source_can_be_shut_down_while"),

@@ -1,6 +1,7 @@
 """What an index should have in the target and lacks: somebody dropped or detached it, or it became invalid.
 
-Source: PostgreSQL, "CREATE TABLE" (UNLOGGED: it is emptied after a crash, and not replicated).
+Source: PostgreSQL, "CREATE TABLE" (UNLOGGED: it is emptied after a crash, and not replicated); "Overview of Trigger
+Behavior" (a trigger before a row may change or skip it); "Rules on INSERT, UPDATE, and DELETE".
 """
 
 from __future__ import annotations
@@ -21,39 +22,69 @@ from cdcsync.target.ddl.chunks_view import chunks_view_name
 from cdcsync.target.ddl.names import FRESH, SETTLED, Names, b_tree_name
 
 
+class Unsafe(msgspec.Struct, frozen=True):
+    """The tables of an index that could lose, hide or change rows without anybody noticing.
+
+    :ivar unlogged: tables that a crash of the target empties, and a failover does not take along.
+    :ivar hidden: tables of which policies hide rows from the role that asks.
+    :ivar altered: the triggers and rules that may have something else written than what we write, each with its table.
+    """
+
+    unlogged: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
+    altered: tuple[tuple[str, str], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.unlogged or self.hidden or self.altered)
+
+
 class Missing(msgspec.Struct, frozen=True):
     """The missing relations of an index, and those that it may lose.
 
     :ivar tables: those that hold its contents: the source has to be read again.
     :ivar built: what searches need, and can be built of what is there.
-    :ivar unlogged: tables that a crash of the target empties, and a failover does not take along.
-    :ivar hidden: tables of which policies hide rows from the role that asks.
+    :ivar unsafe: tables that are there, and could lose rows.
     """
 
     tables: tuple[str, ...] = ()
     built: tuple[str, ...] = ()
-    unlogged: tuple[str, ...] = ()
-    hidden: tuple[str, ...] = ()
+    unsafe: Unsafe = Unsafe()
 
     def __str__(self) -> str:
-        kinds = {"missing": (*self.tables, *self.built), "unlogged": self.unlogged, "hidden by policies": self.hidden}
+        kinds = {
+            "missing": (*self.tables, *self.built),
+            "unlogged": self.unsafe.unlogged,
+            "hidden by policies": self.unsafe.hidden,
+            "changed as it is written": [f"{table} ({what.lower()})" for table, what in self.unsafe.altered],
+        }
         return "; ".join(f"{kind} in the target: {', '.join(names)}" for kind, names in kinds.items() if names)
 
     def __bool__(self) -> bool:
-        return bool(self.tables or self.built or self.unlogged or self.hidden)
+        return bool(self.tables or self.built or self.unsafe)
 
     def refuse_unsafe(self, schema: str) -> None:
-        """Fail if a table could lose or hide rows without anybody noticing.
+        """Fail if a table could lose, hide or change rows without anybody noticing.
 
         :raises SetupError: one could.
         """
-        for tables, fault, change in (
-            (self.unlogged, "would be empty after a crash of the target, and on its standbys: unlogged", "SET LOGGED"),
-            (self.hidden, "has policies that hide rows from the worker", "NO FORCE ROW LEVEL SECURITY"),
+        unlogged, hidden, altered = self.unsafe.unlogged, self.unsafe.hidden, self.unsafe.altered
+        lost = "would be empty after a crash of the target, and on its standbys: unlogged"
+        for tables, fault, changes in (
+            (unlogged, lost, [(table, "SET LOGGED") for table in unlogged]),
+            (
+                hidden,
+                "has policies that hide rows from the worker",
+                [(table, "NO FORCE ROW LEVEL SECURITY") for table in hidden],
+            ),
+            (
+                tuple(dict.fromkeys(table for table, _ in altered)),
+                "has triggers or rules by which other rows could be written than the worker writes",
+                [(table, f"DISABLE {what}") for table, what in altered],
+            ),
         ):
             if tables:
-                named = [sql.Identifier(schema, table).as_string() for table in tables]
-                hint = "; ".join(f"ALTER TABLE {table} {change}" for table in named)
+                named = [(sql.Identifier(schema, table).as_string(), change) for table, change in changes]
+                hint = "; ".join(f"ALTER TABLE {table} {change}" for table, change in named)
                 raise SetupError(f"{', '.join(tables)} {fault}", where=schema, hint=hint)
 
 
@@ -109,8 +140,8 @@ async def missing_relations(
         },
     )
     absent, *built = row
-    unlogged, hidden = await unsafe_tables(connection, schema, stem, [one.generation for one in spec.generations])
-    return Missing(tuple(absent), tuple(name for some in built for name in some), unlogged, hidden)
+    unsafe = await unsafe_tables(connection, schema, stem, [one.generation for one in spec.generations])
+    return Missing(tuple(absent), tuple(name for some in built for name in some), unsafe)
 
 
 def _of_columns(spec: IndexSpec) -> list[str]:
@@ -131,23 +162,36 @@ def newly_asked_for(schema: str, spec: IndexSpec, stored: Mapping[str, Any]) -> 
 
 async def unsafe_tables(
     connection: Connection, schema: str, stem: str, generations: Sequence[int] | None = None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return which of an index's tables are unlogged, and from which policies hide rows.
+) -> Unsafe:
+    """Return which of an index's tables could lose, hide or change rows.
+
+    A trigger that runs after a row is written, or once for a statement, lets the row be.
 
     :param stem: how their names begin.
     :param generations: those of its vectors that are looked at; None for all that are there.
     """
-    unlogged, hidden = await fetch_one(
+    unlogged, hidden, altered = await fetch_one(
         connection,
         r"""
-        SELECT array_agg(relname ORDER BY relname) FILTER (WHERE relpersistence = 'u'),
-               array_agg(relname ORDER BY relname) FILTER (WHERE row_security_active(oid))
-        FROM pg_class
-        WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %(schema)s) AND relkind IN ('r', 'p')
-            AND starts_with(relname::text, %(stem)s || '_')
-            AND substring(relname::text FROM length(%(stem)s) + 2)
-                ~ ('^(chunks|backlog|words|vectors_(' || %(numbers)s || ')(_fresh|_settled)?)$')
+        WITH ours AS (
+            SELECT oid, relname, relpersistence FROM pg_class
+            WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = %(schema)s) AND relkind IN ('r', 'p')
+                AND starts_with(relname::text, %(stem)s || '_')
+                AND substring(relname::text FROM length(%(stem)s) + 2)
+                    ~ ('^(chunks|backlog|words|vectors_(' || %(numbers)s || ')(_fresh|_settled)?)$')),
+        altering (table_oid, what) AS (
+            -- Of each row, before it is written: the bits of pg_trigger.h.
+            SELECT tgrelid, format('TRIGGER %%I', tgname) FROM pg_trigger
+            WHERE tgtype & 3 = 3 AND tgenabled IN ('O', 'A') AND NOT tgisinternal
+            UNION ALL
+            SELECT ev_class, format('RULE %%I', rulename) FROM pg_rewrite WHERE ev_enabled IN ('O', 'A'))
+        SELECT (SELECT array_agg(relname ORDER BY relname) FROM ours WHERE relpersistence = 'u'),
+               (SELECT array_agg(relname ORDER BY relname) FROM ours WHERE row_security_active(oid)),
+               (SELECT array_agg(ARRAY[relname::text, what] ORDER BY relname, what)
+                FROM ours JOIN altering ON table_oid = oid)
         """,
         {"schema": schema, "stem": stem, "numbers": r"\d+" if generations is None else "|".join(map(str, generations))},
     )
-    return tuple(unlogged or ()), tuple(hidden or ())
+    return Unsafe(
+        tuple(unlogged or ()), tuple(hidden or ()), tuple((str(table), str(what)) for table, what in altered or ())
+    )

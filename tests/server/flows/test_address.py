@@ -47,7 +47,9 @@ async def test_a_server_that_the_address_leads_to_by_now_is_found_and_also_after
 
     with anyio.fail_after(60), admitting(admit, refused):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(watch_address, f"host=127.0.0.1 port={moving.port} user=postgres dbname=postgres")
+            tasks.start_soon(
+                watch_address, f"host=127.0.0.1 port={moving.port} user=postgres dbname=postgres", "source"
+            )
             await more.wait()
             await more.wait()
             assert len(set(found)) == 1

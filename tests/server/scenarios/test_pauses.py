@@ -92,6 +92,16 @@ CASES = {
         there="ALTER TABLE cdcsync.{t}_chunks SET UNLOGGED; ALTER TABLE cdcsync.{t}_vectors_1_fresh SET UNLOGGED",
         remedy_there=TYPED,
     ),
+    "… has triggers or rules": Case(
+        "UPDATE {t} SET title = 'swallowed' WHERE id = 1; INSERT INTO {t} VALUES (20, 'swallowed', 1, 'l', 1);"
+        " DELETE FROM {t} WHERE id = 2",
+        ("{t}_chunks has triggers or rules by which other rows could be written", "DISABLE TRIGGER swallowing"),
+        "SELECT",
+        there="CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;"
+        " CREATE TRIGGER swallowing BEFORE INSERT OR UPDATE OR DELETE ON cdcsync.{t}_chunks"
+        " FOR EACH ROW EXECUTE FUNCTION swallow()",
+        remedy_there=TYPED,
+    ),
     "the table exists and has no column of vectors": Case(
         "SELECT",
         ("has no column of vectors",),

@@ -8,12 +8,13 @@ from typing import LiteralString
 import anyio
 import msgspec
 import psycopg
+import psycopg.sql
 import pytest
 
 from cdcsync.config import QualifiedName
 from cdcsync.errors import SetupError
 from cdcsync.target.ddl.building import build_hnsw, build_search
-from cdcsync.target.ddl.missing import Missing, missing_relations
+from cdcsync.target.ddl.missing import Missing, Unsafe, missing_relations, unsafe_tables
 from cdcsync.target.ddl.tiers import create_vectors
 from tests.support.indexes import SCHEMA, LiveIndex, OpenIndex, changes, document, live_index, make_spec
 from tests.support.roles import Roles, grant
@@ -28,14 +29,12 @@ INTERRUPTED: LiteralString = (
 DROPPED: dict[LiteralString, Missing] = {
     "DROP TABLE cdcsync.articles_chunks CASCADE": Missing(
         ("articles_chunks",),
-        *[
-            (
-                "articles_chunks_by_tenant",
-                "articles_chunks_search",
-                "public.articles_index",
-                "public.articles_index_chunks",
-            )
-        ],
+        (
+            "articles_chunks_by_tenant",
+            "articles_chunks_search",
+            "public.articles_index",
+            "public.articles_index_chunks",
+        ),
     ),
     "DROP TABLE cdcsync.articles_backlog": Missing(("articles_backlog",)),
     "DROP TABLE cdcsync.articles_vectors_1 CASCADE": Missing(
@@ -54,7 +53,9 @@ DROPPED: dict[LiteralString, Missing] = {
         built=("articles_vectors_1_fresh as a partition",)
     ),
     INTERRUPTED: Missing(built=("articles_vectors_1_fresh as a partition",)),
-    "ALTER TABLE cdcsync.articles_vectors_1_settled SET UNLOGGED": Missing(unlogged=("articles_vectors_1_settled",)),
+    "ALTER TABLE cdcsync.articles_vectors_1_settled SET UNLOGGED": Missing(
+        unsafe=Unsafe(unlogged=("articles_vectors_1_settled",))
+    ),
     "DROP INDEX cdcsync.articles_vectors_1_hnsw": Missing(built=("articles_vectors_1_hnsw",)),
     "DROP INDEX cdcsync.articles_vectors_1_fresh_near": Missing(built=("articles_vectors_1_fresh_near",)),
     "DROP INDEX cdcsync.articles_chunks_search": Missing(built=("articles_chunks_search",)),
@@ -93,7 +94,7 @@ async def test_what_was_dropped_or_is_invalid_is_named(loaded: LiveIndex, statem
     assert missing.tables == expected.tables
     assert set(expected.built) <= set(missing.built)
     assert bool(missing.tables) or missing == expected
-    assert str(missing).startswith("unlogged in the target: " if missing.unlogged else "missing in the target: ")
+    assert str(missing).startswith("unlogged in the target: " if missing.unsafe else "missing in the target: ")
 
 
 async def test_a_view_is_looked_for_under_the_name_that_it_has(loaded: LiveIndex) -> None:
@@ -153,7 +154,41 @@ async def test_a_worker_that_may_not_know_how_long_a_transaction_has_been_open_d
         )
 
 
+async def test_triggers_and_rules_that_may_have_other_rows_written_are_named_and_no_others(loaded: LiveIndex) -> None:
+    await loaded.connection.execute(
+        "CREATE FUNCTION public.nothing() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$"
+    )
+    made = "CREATE TRIGGER {} {} ON cdcsync.articles_{} {} EXECUTE FUNCTION public.nothing()"
+    for name, when, table, each in (
+        ("after", "AFTER UPDATE", "chunks", "FOR EACH ROW"),
+        ("once", "BEFORE UPDATE", "chunks", "FOR EACH STATEMENT"),
+        ("disabled", "BEFORE UPDATE", "chunks", "FOR EACH ROW"),
+        ("The last", "BEFORE DELETE", "backlog", "FOR EACH ROW"),
+        ("of_tiers", "BEFORE INSERT", "vectors_1", "FOR EACH ROW"),
+    ):
+        name = psycopg.sql.Identifier(name).as_string()
+        await loaded.connection.execute(made.format(name, when, table, each).encode())
+    await loaded.connection.execute(
+        "ALTER TABLE cdcsync.articles_chunks DISABLE TRIGGER disabled;"
+        " CREATE RULE aside AS ON UPDATE TO cdcsync.articles_chunks DO INSTEAD NOTHING"
+    )
+
+    missing = await missing_relations(loaded.connection, SCHEMA, loaded.spec)
+
+    tiers = ("articles_vectors_1", "articles_vectors_1_fresh", "articles_vectors_1_settled")
+    assert missing.unsafe.altered == (
+        ("articles_backlog", 'TRIGGER "The last"'),
+        ("articles_chunks", "RULE aside"),
+        *((tier, "TRIGGER of_tiers") for tier in tiers),
+    )
+    with pytest.raises(SetupError) as caught:
+        missing.refuse_unsafe(SCHEMA)
+    assert caught.value.hint is not None
+    await loaded.connection.execute(caught.value.hint.encode())
+    assert not await unsafe_tables(loaded.connection, SCHEMA, "articles")
+
+
 def test_the_remedy_for_an_unlogged_table_names_it_as_sql_does() -> None:
     with pytest.raises(SetupError) as caught:
-        Missing(unlogged=("articles~2_chunks",)).refuse_unsafe("Search")
+        Missing(unsafe=Unsafe(unlogged=("articles~2_chunks",))).refuse_unsafe("Search")
     assert caught.value.hint == 'ALTER TABLE "Search"."articles~2_chunks" SET LOGGED'
