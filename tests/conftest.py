@@ -23,7 +23,7 @@ from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.pipelines import Pipelines
 from tests.support.browsers import Browser, open_browser
 from tests.support.clocks import Clock
-from tests.support.clusters import OTHER_VERSIONS
+from tests.support.clusters import OTHER_VERSIONS, Copied
 from tests.support.collectors import Collector
 from tests.support.decoding import TABLES, DecodingSlot
 from tests.support.endpoints import Client, View, serving
@@ -142,7 +142,7 @@ def database(make_database: Callable[[], Database]) -> Database:
 def make_cluster() -> Iterator[Callable[..., Cluster]]:
     """Makes running clusters, with `Cluster`'s arguments; all are removed after the test, the last one first."""
     with contextlib.ExitStack() as stack:
-        yield lambda *args, **kwargs: stack.enter_context(Cluster(*args, **kwargs))
+        yield lambda *args, **kwargs: stack.enter_context(Copied(*args, **kwargs))
 
 
 @pytest.fixture

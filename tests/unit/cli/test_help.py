@@ -16,21 +16,16 @@ from cdcsync.cli.entry import command_line, main
 from cdcsync.errors import EXIT_WRONG
 
 
-def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield the path of every command."""
-    yield path
+def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield every command with its path."""
+    yield path, command
     if isinstance(command, TyperGroup):
         for name, one in command.commands.items():
             yield from commands(one, (*path, name))
 
 
-def found(command: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        command = command.commands[name]
-    return command
-
-
-PATHS = list(commands(command_line()))
+COMMANDS = dict(commands(command_line()))
+"""Made once: making it takes a tenth of a second, and every process of a test run imports this."""
 
 
 def shown(path: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
@@ -42,7 +37,7 @@ def shown(path: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", PATHS, ids=" ".join)
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_the_help_names_what_is_taken_as_people_do_and_breaks_no_word(
     path: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,14 +45,14 @@ def test_the_help_names_what_is_taken_as_people_do_and_breaks_no_word(
     assert not re.findall(r"<(?:bool|str|int|float|path|list|text)\b[^>]*>", text, re.IGNORECASE)
     assert max(map(len, text.splitlines())) <= 80
 
-    command = found(command_line(), path)
+    command = COMMANDS[path]
     written = " ".join(str(getattr(one, "help", "") or "") for one in command.params)
     for word in re.findall(r"[A-Za-z_]{4,}", written):
         assert word in text, f"{word} is broken"
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in PATHS if isinstance(found(command_line(), path), TyperGroup)], ids=" ".join
+    "path", [path for path, command in COMMANDS.items() if isinstance(command, TyperGroup)], ids=" ".join
 )
 def test_who_names_no_command_gets_the_help_and_no_error(
     path: tuple[str, ...], capsys: pytest.CaptureFixture[str]
@@ -70,7 +65,7 @@ def test_who_names_no_command_gets_the_help_and_no_error(
 
 
 def completed(directory: Path, incomplete: str) -> list[str]:
-    context = typer.Context(found(command_line(), ("verify",)))
+    context = typer.Context(COMMANDS["verify",])
     context.params["config"] = directory / "cdcsync.toml"
     return index_names(context, incomplete)
 

