@@ -171,7 +171,7 @@ def print_hits(
     if not hits:
         out.print("nothing was found")
     for at, hit in enumerate(hits):
-        key = ", ".join(f"{name}={plain(str(value))}" for name, value in hit.key.items())
+        key = ", ".join(named(name, value) for name, value in hit.key.items())
         if indexes is not None:
             key = f"{indexes[at]} {key}"
         figures = [f"score {hit.score:.4f}"]
@@ -183,7 +183,7 @@ def print_hits(
             figures.append(f"vector rank {hit.vector_rank}")
         if explain and hit.text_score is not None:
             figures.append(f"text score {hit.text_score:.3f}")
-        carried = [f"{name}={plain(str(value))}" for name, value in hit.carried.items()]
+        carried = [named(name, value) for name, value in hit.carried.items()]
         out.print(
             Text.assemble(
                 f"{first + at:>3}  ",
@@ -196,6 +196,17 @@ def print_hits(
             )
         )
         out.print(matched(hit))
+
+
+def named(name: str, value: Any) -> str:
+    """Return a column with its value: NULL as `--filter` asks for it, arrays and JSON as JSON, as `--json` has them."""
+    import msgspec
+
+    if value is None:
+        return f"{plain(name)} is null"
+    if isinstance(value, bool | list | dict):
+        value = msgspec.json.encode(value, enc_hook=str).decode()
+    return f"{plain(name)}={plain(str(value))}"
 
 
 def shares(hit: Hit) -> list[str | tuple[str, str]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
+from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -75,6 +78,30 @@ def test_a_hit_shows_its_key_its_ranks_and_the_beginning_of_its_text(capsys: pyt
     printed = capsys.readouterr().out
     for part in ("id=7", "score 0.0325", "distance 0.2500", "text rank 2", "vector rank 1", "tenant=3", "First line"):
         assert part in printed
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "c is null"),
+        ("None", "c=None"),
+        ("", "c="),
+        (True, "c=true"),
+        (["a", None, 1], 'c=["a",null,1]'),
+        ({"a": {"b": False}}, 'c={"a":{"b":false}}'),
+        (Decimal("1.50"), "c=1.50"),
+        (math.nan, "c=nan"),
+        ([datetime.date(2026, 1, 31), Decimal("1.50")], 'c=["2026-01-31","1.50"]'),
+        (["\x1b[2J\x9b"], 'c=["\\u001b[2J·"]'),
+    ],
+)
+def test_a_value_is_shown_as_filters_and_json_have_it(
+    value: Any, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_hits([msgspec.structs.replace(HIT, key={"flag": True}, carried={"c": value, "last": 1})])
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert "flag=true" in first
+    assert second.strip() == f"{shown}  last=1"
 
 
 def test_a_stale_vector_is_told_and_matched_words_stand_without_marks(capsys: pytest.CaptureFixture[str]) -> None:
