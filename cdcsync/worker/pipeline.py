@@ -242,9 +242,9 @@ class Pipeline:
         )
         state.admit = self.streaming.server.admit
 
-        def leave(why: str) -> None:
+        def leave(_: str) -> None:
             self.session.cut()
-            self.stream.leave(why)
+            self.stream.look()
 
         self.applied = FollowedServer("target", leave)
         """The server to which changes are applied."""
