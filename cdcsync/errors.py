@@ -35,6 +35,7 @@ also known by its code (`sqlstate`). A mistake of ours is none of these classes:
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import ClassVar
 
 EXIT_FAILED = 1
@@ -61,10 +62,12 @@ class CdcsyncError(Exception):
     :param where: the key, table, slot, server or file concerned.
     :param hint: the fix, as an instruction.
     :param sqlstate: PostgreSQL's code of the error that a server reported, if one did.
+    :ivar beside: if no host of a DSN could be used, and this is the error of one: those of the others.
     """
 
     retry: ClassVar[Retry] = Retry.OPERATOR
     exit_code: ClassVar[int] = EXIT_FAILED
+    beside: Sequence[CdcsyncError] = ()
 
     def __init__(
         self, message: str, *, where: str | None = None, hint: str | None = None, sqlstate: str | None = None

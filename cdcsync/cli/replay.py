@@ -181,7 +181,7 @@ async def _checked(
     import msgspec
 
     from cdcsync.flows.replay import as_on_source, canonical_keys, check_where, open_index
-    from cdcsync.flows.setup.gaps import connect_followed
+    from cdcsync.preflight.identity import connect_followed
 
     spec = await open_index(target, config, index)
     if keys is not None:

@@ -86,7 +86,7 @@ async def _verify(config: Config, index: str, repair: bool) -> tuple[Verificatio
 
     from cdcsync.flows import audit as flow
     from cdcsync.flows.replay import as_on_source, open_index
-    from cdcsync.flows.setup.gaps import connect_followed
+    from cdcsync.preflight.identity import connect_followed
     from cdcsync.target.version import open_target
     from cdcsync.worker.substitute import worker_ensured
 

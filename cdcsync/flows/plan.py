@@ -19,7 +19,7 @@ from cdcsync.embedders.protocol import Embedder
 from cdcsync.errors import AnotherServer, GapError, SetupError
 from cdcsync.flows.dry_run import Bounds, seconds_for_each
 from cdcsync.flows.setup.approval import Cost, Reading, confirm_above, cost_of, pause_for, read_need
-from cdcsync.flows.setup.gaps import connect_followed, foreseen_gap
+from cdcsync.flows.setup.gaps import foreseen_gap
 from cdcsync.flows.setup.needs import Need
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
@@ -29,6 +29,7 @@ from cdcsync.preflight import Report
 from cdcsync.preflight.beside import beside_findings
 from cdcsync.preflight.dependents import dependents_findings
 from cdcsync.preflight.generations import vector_findings
+from cdcsync.preflight.identity import connect_followed
 from cdcsync.preflight.indexes import Plan
 from cdcsync.preflight.layout import search_findings
 from cdcsync.process.crashpoints import crash_point

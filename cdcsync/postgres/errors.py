@@ -295,6 +295,7 @@ def none_of(attempts: Sequence[Attempt]) -> CdcsyncError:
         if one.error.message != error.message
     ]
     error.message = "; ".join([error.message, *dict.fromkeys(others)])
+    error.beside = tuple(one.error for one in attempts if one.error is not error)
     return error
 
 

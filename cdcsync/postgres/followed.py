@@ -9,9 +9,10 @@ read and write tables that are not those to which the changes go.
 The rules:
 
 1. A session is on the server that the main session is on, or was on last, or it is not used: the next host is tried.
-2. If no host is that server, and one is another primary, the main session connects again. What is known of clusters,
-   timelines and gaps then decides which host it may be on (`flows/setup/gaps`, `target/locked_session`). It connects
-   again as well if a session meets a primary that was promoted in the place of its server.
+2. If no host is that server, and one is another primary, the main session connects again, unless a host runs and only
+   takes no more sessions for now. What is known of clusters, timelines and gaps then decides which host it may be on
+   (`flows/setup/gaps`, `target/locked_session`). It connects again as well if a session meets a primary that was
+   promoted in the place of its server.
 3. A standby has nothing to offer, and a former primary less: a session that finds one is refused, and the main session
    stays.
 4. When the main session connects to another server, the sessions with the one before end.
@@ -32,6 +33,7 @@ import anyio
 from cdcsync.errors import CdcsyncError
 from cdcsync.postgres.errors import unavailable
 from cdcsync.postgres.liveness import Backend, WatchedConnection, left_behind, same_server
+from cdcsync.postgres.refusals import STILL_RUNS
 from cdcsync.postgres.sessions import Connection
 from cdcsync.postgres.settings import Side
 
@@ -118,7 +120,7 @@ class FollowedServer:
 
         :param error: why no session could be opened.
         """
-        if error in self._found:
+        if error.sqlstate not in STILL_RUNS and any(one in self._found for one in (error, *error.beside)):
             self._go()
 
     def _go(self) -> None:

@@ -9,9 +9,12 @@ tried at every address, in the driver's order, until one fits. The rules:
 
 1. A host that is not the server, or cannot be used, is left, and the next one is tried. If none fits, the error tells
    what each of them is.
-2. A host that was not the server is tried last for a while (`ASIDE_S`). It is not skipped: nobody else may answer.
+2. A host that was not the server is tried last by that DSN for a while (`ASIDE_S`), or until it is. It is not skipped:
+   nobody else may answer.
 3. If no server is known yet that it has to be, the other hosts are asked, too: one that was promoted in the place of
-   the host that let us in shows that this is a former primary (`refuse_left_behind`).
+   the host that let us in shows that this is a former primary (`refuse_left_behind`). Sessions that follow from what
+   others are on do not ask again for a while (`ASKED_S`): each host would have a login for each of them, and all of
+   them would wait for a host that does not answer.
 
 Source: PostgreSQL, "libpq - C Library", "Parameter Key Words" (host, hostaddr, connect_timeout, load_balance_hosts).
 """
@@ -19,6 +22,7 @@ Source: PostgreSQL, "libpq - C Library", "Parameter Key Words" (host, hostaddr, 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import socket
 from collections.abc import Awaitable, Callable, Sequence
@@ -45,11 +49,20 @@ ANSWER_S = 3
 """How long another host may take to say what it is, while a session waits for that: one that does not answer is no
 successor as far as we can tell."""
 
+ASKED_S = 30.0
+"""How long it holds that no other host was promoted in the place of a server. A session that was opened before such a
+promotion stays where it is for longer."""
+
 _NOT_HERE = (Unavailable, SetupError, AnotherServer)
 """The errors of a host after which the next one is tried. Any other is said by the right server."""
 
-_aside: dict[tuple[str, str, str], float] = {}
-"""Host, address and port of hosts that were not the right server, and until when they are tried last."""
+_Place = tuple[str, str, str]
+
+_aside: dict[tuple[str, _Place], float] = {}
+"""The hosts that were not the right server for a DSN, and until when they are tried last."""
+
+_asked_until: dict[tuple[str, int], float] = {}
+"""By DSN and start, the servers in whose place no other host was promoted, and until when that is not asked again."""
 
 
 class Host(msgspec.Struct, frozen=True):
@@ -62,6 +75,11 @@ class Host(msgspec.Struct, frozen=True):
     address: str
     port: str
     settings: str
+
+    @property
+    def place(self) -> _Place:
+        """Host, address and port."""
+        return self.host, self.address, self.port
 
     @property
     def label(self) -> str:
@@ -91,7 +109,7 @@ async def log_in(kind: type[C], settings: str, side: Side, where: str, fits: Fit
     attempts: list[Attempt] = []
     cause: Exception | None = None
     now = anyio.current_time()
-    for one in sorted(hosts, key=lambda it: _aside.get((it.host, it.address, it.port), now) > now):
+    for one in sorted(hosts, key=lambda it: _aside.get((where, it.place), now) > now):
         try:
             connection = await kind.connect(one.settings, autocommit=True)
         except psycopg.Error as error:
@@ -101,7 +119,7 @@ async def log_in(kind: type[C], settings: str, side: Side, where: str, fits: Fit
             continue
         try:
             if fits is not None:
-                await fits(connection, [it for it in hosts if it is not one])
+                await fits(connection, [it for at, it in {it.place: it for it in hosts}.items() if at != one.place])
         except _NOT_HERE as error:
             connection.pgconn.finish()
             cause = error
@@ -109,11 +127,12 @@ async def log_in(kind: type[C], settings: str, side: Side, where: str, fits: Fit
                 error.message += f" (host {one.label})"
             attempts.append(Attempt(one.label, one.address, error, inside=True))
             if len(hosts) > 1:
-                _aside[one.host, one.address, one.port] = anyio.current_time() + ASIDE_S
+                _aside[where, one.place] = anyio.current_time() + ASIDE_S
         except BaseException:
             connection.pgconn.finish()
             raise
         else:
+            _aside.pop((where, one.place), None)
             return connection
     said = none_of(attempts)
     if said is cause:
@@ -121,13 +140,18 @@ async def log_in(kind: type[C], settings: str, side: Side, where: str, fits: Fit
     raise said from cause
 
 
-async def refuse_left_behind(backend: Backend, others: Sequence[Host], side: Side, where: str) -> None:
+async def refuse_left_behind(
+    backend: Backend, others: Sequence[Host], side: Side, where: str, *, anew: bool = True
+) -> None:
     """Refuse a former primary: another host was promoted in its place.
 
     :param others: the other hosts of the DSN, which are asked all at a time.
+    :param anew: whether they are asked although they were a moment ago.
     :raises SourceUnavailable, TargetUnavailable: it is one.
     """
     if backend.standby or backend.system is None or backend.timeline is None:
+        return
+    if not anew and anyio.current_time() < _asked_until.get((where, backend.started), -math.inf):
         return
     newer: dict[str, int] = {}
 
@@ -148,6 +172,7 @@ async def refuse_left_behind(backend: Backend, others: Sequence[Host], side: Sid
             where=where,
             hint=f"stop it, or make it a standby of the present primary; or take it out of {side}.dsn",
         )
+    _asked_until[where, backend.started] = anyio.current_time() + ASKED_S
 
 
 async def server_at(settings: str) -> Backend | None:

@@ -150,7 +150,7 @@ async def _open(
                 if right is not None:
                     await right(connection)
                 if admit is None:
-                    await refuse_left_behind(connection.backend, others, side, where)
+                    await refuse_left_behind(connection.backend, others, side, where, anew=right is not None)
                 await _set_up(connection, side, lock_wait_ms, works=works)
                 if admit is not None:
                     await admit(connection, side)

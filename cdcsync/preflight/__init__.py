@@ -24,6 +24,7 @@
     machine          this machine's disk and network
     connections      how many connections the servers have left
     hosts            whether a DSN of several hosts leads to the primary only
+    identity         which server the source is, and whether an index followed it
     report           `Report`, `refuse`
     examination      `examine`, all of it in order
 

@@ -11,10 +11,11 @@ import msgspec
 from cdcsync.config import Config, Index
 from cdcsync.config.names import beside_name, own_name, quote
 from cdcsync.embedders import Embedder
-from cdcsync.errors import CdcsyncError
+from cdcsync.errors import AnotherServer, CdcsyncError
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.locking import exclusive_locks
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.postgres.settings import ALWAYS_BRIEFLY, Side
@@ -27,6 +28,7 @@ from cdcsync.preflight.findings import Finding, noting
 from cdcsync.preflight.following import following_findings, seen_fingerprint
 from cdcsync.preflight.generations import follow_generations, live_generation, vector_findings
 from cdcsync.preflight.hosts import connection_options, examine_addresses, host_faults
+from cdcsync.preflight.identity import connect_source, known_state, refuse_elsewhere
 from cdcsync.preflight.indexes import Plan, make_plan, make_spec, stored_faults, vector_faults
 from cdcsync.preflight.layout import examine_layout, width_faults
 from cdcsync.preflight.machine import machine_findings
@@ -55,6 +57,8 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
     specs: list[IndexSpec] = []
     async with AsyncExitStack() as stack:
         source, target = await _connect_both(stack, config, findings)
+        if source is not None and target is not None:
+            source = await _followed(stack, config, source, target, findings)
         source_facts = target_facts = None
         on_target: list[Finding] = []
         if target is not None:
@@ -127,10 +131,10 @@ def _paired(specs: Sequence[IndexSpec]) -> list[IndexSpec]:
 
 async def _connect_both(
     stack: AsyncExitStack, config: Config, findings: list[Finding]
-) -> tuple[Connection | None, Connection | None]:
+) -> tuple[WatchedConnection | None, WatchedConnection | None]:
     """Connect to both servers at the same time: one that is away, or far, is waited for once."""
     dsns: dict[Side, str] = {"source": config.source.dsn, "target": config.target.dsn}
-    connections: dict[Side, Connection | None] = {}
+    connections: dict[Side, WatchedConnection | None] = {}
     found: dict[Side, list[Finding]] = {side: [] for side in dsns}
 
     async def enter(side: Side) -> None:
@@ -144,7 +148,7 @@ async def _connect_both(
     return connections["source"], connections["target"]
 
 
-async def _connect(stack: AsyncExitStack, dsn: str, side: Side, findings: list[Finding]) -> Connection | None:
+async def _connect(stack: AsyncExitStack, dsn: str, side: Side, findings: list[Finding]) -> WatchedConnection | None:
     try:
         findings += host_faults(side, connection_options(dsn))
         connection = await stack.enter_async_context(await connect(dsn, side, application_name="cdcsync check"))
@@ -155,6 +159,32 @@ async def _connect(stack: AsyncExitStack, dsn: str, side: Side, findings: list[F
         findings.append(Finding.of(error, side))
         return None
     return connection
+
+
+async def _followed(
+    stack: AsyncExitStack, config: Config, source: WatchedConnection, target: Connection, findings: list[Finding]
+) -> WatchedConnection | None:
+    """Return a session with the host of the source that the pipeline follows; None if it is away just now.
+
+    On another one there would be other tables in the place of those that are indexed, or none. If no host is the right
+    one, that is said where gaps are.
+    """
+    try:
+        state = await known_state(target, config)
+    except CdcsyncError:
+        return source  # what is wrong with our tables is found there
+    try:
+        refuse_elsewhere(source, state, config)
+    except AnotherServer:
+        try:
+            found = await connect_source(config, state, application_name="cdcsync check")
+        except AnotherServer:
+            return source
+        except CdcsyncError as error:
+            findings.append(Finding.of(error, "source"))
+            return None
+        return await stack.enter_async_context(found)
+    return source
 
 
 async def _examine_tables(

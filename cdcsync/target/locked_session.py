@@ -252,9 +252,10 @@ class LockedSession:
         return f"cdcsync apply {self._slot}"
 
     async def _connect(self) -> WatchedConnection:
-        """Connect to a host that is no former primary of the server that the last connection was with."""
+        """Connect to a host that is not a standby, nor a former primary of the server of the last connection."""
 
         async def right(connection: WatchedConnection) -> None:
+            self._pipelines.refuse_standby(connection)
             backend, last = connection.backend, self._server
             if backend is not None and last is not None and left_behind(backend, last):
                 raise TargetUnavailable(

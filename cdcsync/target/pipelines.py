@@ -205,7 +205,7 @@ class Pipelines:
         :param wait_s: how long to wait for a session that is just ending.
         :raises TargetUnavailable: the session is with a standby, which knows nothing of the primary's locks.
         """
-        self._refuse_standby(connection)
+        self.refuse_standby(connection)
         statement = "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))"
         locked = await fetch_value(connection, statement, [self._lock])
         if not locked and await self.end_silent(connection):
@@ -332,7 +332,7 @@ class Pipelines:
         :raises TargetUnavailable: the session is with a standby.
         :raises RunError: the pipeline's row is gone.
         """
-        self._refuse_standby(connection)
+        self.refuse_standby(connection)
         cursor = await connection.execute(
             sql.SQL("SELECT pg_advisory_lock_shared(hashtext({}), {}); SELECT fence FROM {} WHERE slot = {}").format(
                 self._admissions, _mark(lease), self._table, sql.Literal(self._slot)
@@ -347,7 +347,11 @@ class Pipelines:
         if row[0] < lease.fence:
             raise TargetRewound("the target went back to before this worker took over", where=f"slot {self._slot}")
 
-    def _refuse_standby(self, connection: Connection) -> None:
+    def refuse_standby(self, connection: Connection) -> None:
+        """Refuse a session with a standby.
+
+        :raises TargetUnavailable: it is one.
+        """
         if isinstance(connection, WatchedConnection) and connection.backend is not None and connection.backend.standby:
             raise TargetUnavailable(
                 "the target is a standby at the moment, which takes no writes and shows no locks of its primary",

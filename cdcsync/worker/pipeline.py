@@ -58,7 +58,6 @@ from cdcsync.flows.retention import watch_slot
 from cdcsync.flows.settle import Settle
 from cdcsync.flows.setup.approval import Held
 from cdcsync.flows.setup.exchange import do_what_was_asked
-from cdcsync.flows.setup.gaps import connect_source
 from cdcsync.flows.setup.indexes import let_go, outdated, pause_indexes, set_up_indexes
 from cdcsync.flows.setup.start import refuse_early, set_up_publication, set_up_shared
 from cdcsync.flows.watch import Watch
@@ -73,6 +72,7 @@ from cdcsync.postgres.followed import FollowedServer
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupted_by
 from cdcsync.postgres.sessions import IDLE_S, Connection, Session, admitting
 from cdcsync.postgres.settings import Side
+from cdcsync.preflight.identity import connect_source
 from cdcsync.preflight.indexes import Plan
 from cdcsync.process import collector
 from cdcsync.source.catalog import read_catalog, read_server
@@ -242,9 +242,9 @@ class Pipeline:
         )
         state.admit = self.streaming.server.admit
 
-        def leave(why: str) -> None:
+        def leave(_: str) -> None:
             self.session.cut()
-            self.stream.leave(why)
+            self.stream.look()
 
         self.applied = FollowedServer("target", leave)
         """The server to which changes are applied."""

@@ -215,3 +215,27 @@ def test_the_worker_follows_its_targets_address_to_another_server_although_the_o
     assert worker.poll() is None
     assert pipeline.times("index_paused") == 0
     assert pipeline.stop(worker) == 0
+
+
+def test_a_restart_of_the_target_costs_the_stream_no_connection(
+    make_database: Callable[[], Database],
+    make_cluster: Callable[..., Cluster],
+    make_simple: MakeSimple,
+) -> None:
+    source, target = make_database(), make_cluster()
+    pipeline = make_simple(source.dsn, make_target(target), slot=source.name)
+    pipeline.hurry["cdcsync.flows.address.LOOK_S"] = 0.5
+    pipeline.hurry["cdcsync.postgres.followed.STAYS_S"] = 0.0
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    target.restart()
+    pipeline.connect_target()
+
+    # Nothing changes, and the sessions that are opened meanwhile have the one that applies changes opened again.
+    held = "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'cdcsync apply%'"
+    until(lambda: bool(pipeline.target.execute(held).fetchall()), pipeline.tail)
+    change(pipeline, " after")
+    pipeline.in_step()
+    assert pipeline.times("streaming") == 1
+    assert pipeline.stop(worker) == 0

@@ -193,6 +193,20 @@ class Applier:
             await self._backoff.wait(error)
             return False
 
+    async def reopen(self) -> None:
+        """Open the session again if it has ended, however long the target is away.
+
+        :raises LeaseLost, TargetRewound: this worker must not, or cannot, write any more.
+        """
+        while True:
+            try:
+                await self._session.ensure(self._specs)
+            except TargetUnavailable as error:
+                await self._backoff.wait(error)
+            else:
+                self._backoff.succeeded()
+                return
+
     async def note_position(self, position: Lsn, *, caught_up: bool) -> bool:
         """Commit a position up to which there is nothing to apply; False if the target is away."""
         try:

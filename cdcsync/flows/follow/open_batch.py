@@ -67,6 +67,10 @@ class Position(msgspec.Struct, frozen=True):
     due: bool
 
 
+class Look(msgspec.Struct, frozen=True):
+    """Nothing to commit: the session is to be opened again if it has ended."""
+
+
 class IdlePace:
     """How often the position is written while there is nothing to apply."""
 
@@ -120,6 +124,7 @@ class OpenBatch:
         self._dry = False
         self._heard_all = False
         self._pausing = False
+        self._look = False
         self._pace = IdlePace()
         self._for_applier = anyio.Event()
         self._for_receiver = anyio.Event()
@@ -196,6 +201,11 @@ class OpenBatch:
         if self._ready or self._passed > self._progress.checkpoint:
             self._for_applier.set()
 
+    def look(self) -> None:
+        """Have the applier see that its session is open, once it is free."""
+        self._look = True
+        self._for_applier.set()
+
     def note_more(self) -> None:
         """Note that something has arrived."""
         self._dry = False
@@ -229,12 +239,15 @@ class OpenBatch:
 
     # -- applying -----------------------------------------------------------------------------------------------
 
-    async def next(self) -> Batch | Position:
-        """Return what is to be committed next, once there is something: a batch, or just a position.
+    async def next(self) -> Batch | Position | Look:
+        """Return what is to be done next, once there is something: commit a batch, or just a position, or look.
 
         The caller calls `done` with a batch that is in the target.
         """
         while True:
+            if self._look:
+                self._look = False
+                return Look()
             if self._ready:
                 return self._take()
             if self._moved and self._pace.due(dry=self._dry):

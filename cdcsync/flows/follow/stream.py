@@ -18,7 +18,7 @@ import anyio
 from cdcsync.errors import CdcsyncError, IndexFault, SourceUnavailable, leading
 from cdcsync.flows.follow.accounts import Accounts
 from cdcsync.flows.follow.apply import Applier, Outcome
-from cdcsync.flows.follow.open_batch import Limits, OpenBatch, Position
+from cdcsync.flows.follow.open_batch import Limits, Look, OpenBatch, Position
 from cdcsync.flows.follow.receive import Dry, Heard, Passed, Receiver
 from cdcsync.lsn import Lsn
 from cdcsync.metrics import Metrics
@@ -121,6 +121,10 @@ class Stream:
         """Give up the connection and the current batch, also if they wait for the source, which waits for them."""
         self._why_left = why
         self._leaving.set()
+
+    def look(self) -> None:
+        """Open the session that applies changes again if it has ended, though there may be nothing to apply."""
+        self._open.look()
 
     def failing_for(self, seconds: float) -> CdcsyncError | None:
         """Return why nothing that was received could be applied for so long, if that is so."""
@@ -251,6 +255,8 @@ class Stream:
                         if paused:
                             # The end of the transaction had come alone before the batch that paused was written.
                             return list(paused.values())
+                case Look():
+                    await self._applier.reopen()
                 case _:
                     assert_never(work)
 

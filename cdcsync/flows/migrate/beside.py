@@ -18,12 +18,12 @@ from cdcsync.errors import SetupError, UsageError
 from cdcsync.flows.dry_run import Bounds
 from cdcsync.flows.migrate.present import Started
 from cdcsync.flows.setup.approval import COUNTED_S, Cost, Reading, confirm_above, cost_of
-from cdcsync.flows.setup.gaps import connect_followed
 from cdcsync.flows.setup.needs import Need
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight import examine, refuse
+from cdcsync.preflight.identity import connect_followed
 from cdcsync.preflight.indexes import WantedVectors
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.beside import is_met_by

@@ -20,12 +20,12 @@ from cdcsync.errors import IndexFault, SetupError, Unavailable
 from cdcsync.flows.dry_run import Bounds, count, embedded_generations, tokens_of
 from cdcsync.flows.replay import Replay
 from cdcsync.flows.setup.differences import difference_of, present_fingerprint
-from cdcsync.flows.setup.gaps import connect_followed
 from cdcsync.flows.setup.needs import AWAITS_APPROVAL, Need, need_of
 from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import locked_out, speaking_of
 from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.preflight.identity import connect_followed
 from cdcsync.source.catalog import Catalog
 from cdcsync.source.fingerprints import Difference
 from cdcsync.target.approvals import Approvals, change_of

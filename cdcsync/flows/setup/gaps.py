@@ -23,6 +23,7 @@ from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.liveness import WatchedConnection, same_server
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.preflight.identity import connect_source, known_state, refuse_another_server, standby
 from cdcsync.source.catalog import SENDS_PREPARED, Slot, misfit, read_slot, why_lost
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target.pipelines import Pipelines, PipelineState
@@ -31,11 +32,6 @@ from cdcsync.target.requests.history import History
 _RESYNC = (
     'set source.on_gap = "resync" to read everything again with a new slot; docs/operations.md, "After a gap",'
     " says what that costs"
-)
-
-_FOLLOW = (
-    "cdcsync plan --approve-source: the worker then reads everything again with a new slot; docs/operations.md,"
-    ' "After a gap", says what that costs'
 )
 
 
@@ -55,7 +51,7 @@ async def foreseen_gap(config: Config) -> GapError | None:
             table = sql.Identifier(schema, "pipelines").as_string(target)
             if not await fetch_value(target, "SELECT to_regclass(%s) IS NOT NULL", [table]):
                 return None
-        state = await _known(target, config)
+        state = await known_state(target, config)
         try:
             async with await connect_source(config, state, application_name="cdcsync check") as source:
                 # The slot is read before the checkpoint: a worker that runs moves it after that.
@@ -69,45 +65,6 @@ async def foreseen_gap(config: Config) -> GapError | None:
     return None
 
 
-async def connect_followed(config: Config, target: Connection, *, application_name: str) -> WatchedConnection:
-    """Open a session with the host of `source.dsn` that the pipeline in a target follows. The caller closes it.
-
-    :raises AnotherServer, SourceUnavailable, SetupError: as `connect_source`.
-    """
-    return await connect_source(config, await _known(target, config), application_name=application_name)
-
-
-async def _known(target: Connection, config: Config) -> PipelineState | None:
-    """Return the stored state of the pipeline; None if it never began."""
-    with speaking_of("target"):
-        table = sql.Identifier(config.target.schema, "pipelines").as_string(target)
-        if not await fetch_value(target, "SELECT to_regclass(%s) IS NOT NULL", [table]):
-            return None
-        return await Pipelines(config.target.schema, config.source.slot).read(target)
-
-
-async def connect_source(config: Config, state: PipelineState | None, *, application_name: str) -> WatchedConnection:
-    """Open a session with the host of `source.dsn` that a pipeline follows. The caller closes it.
-
-    :param state: of the pipeline; None if there is none yet.
-    :raises AnotherServer: no host is its server, and all of them answer.
-    :raises SourceUnavailable, SetupError: as `connect`; or it is a standby.
-    """
-
-    async def right(connection: WatchedConnection) -> None:
-        backend = connection.backend
-        assert backend is not None
-        if backend.standby:
-            raise _standby()
-        if state is not None and backend.system is not None and backend.timeline is not None:
-            info = connection.info
-            refuse_another_server(
-                f"{info.host}:{info.port}", state, backend.system, backend.timeline, config.source.slot, follow=True
-            )
-
-    return await connect(config.source.dsn, "source", application_name=application_name, right=right)
-
-
 async def connect_slot(config: Config, state: PipelineState | None) -> SlotConnection:
     """Open a replication connection with the host of `source.dsn` that a pipeline follows. The caller closes it.
 
@@ -119,7 +76,7 @@ async def connect_slot(config: Config, state: PipelineState | None) -> SlotConne
 
     async def right(slot: SlotConnection) -> None:
         if await slot.in_recovery():
-            raise _standby()
+            raise standby()
         if state is not None:
             server = await slot.identify()
             refuse_another_server(
@@ -127,14 +84,6 @@ async def connect_slot(config: Config, state: PipelineState | None) -> SlotConne
             )
 
     return await SlotConnection.connect(config.source.dsn, right)
-
-
-def _standby() -> SourceUnavailable:
-    return SourceUnavailable(
-        "the server is a standby just now",
-        where="source.dsn",
-        hint="name all hosts, and add target_session_attrs=primary, to go straight to the primary",
-    )
 
 
 async def refuse_gaps(
@@ -206,44 +155,6 @@ async def refuse_forgotten(target: Connection, schema: str, name: str, indexes: 
             " removed, so what changed since is unknown",
             where=f"slot {name}",
             hint=_RESYNC,
-        )
-
-
-def refuse_another_server(
-    address: str, state: PipelineState, system: str, timeline: int, name: str, *, follow: bool = False
-) -> None:
-    """Refuse a server that is not the one we followed, nor one that was promoted in its place.
-
-    That holds as well while a pipeline has no checkpoint: it may be in the middle of a resync.
-
-    :param system: the server's system identifier.
-    :param follow: whether one that somebody approved is not refused.
-    :raises AnotherServer: it is one.
-    """
-    server = f"{system}/{timeline}"
-    where, approved = f"slot {name}, checkpoint {state.checkpoint}", state.approved_source == server
-    if approved and follow:
-        return
-    if state.system_identifier is not None and state.system_identifier != system:
-        raise AnotherServer(
-            f"this is another cluster than before ({address} has the system identifier {system}, and it was"
-            f" {state.system_identifier}): pg_upgrade made a new cluster of the old one, or source.dsn leads elsewhere",
-            where=where,
-            hint=f"after pg_upgrade, or to follow this cluster from now on, {_FOLLOW}; if source.dsn leads elsewhere,"
-            " point it at the old cluster; if this is the source of another pipeline, give it a slot of its own with"
-            " source.slot",
-            server=server,
-            approved=approved,
-        )
-    if state.timeline is not None and timeline < state.timeline:
-        raise AnotherServer(
-            f"the source is on timeline {timeline}, and the index has followed timeline {state.timeline}:"
-            f" {address} was left behind by a promotion, or restored",
-            where=where,
-            hint="point source.dsn at the present primary alone, or stop this server, if it was left behind; to follow"
-            f" it from now on, {_FOLLOW}",
-            server=server,
-            approved=approved,
         )
 
 

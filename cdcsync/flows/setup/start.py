@@ -18,7 +18,6 @@ from cdcsync.errors import DecodingFailed, GapError, IndexFault, SetupError, Slo
 from cdcsync.flows.blocked import Blocked, Note
 from cdcsync.flows.setup.gaps import (
     heals,
-    refuse_another_server,
     refuse_forgotten,
     refuse_gap,
     refuse_gaps,
@@ -32,6 +31,7 @@ from cdcsync.postgres.errors import LOCKED_OUT, speaking_of
 from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.locking import BRIEFLY, PUBLISHING_WAITS, exclusive_locks, until_locked
 from cdcsync.postgres.sessions import Connection
+from cdcsync.preflight.identity import refuse_another_server
 from cdcsync.preflight.target import SHARED
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import FAILOVER_VERSION, Slot, read_catalog, read_slot

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 import anyio
 import anyio.lowlevel
+import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
@@ -120,6 +121,33 @@ async def test_a_session_goes_past_another_server_to_the_one_that_the_stream_is_
     assert f"host 127.0.0.1, port {there.port}" in str(raised.value)
     assert f"no server listens on 127.0.0.1, port {here.port}" in str(raised.value)
     assert len(following.left) == 1
+
+
+async def test_another_server_is_noticed_beside_a_host_that_is_none_for_another_reason(
+    make_cluster: Callable[..., Cluster], following: Following
+) -> None:
+    here = make_cluster()
+    following.server.follow(await server_of(here))
+    with here.standby() as standby, following.admitting():
+        dsn = several(standby, here).replace("read-write", "any")
+        here.restart()
+        # A standby of it is the reason that is told first.
+        with pytest.raises(SourceUnavailable, match="on a standby"):
+            await connect(dsn, "source")
+        assert len(following.left) == 1
+
+
+async def test_the_stream_stays_although_another_server_is_found_while_its_own_takes_no_sessions(
+    make_cluster: Callable[..., Cluster], following: Following
+) -> None:
+    here, there = make_cluster(settings={"max_connections": "4"}), make_cluster()
+    following.server.follow(await server_of(here))
+    with contextlib.ExitStack() as stack, following.admitting():
+        for _ in range(4):
+            stack.enter_context(psycopg.connect(here.dsn()))
+        with pytest.raises(SourceUnavailable, match="all connections of the server are in use"):
+            await connect(several(here, there), "source")
+    assert following.left == []
 
 
 async def test_the_stream_stays_a_while_although_sessions_are_elsewhere(

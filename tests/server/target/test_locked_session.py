@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING
 import anyio
 import psycopg
 import pytest
+from psycopg import conninfo
 
 import cdcsync.target.locked_session as session_module
+from cdcsync.demo.cluster import Cluster
 from cdcsync.errors import LeaseLost, RunError, TargetUnavailable
 from cdcsync.lsn import Lsn
 from cdcsync.postgres import liveness
-from cdcsync.postgres.sessions import Connection
+from cdcsync.postgres.sessions import Connection, connect
+from cdcsync.target.ddl.shared import create_shared
 from cdcsync.target.locked_session import worker_name
 from cdcsync.target.pipelines import Pipelines
 from cdcsync.target.session import ApplySession
 from tests.support.expiries import EXPIRIES, expire
 from tests.support.indexes import SCHEMA, changes, document, until
+from tests.support.outages import make_target
 from tests.support.sessions import SLOT, SPECS, Pipeline, apply
 
 if TYPE_CHECKING:
@@ -224,3 +228,22 @@ async def test_a_session_that_was_refused_a_write_is_opened_again(
     await session.ensure([])
     await apply(session, Lsn(0x100))
     assert await locked.checkpoint() == Lsn(0x100)
+
+
+async def test_a_session_goes_past_a_standby_to_the_primary(make_cluster: Callable[..., Cluster]) -> None:
+    primary = make_cluster()
+    dsn = make_target(primary)
+    async with await connect(dsn, "target") as connection:
+        await create_shared(connection, SCHEMA)
+        await Pipelines(SCHEMA, SLOT).ensure(connection, "publication")
+    with primary.standby() as standby:
+        several = conninfo.make_conninfo(dsn, host="127.0.0.1,127.0.0.1", port=f"{standby.port},{primary.port}")
+        async with ApplySession(several, SCHEMA, SLOT) as session:
+            assert await session.try_open()
+            assert session.connection.info.port == primary.port
+            await session.aclose()
+            await session.reopen([])
+            assert session.connection.info.port == primary.port
+            primary.stop()
+            with pytest.raises(TargetUnavailable, match="is a standby at the moment"):
+                await session.reopen([])

@@ -7,7 +7,7 @@ import pytest
 
 from cdcsync.config import QualifiedName
 from cdcsync.errors import IndexFault
-from cdcsync.flows.follow.open_batch import Limits, OpenBatch, Position
+from cdcsync.flows.follow.open_batch import Limits, Look, OpenBatch, Position
 from cdcsync.lsn import Lsn
 from cdcsync.model.batch import Batch, PageEnd, PageRows
 from cdcsync.model.lag import Lag
@@ -48,7 +48,7 @@ class Opened:
         self.change(*keys)
         self.commit(end_lsn)
 
-    async def offered(self) -> Batch | Position | None:
+    async def offered(self) -> Batch | Position | Look | None:
         """Return what the applier gets now; None if there is nothing."""
         with anyio.move_on_after(0):
             return await self.batch.next()
@@ -57,6 +57,7 @@ class Opened:
     async def next(self) -> Batch | Lsn | None:
         """Return what is to be committed now, whoever waits for it; None if there is nothing."""
         found = await self.offered()
+        assert not isinstance(found, Look)
         if isinstance(found, Position):
             return found.lsn if found.due else None
         return found
@@ -176,7 +177,7 @@ async def test_the_receiver_waits_while_there_is_no_room_and_is_woken_when_the_b
 
 
 async def test_the_applier_is_woken_when_there_is_something_to_do(opened: Opened) -> None:
-    taken: list[Batch | Position] = []
+    taken: list[Batch | Position | Look] = []
 
     async def apply() -> None:
         taken.append(await opened.batch.next())
@@ -187,6 +188,16 @@ async def test_the_applier_is_woken_when_there_is_something_to_do(opened: Opened
         opened.transaction(20, "a")
         opened.batch.note_dry(heard_all=True)
     assert len(taken) == 1
+
+
+async def test_the_applier_looks_once_after_its_session_and_before_it_takes_more(opened: Opened) -> None:
+    opened.transaction(20, "a")
+    opened.batch.note_dry(heard_all=True)
+    opened.batch.look()
+    opened.batch.look()
+    assert await opened.offered() == Look()
+    assert isinstance(await opened.offered(), Batch)
+    assert await opened.offered() is None
 
 
 async def test_a_position_without_changes_is_written_alone_and_only_once(opened: Opened) -> None:
