@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from cdcsync.errors import AnotherServer, GapError, SourceUnavailable, Unavailable
+from cdcsync.errors import AnotherServer, CdcsyncError, GapError, SourceUnavailable, Unavailable
 
 if TYPE_CHECKING:
     from cdcsync.config import Config
     from cdcsync.flows.plan import ConfigurationPlan
+    from cdcsync.postgres.liveness import WatchedConnection
     from cdcsync.postgres.sessions import Connection, Session
     from cdcsync.preflight import Finding
     from cdcsync.status import Paces, Status
@@ -96,9 +97,13 @@ async def gap_ahead(config: Config, findings: list[Finding]) -> GapError | None:
 @asynccontextmanager
 async def _sessions(config: Config) -> AsyncIterator[tuple[Session, Session]]:
     from cdcsync.postgres.sessions import Session
+    from cdcsync.preflight.identity import known_state, refuse_elsewhere
+
+    async def right(connection: WatchedConnection) -> None:
+        refuse_elsewhere(connection, await known_state(await target.connection(), config), config)
 
     async with (
-        Session(config.source.dsn, "source", application_name="cdcsync status") as source,
+        Session(config.source.dsn, "source", application_name="cdcsync status", right=right) as source,
         Session(config.target.dsn, "target", application_name="cdcsync status") as target,
     ):
         yield source, target
@@ -120,10 +125,10 @@ async def _read(config: Config, source: Session, target: Session, paces: Paces) 
     from cdcsync.status import read_status, with_headlines
 
     connected = await target.connection()
-    connected_source: Connection | SourceUnavailable
+    connected_source: Connection | CdcsyncError
     try:
         connected_source = await source.connection()
-    except SourceUnavailable as error:
+    except (SourceUnavailable, AnotherServer) as error:
         connected_source = error
     status = paces.told(await read_status(config, connected_source, connected))
     return with_headlines(await remembered_by_worker(config, status), config.worker.ready_max_lag_s)

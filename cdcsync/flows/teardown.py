@@ -14,6 +14,7 @@ Source: PostgreSQL, "Replication Management Functions", "DROP PUBLICATION", "Dep
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import Literal, TypeVar
@@ -24,11 +25,13 @@ from psycopg import sql
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import beside_name, quote
-from cdcsync.errors import SetupError, SlotInUse
+from cdcsync.errors import AnotherServer, SetupError, SlotInUse
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.locking import BRIEFLY, attempt
 from cdcsync.postgres.sessions import Connection, Session, connect
+from cdcsync.preflight.identity import connect_followed
 from cdcsync.source.catalog import Slot, other_readers, read_slot, released_slot
 from cdcsync.source.families import single_names
 from cdcsync.source.publications import Publication, published_names, read_publication
@@ -100,10 +103,11 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
     schema, slot_name = config.target.schema, config.source.slot
     async with (
         await open_target(config.target, application_name="cdcsync teardown") as target,
-        Session(config.source.dsn, "source", application_name="cdcsync teardown") as source_session,
+        contextlib.AsyncExitStack() as stack,
     ):
         await _lock(target, config)
-        source = await source_session.connection()
+        source, elsewhere = await _connect_source(config, target, application_name="cdcsync teardown")
+        await stack.enter_async_context(source)
         with speaking_of("target"):
             belongings = await belongings_of(target, schema, slot_name)
             sharing = await pipelines_sharing(target, schema, slot_name, config.source.publication)
@@ -111,7 +115,7 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
             slot = await released_slot(source, config.source.slot)
             publication = await read_publication(source, config.source.publication)
         if slot is not None:
-            _refuse_slot(slot)
+            _refuse_slot(slot, elsewhere)
         if belongings.set_up:
             await _take_over(target, config)
         steps = [await _purge(target, config, belongings)] if purge else []
@@ -120,7 +124,9 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
         with speaking_of("source", where=f"slot {config.source.slot}"):
             if slot is not None:
                 await source.execute("SELECT pg_drop_replication_slot(%s)", [slot.name])
-        steps.append(Step(f"slot {config.source.slot}", "absent" if slot is None else "dropped"))
+        steps.append(
+            Step(f"slot {config.source.slot}", "absent" if slot is None else "dropped", _left_elsewhere(elsewhere))
+        )
         steps.append(await _drop_publication(source, config, publication, belongings, sharing))
         return steps
 
@@ -136,8 +142,10 @@ async def drop_index(config: Config, index: str) -> list[Step]:
     schema = config.target.schema
     async with (
         await open_target(config.target, application_name="cdcsync drop") as target,
-        await connect(config.source.dsn, "source", application_name="cdcsync drop") as source,
+        contextlib.AsyncExitStack() as stack,
     ):
+        source, _ = await _connect_source(config, target, application_name="cdcsync drop")
+        await stack.enter_async_context(source)
         with speaking_of("target"):
             entries = await Registry(schema).all(target)
             entry = entries.get(index)
@@ -252,8 +260,35 @@ async def _lock(target: Connection, config: Config) -> None:
     )
 
 
-def _refuse_slot(slot: Slot) -> None:
+async def _connect_source(
+    config: Config, target: Connection, *, application_name: str
+) -> tuple[WatchedConnection, AnotherServer | None]:
+    """Open a session with the server that the pipeline follows, or with the first host if none of them is that one.
+
+    :returns: with the session, why its server is not the one that was followed.
+    """
+    try:
+        return await connect_followed(config, target, application_name=application_name), None
+    except AnotherServer as error:
+        return await connect(config.source.dsn, "source", application_name=application_name), error
+
+
+def _left_elsewhere(elsewhere: AnotherServer | None) -> str | None:
+    if elsewhere is None:
+        return None
+    return (
+        f"{elsewhere.message}; if the server that was followed still runs, its slot keeps WAL until it is dropped there"
+    )
+
+
+def _refuse_slot(slot: Slot, elsewhere: AnotherServer | None) -> None:
     where = f"slot {slot.name}"
+    if elsewhere is not None:
+        raise SetupError(
+            f"the slot may not be this pipeline's: {elsewhere.message}",
+            where=where,
+            hint=f"correct source.dsn; or, if nothing else reads the slot, {slot.drop}, and tear down again",
+        )
     if slot.foreign is not None:
         raise SetupError(
             f"the slot may not be this pipeline's: it {slot.foreign}",

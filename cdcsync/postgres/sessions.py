@@ -211,11 +211,12 @@ class Session:
         idle_s: float | None = None,
         lock_wait_ms: int | None = None,
         works: bool = False,
+        right: Right | None = None,
     ) -> None:
         """Make a session that has no connection yet.
 
         :param idle_s: close the connection once it has not been used for so long; nothing may live in it between uses.
-        :param lock_wait_ms: see `connect`, as for `works`.
+        :param lock_wait_ms: see `connect`, as for `works` and `right`.
         """
         self._dsn = dsn
         self._side: Side = side
@@ -223,6 +224,7 @@ class Session:
         self._idle_s = idle_s
         self._lock_wait_ms = lock_wait_ms
         self._works = works
+        self._right = right
         self._idle_timer: asyncio.TimerHandle | None = None
         self._connection: WatchedConnection | None = None
 
@@ -244,6 +246,7 @@ class Session:
                 application_name=self._application_name,
                 lock_wait_ms=self._lock_wait_ms,
                 works=self._works,
+                right=self._right,
             )
             if self._idle_s is not None:
                 self._idle_timer = asyncio.get_running_loop().call_later(self._idle_s, self._close_if_idle)
