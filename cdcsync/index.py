@@ -255,8 +255,10 @@ class Index:
         :param mode: by nearness of meaning (`"vector"`), by words (`"text"`), or by both, fused by rank (`"hybrid"`).
         :param filter: values for key and carried columns, never SQL: `{"tenant": 3, "status": ["open", "new"],
             "created_at": {"gte": "2026-01-01"}, "closed_at": None}`. The operators are `eq`, `ne`, `in`, `lt`, `lte`,
-            `gt`, `gte`, `like` and `null`. Values may be of any type that a hit's columns have, but arrays and
-            JSON are texts: `"{a,b}"` and `'{"a": 1}'`, as a list means any of its values.
+            `gt`, `gte`, `like`, `contains`, `overlaps` and `null`. Values may be of any type that a hit's columns
+            have. An array has all elements of a list by `{"tags": {"contains": ["a", "b"]}}` and any of them by
+            `overlaps`, and jsonb contains a value by `{"extra": {"contains": {"a": 1}}}`. To the other operators arrays
+            and JSON are texts: `"{a,b}"` and `'{"a": 1}'`, as a list means any of its values.
         :param per_document: return each document once, by its best chunk.
         :param skip: leave out this many of the first hits, for the next page; pages of the same `k` continue each
             other.
