@@ -248,8 +248,9 @@ class Index:
         vector, `None` searches by that alone.
 
         If the model is away, or does not answer in time, a hybrid search goes by words alone and `Hits.warning` says
-        so; the same if the provider refuses us, because a key has expired, say. A model that failed is left alone for
-        five seconds. A reranker that is away or cannot be loaded is skipped with a warning, too.
+        so; the same if the provider refuses us, because a key has expired, say, or if the configuration does not have
+        the model of the vectors that are live. A model that failed is left alone for five seconds. A reranker that is
+        away or cannot be loaded is skipped with a warning, too.
 
         :param k: how many hits.
         :param mode: by nearness of meaning (`"vector"`), by words (`"text"`), or by both, fused by rank (`"hybrid"`).
@@ -312,7 +313,7 @@ class Index:
                     model = self._resources.models.embedder(spec)
                     with tracing.span("cdcsync.embed_query", embedder=model.embedder.name):
                         embedded = await model.embed_one(text)
-                except EmbedError as error:
+                except (EmbedError, EmbedderSetupError) as error:
                     if mode == "vector" or self._config.search is None:
                         raise
                     warnings.append(self._without_model("searched by words alone", error))
