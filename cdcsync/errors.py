@@ -25,6 +25,7 @@
     ├── DocumentError          a row cannot be made a document, or a document chunks    operator
     └── EmbedError             texts could not be embedded
         ├── EmbedderUnavailable  the provider or model is failing as a whole            automatic
+        │   └── EmbedderLoading    the model is still being loaded                      automatic
         └── TextRejected         these texts, and only these, cannot be embedded        never
 
 Each error says *what* went wrong (`message`), *where* (`where`: a key, a table, a slot) and *the fix*
@@ -270,6 +271,10 @@ class EmbedderUnavailable(EmbedError):
     ) -> None:
         super().__init__(message, where=where, hint=hint)
         self.retry_after_s = retry_after_s
+
+
+class EmbedderLoading(EmbedderUnavailable):
+    """A model is still being loaded, which continues; calls do without it until then."""
 
 
 class TextRejected(EmbedError):

@@ -248,15 +248,18 @@ class Index:
         vector, `None` searches by that alone.
 
         If the model is away, or does not answer in time, a hybrid search goes by words alone and `Hits.warning` says
-        so; the same if the provider refuses us, because a key has expired, say. A model that failed is left alone for
-        five seconds. A reranker that is away or cannot be loaded is skipped with a warning, too.
+        so; the same if the provider refuses us, because a key has expired, say, or if the configuration does not have
+        the model of the vectors that are live. A model that failed is left alone for five seconds. A reranker that is
+        away or cannot be loaded is skipped with a warning, too.
 
         :param k: how many hits.
         :param mode: by nearness of meaning (`"vector"`), by words (`"text"`), or by both, fused by rank (`"hybrid"`).
         :param filter: values for key and carried columns, never SQL: `{"tenant": 3, "status": ["open", "new"],
             "created_at": {"gte": "2026-01-01"}, "closed_at": None}`. The operators are `eq`, `ne`, `in`, `lt`, `lte`,
-            `gt`, `gte`, `like` and `null`. Values may be of any type that a hit's columns have, but arrays and
-            JSON are texts: `"{a,b}"` and `'{"a": 1}'`, as a list means any of its values.
+            `gt`, `gte`, `like`, `contains`, `overlaps` and `null`. Values may be of any type that a hit's columns
+            have. An array has all elements of a list by `{"tags": {"contains": ["a", "b"]}}` and any of them by
+            `overlaps`, and jsonb contains a value by `{"extra": {"contains": {"a": 1}}}`. To the other operators arrays
+            and JSON are texts: `"{a,b}"` and `'{"a": 1}'`, as a list means any of its values.
         :param per_document: return each document once, by its best chunk.
         :param skip: leave out this many of the first hits, for the next page; pages of the same `k` continue each
             other.
@@ -310,7 +313,7 @@ class Index:
                     model = self._resources.models.embedder(spec)
                     with tracing.span("cdcsync.embed_query", embedder=model.embedder.name):
                         embedded = await model.embed_one(text)
-                except EmbedError as error:
+                except (EmbedError, EmbedderSetupError) as error:
                     if mode == "vector" or self._config.search is None:
                         raise
                     warnings.append(self._without_model("searched by words alone", error))

@@ -103,9 +103,11 @@ def migrate(
     which are read from the table. Run `start` before the worker starts with that file: it would cut the documents again
     in place.
 
-    The worker has to know both models: start it again with the changed configuration. The exit status of `activate` is
-    1 if --min or --not-worse refuses. A generation that lacks more vectors than the live one, or that the worker has no
-    embedder for, becomes live with --yes only.
+    The worker has to know both models: start it again with the changed configuration. So do `cdcsync serve` and
+    applications that use cdcsync.Index: without the model that is live they search by words alone.
+
+    The exit status of `activate` is 1 if --min or --not-worse refuses. A generation that lacks more vectors than the
+    live one, or that the worker has no embedder for, becomes live with --yes only.
     """
     import anyio
 
@@ -449,6 +451,10 @@ def _print_outcome(outcome: _Outcome) -> None:
         out.print(Text.assemble((mark, style), " ", plain(verdict.text)))
     if outcome.before is not None:
         out.print(f"generation {outcome.other} is live", markup=False, highlight=False)
+        text = (
+            "a cdcsync serve or an application without its model in the configuration searches by words until it has it"
+        )
+        out.print(text, markup=False, highlight=False)
     else:
         why = "nothing was switched" if outcome.passed else "refused: nothing was switched"
         out.print(f"{why}; generation {outcome.live} stays live", markup=False, highlight=False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from decimal import Decimal
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from cdcsync.config import Config
     from cdcsync.model.spec import IndexSpec
+    from cdcsync.target.ddl.filters import Column
     from cdcsync.target.search import Hit, Plan
 
     Vector = Sequence[float] | npt.NDArray[np.float32]
@@ -39,10 +42,17 @@ EPILOG = """By meaning and by words: `cdcsync search articles "how do I reset my
 
 HEADLINE = f"StartSel={MARKS[0]}, StopSel={MARKS[1]}, MaxFragments=2, MaxWords=30, MinWords=12"
 
-_OPERATORS = {"!=": "ne", "<>": "ne", "<": "lt", "<=": "lte", ">": "gt", ">=": "gte", "~": "like"}
+_SIGNS = {
+    **{"eq": "=", "in": "=", "ne": "!=", "lt": "<", "lte": "<=", "gt": ">", "gte": ">=", "like": "~"},
+    **{"contains": "@>", "overlaps": "&&", "null": "is null"},
+}
+"""How each operator of a filter is written here."""
+
+_OPERATORS = {sign: name for name, sign in _SIGNS.items()} | {"<>": "ne", "==": "in"}
+_JSON_SIGNS = ("@>", "&&")
 _QUOTED = r'"(?:[^"]|"")+"'
 _COLUMN = rf"({_QUOTED}|[^=<>!~]+?)"
-_FILTER = re.compile(_COLUMN + r"\s*(!=|<>|<=|>=|==?|<|>|~)\s*(.*)", re.DOTALL)
+_FILTER = re.compile(_COLUMN + r"\s*(!=|<>|<=|>=|@>|&&|==?|<|>|~)\s*(.*)", re.DOTALL)
 _NULL = re.compile(_COLUMN + r"\s+is\s+(not\s+)?null", re.IGNORECASE)
 
 
@@ -80,8 +90,10 @@ def search(
         typer.Option(
             "--filter",
             metavar="COLUMN=VALUE",
-            help="Only rows with this value; also !=, <, <=, >, >=, ~ (LIKE) and 'COLUMN is null'. Several must all"
-            " hold; a column that is given several values with = may have any of them.",
+            help="Only rows with this value; also !=, <, <=, >, >=, ~ (LIKE) and 'COLUMN is null'. 'COLUMN@>VALUE': the"
+            " array has this element, or all of a JSON list, or the jsonb contains this JSON; 'COLUMN&&LIST': the array"
+            " has any of these. Several filters must all hold; a column that is given several values with = may have"
+            " any of them.",
             show_default=False,
         ),
     ] = None,
@@ -174,18 +186,46 @@ def parse_filters(given: Sequence[str]) -> dict[str, Any]:
             raise UsageError(
                 "a filter is a column, an operator and a value",
                 where=f"--filter {one}",
-                hint='write tenant=3, "created_at>=2026-01-01", "title~%login%" or "closed_at is null";'
+                hint='write tenant=3, "created_at>=2026-01-01", "title~%login%", "tags@>urgent" or "closed_at is null";'
                 " for any of several values, give the option several times",
             )
         column, sign, value = _unquoted(match[1]), match[2], match[3]
         operators = parsed.setdefault(column, {})
-        if sign in ("=", "=="):
+        if _OPERATORS[sign] == "in":
             operators.setdefault("in", []).append(value)
         elif _OPERATORS[sign] in operators:
-            raise UsageError(f"{column} has {sign} twice", where=f"--filter {one}", hint="leave one of them out")
+            hint = """give one list, such as 'tags@>["a", "b"]'""" if sign in _JSON_SIGNS else "leave one of them out"
+            raise UsageError(f"{column} has {sign} twice", where=f"--filter {one}", hint=hint)
         else:
-            operators[_OPERATORS[sign]] = value
+            operators[_OPERATORS[sign]] = _read_json(value) if sign in _JSON_SIGNS else value
     return parsed
+
+
+def _read_json(written: str) -> Any:
+    """Return what a value says as JSON, with its numbers as they are written; what is not JSON is a text."""
+    try:
+        return json.loads(written, parse_float=Decimal, parse_constant=str)
+    except (ValueError, RecursionError):
+        return written
+
+
+def check_operators(filter_: Mapping[str, Mapping[str, Any]], columns: Mapping[str, Column]) -> None:
+    """Refuse an operator that a column does not have, as it is written on a command line.
+
+    A column that is not there is left to the search.
+
+    :raises UsageError: a filter has one.
+    """
+    for name, operators in filter_.items():
+        column = columns.get(name)
+        for operator in operators:
+            if column is not None and operator not in column.operators:
+                known = dict.fromkeys(sign for one, sign in _SIGNS.items() if one in column.operators)
+                raise UsageError(
+                    f"a filter on {name} cannot use {_SIGNS[operator]}",
+                    where="--filter",
+                    hint=f"a column of the type {column.shown} takes {', '.join(known)}",
+                )
 
 
 def _unquoted(column: str) -> str:
@@ -212,7 +252,9 @@ async def find(
     :raises SetupError: the target does not hold an index, or its embedder cannot be used or is of another model.
     """
     from cdcsync.errors import EmbedError
+    from cdcsync.postgres.errors import speaking_of
     from cdcsync.postgres.sessions import connect
+    from cdcsync.target.ddl.filters import read_columns
     from cdcsync.target.search import MAX_HITS, check_condition, search, served_now, stored_spec
 
     if skip + k > MAX_HITS:
@@ -257,8 +299,11 @@ async def find(
 
         specs = {name: await stored_spec(connection, schema, name, index) for name, index in indexes.items()}
         for spec in specs.values():
-            # A wrong condition is told before a model is loaded, which takes seconds.
+            # A wrong condition or filter is told before a model is loaded, which takes seconds.
             await check_condition(connection, schema, spec, where)
+            if filter_:
+                with speaking_of("target", where=f"index {spec.name}"):
+                    check_operators(filter_, await read_columns(connection, spec))
         for name, spec in specs.items():
             await embed(spec)
             now = await served_now(connection, schema, name)

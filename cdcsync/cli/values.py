@@ -7,7 +7,7 @@ The commands take texts, files, numbers and choices; those are converted here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -25,16 +25,18 @@ def convert_here(parameter: TyperOption | TyperArgument) -> None:
     several = get_origin(kind) is list
     convert = _converter(get_args(kind)[0] if several else kind, parameter)
     if convert is not None:
-        values = _Values(convert, several=several)
+        words = [str(one.value) for one in kind] if isinstance(kind, type) and issubclass(kind, Enum) else []
+        values = _Values(convert, several=several, words=words)
         parameter.get_runtime_param = lambda: values  # type: ignore[method-assign, assignment, return-value]
 
 
 class _Values:
     """What typer asks for the value of a parameter."""
 
-    def __init__(self, convert: Callable[[Any], Any], *, several: bool) -> None:
+    def __init__(self, convert: Callable[[Any], Any], *, several: bool, words: Sequence[str]) -> None:
         self._convert = convert
         self._several = several
+        self._words = words
 
     def coerce(self, value: Any, param: TyperOption | TyperArgument, ctx: typer.Context) -> Any:
         if value is None:
@@ -42,7 +44,13 @@ class _Values:
         try:
             return [self._convert(one) for one in value] if self._several else self._convert(value)
         except ValueError as error:
-            raise typer.BadParameter(str(error), ctx=ctx, param=param) from None
+            raise typer.BadParameter(f"{error}{self._swapped(value, param, ctx)}", ctx=ctx, param=param) from None
+
+    def _swapped(self, value: Any, param: TyperOption | TyperArgument, ctx: typer.Context) -> str:
+        """Return the order of two arguments of which each is what the other should be; nothing if they are not."""
+        given = ctx.params.values() if isinstance(param, TyperArgument) else ()
+        turned = [other for other in given if other in self._words]
+        return f"; the other way round: {ctx.command_path} {_short(value)} {turned[0]}" if turned else ""
 
 
 def _converter(kind: Any, parameter: TyperOption | TyperArgument) -> Callable[[Any], Any] | None:

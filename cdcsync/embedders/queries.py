@@ -20,7 +20,7 @@ from cdcsync.embedders import embedder_of, make_embedder
 from cdcsync.embedders.protocol import Embedder, Vectors, validate
 from cdcsync.embedders.remote import RemoteEmbedder
 from cdcsync.embedders.reranking import Reranker, Scores, make_reranker
-from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable, leading
+from cdcsync.errors import EmbedderLoading, EmbedderSetupError, EmbedderUnavailable, leading
 from cdcsync.model.spec import IndexSpec
 
 T = TypeVar("T")
@@ -90,8 +90,9 @@ class OnCall:
                 with _refusing_is_absence():
                     async with self._room:
                         return await call()
-            late = "did not answer" if self._opened else "was not loaded"
-            raise EmbedderUnavailable(f"the model {late} within {timeout_s:g} s", where=self._where)
+            if not self._opened:
+                raise EmbedderLoading(f"the model was not loaded within {timeout_s:g} s", where=self._where)
+            raise EmbedderUnavailable(f"the model did not answer within {timeout_s:g} s", where=self._where)
 
     @contextmanager
     def _noticing_absence(self) -> Iterator[None]:

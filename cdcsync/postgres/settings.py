@@ -5,6 +5,7 @@ Source: PostgreSQL, "Client Connection Defaults"; "Database Connection Control F
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from typing import Any, Literal, LiteralString
@@ -161,10 +162,13 @@ def conninfo_for(dsn: str, **settings: str | int) -> str:
         # libpq's own words would repeat the part that it stumbled over, which may be the password.
         known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
         unknown = [name for name in dsn_parameters(dsn) if name not in known]
+        meant = [close[0] for one in unknown if (close := difflib.get_close_matches(one, known, n=1, cutoff=0.7))]
         raise SetupError(
             f"libpq knows no parameter {', '.join(unknown)}" if unknown else "not a connection string",
             where=describe(dsn),
-            hint="remove it: another library's DSN has some that libpq has not"
+            hint=f"did you mean {', '.join(meant)}?"
+            if meant
+            else "remove it: another library's DSN has some that libpq has not"
             if unknown
             else "write postgresql://user@host/database, or key=value pairs",
         ) from None

@@ -87,8 +87,7 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
                 findings += beside_findings(name, asked[name], stored[name], stored.get(beside_name(name)))
         broken = _pause_broken(plans, stored)
         if source_facts is not None and source_facts.catalog.publication is None:
-            found = {plan.table.name: plan.table for plan in plans if plan.table is not None}
-            findings += creation_faults(found.values(), source_facts)
+            findings += creation_faults(source_facts)
         if source_facts is not None and target_facts is not None:
             assert source is not None
             assert target is not None
@@ -101,6 +100,7 @@ async def examine(config: Config, embedders: Mapping[str, Embedder]) -> Report:
         findings += [finding for finding in plan.findings if not _said(finding, plan, findings)]
     specs = _paired([spec for spec in specs if spec.name not in broken])
     catalog = source_facts.catalog if source_facts is not None else None
+    findings = list(dict.fromkeys(findings))  # one DSN may be that of both servers
     return Report(findings, specs, broken, plans, catalog, config.indexes, target is not None)
 
 

@@ -29,12 +29,13 @@ from cdcsync.source.publications import (
 from cdcsync.source.relations import Table
 
 
-def creation_faults(tables: Iterable[Table], source: SourceFacts) -> Iterator[Finding]:
-    """Say why the role could not create the publication of these tables."""
+def creation_faults(source: SourceFacts) -> Iterator[Finding]:
+    """Say why the role could not create the publication of the tables of all indexes."""
     reasons = []
     if not source.server.may_create:
         reasons.append(f"may not create one in the database {quote(source.server.database)}")
-    foreign = [str(table.name) for table in tables if not table.owned]
+    tables = source.catalog.tables
+    foreign = [str(name) for name in sorted(source.wanted) if name in tables and not tables[name].owned]
     if foreign:
         reasons.append(f"does not own {named(foreign)}")
     if reasons:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
-from typing import TypeVar
+from typing import TypeVar, get_args
 from urllib.parse import unquote
 
 import anyio
@@ -47,13 +47,16 @@ from cdcsync.serve.service import Service, Tool, caller_of
 
 log = structlog.get_logger()
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
 Endpoint = Callable[[Request, bytes], Awaitable[Response]]
 """Answers a request whose body has been read."""
 
 PING_S = 2.0
 """How long /readyz waits for the target."""
+
+_NOT_AMONG = re.compile(r"Invalid enum value .* - at `\$\.(\w+)`", re.DOTALL)
+"""The words for a member of a request that is none of the texts that it can be."""
 
 _PAGE = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
 
@@ -310,9 +313,18 @@ def _decoded(request: Request, body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise Unreadable(422, "Not of this form", str(error), "GET /openapi.json describes it") from None
+        raise Unreadable(422, "Not of this form", _told(error, kind), "GET /openapi.json describes it") from None
     except MALFORMED as error:
         raise Unreadable(400, "Not JSON", str(error)[:200], "send a JSON object") from None
+
+
+def _told(error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> str:
+    """Return what is wrong with a request; of a member that is one of a few words, these."""
+    said = str(error)
+    if (refused := _NOT_AMONG.fullmatch(said)) is None:
+        return said
+    (words,) = (get_args(one.type) for one in msgspec.structs.fields(kind) if one.encode_name == refused[1])
+    return f"{said}: it is one of {', '.join(words)}"
 
 
 def _json(content: object, headers: dict[str, str] | None = None) -> Response:

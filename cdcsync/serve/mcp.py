@@ -32,6 +32,7 @@ from cdcsync.serve.identity import TOKEN_VARIABLE
 from cdcsync.serve.messages import SearchRequest
 from cdcsync.serve.problems import Problem
 from cdcsync.serve.service import Caller, Service, caller_of
+from cdcsync.target.ddl.filters import DESCRIBED
 
 INSTRUCTIONS = """Search documents that are kept in step with database tables. Call list_indexes first: it tells
 which indexes there are, what each holds, and which columns a filter can name. Then search, in the user's own words;
@@ -125,10 +126,7 @@ def make_mcp(service: Service, *, stdio: bool = False) -> MCPServer:
         k: Annotated[int, Field(description="How many documents.")] = 8,
         filter: Annotated[
             dict[str, Any] | None,
-            Field(
-                description="By column: a value, a list of values, or operators (eq, ne, in, lt, lte, gt, gte, like,"
-                ' null): {"status": ["open", "new"], "created_at": {"gte": "2026-01-01"}}.'
-            ),
+            Field(description=DESCRIBED),
         ] = None,
         mode: Annotated[
             Literal["hybrid", "vector", "text"], Field(description="By meaning (vector), words (text), or both.")

@@ -18,6 +18,7 @@ from psycopg import sql
 from cdcsync.config.serving import Serve
 from cdcsync.embedders import Vectors
 from cdcsync.errors import (
+    EmbedderLoading,
     EmbedderSetupError,
     EmbedError,
     ModelChanged,
@@ -190,7 +191,12 @@ class Offered(Index):
         """Return the warning of a search that does without a model. Why is the operator's matter: it may name hosts."""
         if isinstance(error, TextRejected):
             return f"{what}: the model refuses this query"
-        log.warning("model_away", index=self.name, error=str(error))
+        log.warning("model_away", index=self.name, error=str(error), fix=error.hint)
+        match error:
+            case EmbedderLoading():
+                return f"{what}: the model is being loaded"
+            case EmbedderSetupError():
+                return f"{what}: the server cannot use the model"
         return f"{what}: the model is away"
 
     async def document(

@@ -12,6 +12,7 @@ import msgspec
 from cdcsync import __version__
 from cdcsync.config.serving import Serve
 from cdcsync.serve.messages import Answer, Document, EmbedRequest, Indexes, SearchRequest, Vectors
+from cdcsync.target.ddl.filters import DESCRIBED
 
 PROBLEM: dict[str, Any] = {
     "type": "object",
@@ -34,6 +35,7 @@ def describe(serve: Serve) -> dict[str, Any]:
     bounds["k"] |= {"minimum": 1, "maximum": serve.max_k}
     bounds["skip"] |= {"minimum": 0, "maximum": 1_000}
     bounds["query"] |= {"maxLength": serve.max_query_characters}
+    bounds["filter"] |= {"description": DESCRIBED}
     name = {"name": "index", "in": "path", "required": True, "schema": {"type": "string"}}
     key = {
         "name": "key",

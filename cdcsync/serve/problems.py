@@ -11,6 +11,8 @@ import psycopg
 
 from cdcsync.errors import (
     CdcsyncError,
+    EmbedderLoading,
+    EmbedderSetupError,
     EmbedderUnavailable,
     ModelChanged,
     SetupError,
@@ -106,6 +108,12 @@ def problem_of(error: CdcsyncError, *, candid: bool) -> Problem:
             return Problem(422, "The call cannot be answered", error.message, error.hint or "change what it names")
         case TextRejected():
             return Problem(422, "The query cannot be embedded", error.message, "search by words (mode text)")
+        case EmbedderLoading():
+            return Problem(
+                *(503, "The model is being loaded", "the query could not be embedded yet"),
+                "search by words (mode text), or call again",
+                retry_after_s=5,
+            )
         case EmbedderUnavailable():
             return Problem(
                 503, "The model is away", "the query could not be embedded", "search by words", retry_after_s=5
@@ -120,6 +128,14 @@ def problem_of(error: CdcsyncError, *, candid: bool) -> Problem:
                 "The model changed",
                 "the index has the vectors of another model since the query was embedded",
                 "embed the query again, or leave out the vector",
+            )
+        case EmbedderSetupError():
+            return Problem(
+                *(503, "The model cannot be used"),
+                str(error) if candid else "the server cannot use the model of the index",
+                f"search by words (mode text); {error.hint or SEE_LOG}"
+                if candid
+                else f"search by words (mode text), or {OPERATOR}",
             )
         case SetupError() if candid:
             return Problem(503, "The index cannot be searched", str(error), error.hint or OPERATOR)

@@ -173,16 +173,17 @@ async def test_an_index_without_keyword_search_needs_its_model(database: Databas
             await articles.search("cat")
 
 
-async def test_another_model_than_the_index_was_made_with_is_refused(
+async def test_without_the_model_that_the_index_was_made_with_words_are_searched_and_a_warning_says_so(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with indexed(database) as (_, config):
         monkeypatch.setattr(Model, "identity", "model:2")
         async with cdcsync.Index.open(config, "articles") as articles:
-            with pytest.raises(
-                EmbedderSetupError, match="were made by python:model:1, this embedder is python:model:2"
-            ):
-                await articles.search("cat")
+            told = "were made by python:model:1, this embedder is python:model:2"
+            hits = await articles.search("dog")
+            assert (keys(hits), told in str(hits.warning)) == ([2], True)
+            with pytest.raises(EmbedderSetupError, match=told):
+                await articles.search("cat", mode="vector")
             assert keys(await articles.search("dog", mode="text")) == [2]
 
 

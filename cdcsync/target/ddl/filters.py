@@ -1,9 +1,10 @@
 """The filters that each column allows: the operators that its type has, qualified, and the type of its values.
 
 A filter is data: `{"tenant": 3, "status": ["open", "new"], "created_at": {"gte": "2026-01-01"}}`. The search function
-makes conditions of it; every value becomes a literal of the column's type.
+makes conditions of it; every value becomes a literal of the column's type, or of the type of its elements.
 
-Source: PostgreSQL, "B-Tree Indexes" (B-Tree Strategies), "Operator Classes and Operator Families".
+Source: PostgreSQL, "B-Tree Indexes" (B-Tree Strategies), "Operator Classes and Operator Families", "Array Functions and
+Operators", "JSON Functions and Operators".
 """
 
 from __future__ import annotations
@@ -25,6 +26,20 @@ OF_THE_SERVER: tuple[LiteralString, ...] = ("08", "25", "40", "42501", "53", "55
 STRATEGIES = {"lt": (1, "<"), "lte": (2, "<="), "eq": (3, "="), "gte": (4, ">="), "gt": (5, ">")}
 """The operators that a type is sorted by: B-tree's number of each, and its name in pg_catalog."""
 
+CONTAINS, OVERLAPS = "OPERATOR(pg_catalog.@>)", "OPERATOR(pg_catalog.&&)"
+
+FILTER_OPERATORS = ("eq", "ne", "in", "lt", "lte", "gt", "gte", "like", "contains", "overlaps", "null")
+"""The operators of a filter, in the order in which people are told of them."""
+
+DESCRIBED = (
+    "By column: a value, a list of values of which it has any, null, or values by operator"
+    f" ({', '.join(FILTER_OPERATORS)}): "
+    '{"status": ["open", "new"], "created_at": {"gte": "2026-01-01"}, "closed_at": null}.'
+    " Columns of arrays and jsonb: contains, all of these elements, or this JSON; overlaps, any of these elements: "
+    '{"tags": {"contains": ["urgent"]}, "groups": {"overlaps": [3, 7]}, "extra": {"contains": {"lang": "en"}}}.'
+)
+"""A filter as programs and agents are told of it."""
+
 
 class Column(msgspec.Struct, frozen=True):
     """A column that a filter can name.
@@ -33,12 +48,16 @@ class Column(msgspec.Struct, frozen=True):
     :ivar shown: its type as people write it.
     :ivar operators: SQL for each operator of a filter.
     :ivar array: whether it holds arrays.
+    :ivar element: the type of an array's elements as SQL, if it can be asked for them.
+    :ivar json: whether it holds jsonb, or arrays whose elements are jsonb.
     """
 
     type: str
     shown: str
     operators: dict[str, str]
     array: bool = False
+    element: str | None = None
+    json: bool = False
 
     @property
     def takes_values(self) -> bool:
@@ -79,10 +98,13 @@ async def read_columns(connection: Connection, spec: IndexSpec) -> dict[str, Col
         WITH RECURSIVE sorted (oid, family) AS MATERIALIZED (
             SELECT c.opcintype, c.opcfamily FROM pg_opclass c JOIN pg_am a ON a.oid = c.opcmethod
             WHERE a.amname = 'btree' AND c.opcdefault
-        ), made_of (place, oid, whole) AS (
-            SELECT place, to_regtype(name)::oid, true FROM unnest(%s::text[]) WITH ORDINALITY AS wanted (name, place)
+        ), made_of (place, oid, whole, element) AS (
+            SELECT place, to_regtype(name)::oid, true, false
+            FROM unnest(%s::text[]) WITH ORDINALITY AS wanted (name, place)
             UNION
-            SELECT m.place, part.oid, m.whole AND t.typtype = 'd'
+            -- A domain is what it is made of; so are an array's elements if they are of one.
+            SELECT m.place, part.oid, m.whole AND t.typtype = 'd',
+                m.element AND t.typtype = 'd' OR m.whole AND t.typtype <> 'd' AND t.typelem <> 0
             FROM made_of m JOIN pg_type t USING (oid) CROSS JOIN LATERAL (
                 SELECT t.typbasetype WHERE t.typtype = 'd'
                 UNION ALL SELECT t.typelem WHERE t.typsubscript = 'array_subscript_handler'::regproc
@@ -92,7 +114,8 @@ async def read_columns(connection: Connection, spec: IndexSpec) -> dict[str, Col
             ) AS part (oid)
             WHERE NOT EXISTS (SELECT FROM sorted s WHERE s.oid = t.oid)
         ), typed AS (
-            SELECT m.place, m.whole, t.oid, format('%%I.%%I', n.nspname, t.typname) AS type, t.typtype,
+            SELECT m.place, m.whole, m.element, t.oid, t.typelem, t.typtype,
+                format('%%I.%%I', n.nspname, t.typname) AS type,
                 t.typsubscript = 'array_subscript_handler'::regproc AS array,
                 EXISTS (SELECT FROM sorted s WHERE s.oid = t.oid)
                     OR EXISTS (SELECT FROM pg_cast k JOIN sorted s ON s.oid = k.casttarget
@@ -114,20 +137,35 @@ async def read_columns(connection: Connection, spec: IndexSpec) -> dict[str, Col
              JOIN pg_operator e ON e.oid = x.amopopr JOIN pg_operator o ON o.oid = e.oprnegate
              JOIN pg_namespace n ON n.oid = o.oprnamespace
              WHERE s.oid = b.oid LIMIT 1),
-            b.array
+            b.array,
+            (SELECT format('%%I.%%I', n.nspname, e.typname) FROM pg_type e JOIN pg_namespace n ON n.oid = e.typnamespace
+             WHERE b.array AND e.oid = b.typelem AND e.typarray = b.oid),
+            EXISTS (SELECT FROM typed e WHERE e.place = b.place AND e.oid = 'jsonb'::regtype
+                    AND (e.element OR e.oid = b.oid))
         FROM typed b WHERE b.whole AND b.typtype <> 'd' ORDER BY b.place
         """,
         [list(columns.values())],
     )
     found: dict[str, Column] = {}
     names = list(columns)
-    for place, type_, comparable, own, differs, array in await cursor.fetchall():
+    for place, type_, comparable, own, differs, array, element, json in await cursor.fetchall():
         operators = {"like": "", "null": ""}
         if comparable:
             for name, (strategy, sign) in STRATEGIES.items():
                 operators[name] = (own or {}).get(str(strategy), f"OPERATOR(pg_catalog.{sign})")
             operators["ne"] = differs or "OPERATOR(pg_catalog.<>)"
             operators["in"] = operators["eq"]
+            if element is not None:
+                operators |= {"contains": CONTAINS, "overlaps": OVERLAPS}
+            elif json:
+                operators["contains"] = CONTAINS
         column = names[place - 1]
-        found[column] = Column(cast(str, type_), columns[column], operators, bool(array))
+        found[column] = Column(
+            cast(str, type_),
+            columns[column],
+            operators,
+            bool(array),
+            element if "contains" in operators else None,
+            bool(json),
+        )
     return found

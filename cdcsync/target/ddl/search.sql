@@ -43,9 +43,14 @@ DECLARE
     configurations regconfig[] := {configurations};
     column_name text;
     of_type text;
+    of_array boolean;
+    of_json boolean;
+    of_elements boolean;
+    as_json boolean;
     wish jsonb;
     operator_name text;
     value jsonb;
+    parts jsonb;
     literal text;
     literals text[];
     required tsquery;
@@ -177,9 +182,13 @@ BEGIN
                 HINT = 'The columns are ' || (SELECT string_agg(f, ', ' ORDER BY f)
                                               FROM jsonb_object_keys(facts) AS f) || '.';
         END IF;
+        of_array := (facts -> column_name -> 'array')::boolean;
+        of_json := (facts -> column_name -> 'json')::boolean;
         of_type := format('The column is of the type %s%s.', facts -> column_name ->> 'shown', CASE
-            WHEN (facts -> column_name -> 'array')::boolean THEN ': write an array as text, such as "{{1,2}}"'
-            WHEN facts -> column_name ->> 'type' = 'pg_catalog.jsonb' THEN ': write JSON as text, such as "{{\"a\": 1}}"'
+            WHEN of_array AND facts -> column_name ->> 'element' IS NOT NULL
+            THEN ': contains and overlaps take a list of elements, other operators an array as text, such as "{{1,2}}"'
+            WHEN of_array THEN ': write an array as text, such as "{{1,2}}"'
+            WHEN of_json THEN ': contains takes JSON, other operators JSON as text, such as "{{\"a\": 1}}"'
             ELSE '' END);
         wish := CASE jsonb_typeof(wish) WHEN 'object' THEN wish
                     WHEN 'array' THEN jsonb_build_object('in', wish)
@@ -193,24 +202,32 @@ BEGIN
                         SELECT string_agg(o, ', ' ORDER BY array_position('{operators}', o))
                         FROM jsonb_object_keys(facts -> column_name -> 'operators') AS o) || '. ' || of_type;
             END IF;
+            of_elements := of_array AND operator_name IN ('contains', 'overlaps');
+            as_json := of_json AND operator_name IN ('contains', 'overlaps');
+            -- A list is of several values, unless it is JSON itself.
+            parts := CASE WHEN jsonb_typeof(value) = 'array' AND (of_elements OR NOT as_json) THEN value
+                          ELSE jsonb_build_array(value) END;
             IF jsonb_typeof(value) <> (CASE operator_name WHEN 'null' THEN 'boolean' WHEN 'in' THEN 'array'
                                        WHEN 'like' THEN 'string' ELSE jsonb_typeof(value) END)
-                OR jsonb_typeof(value) IN ('object', 'null') OR jsonb_typeof(value) = 'array' AND operator_name <> 'in'
-                OR operator_name = 'in' AND jsonb_path_exists(
-                    value, '$[*] ? (@.type() == "null" || @.type() == "object" || @.type() == "array")', '{{}}', true)
+                OR jsonb_typeof(value) = 'array' AND operator_name NOT IN ('in', 'contains', 'overlaps')
+                OR of_elements AND jsonb_path_exists(parts, 'strict $[*] ? (@.type() == "null")', '{{}}', true)
+                OR NOT as_json AND jsonb_path_exists(
+                    parts, 'strict $[*] ? (@.type() == "null" || @.type() == "object" || @.type() == "array")', '{{}}', true)
             THEN
                 RAISE EXCEPTION USING ERRCODE = 'invalid_parameter_value',
                     MESSAGE = format('the filter on %I: %s cannot take %s', column_name, operator_name, value),
                     HINT = 'null takes true or false, in takes a list of values, like takes a string,'
-                           ' and the others take one value. ' || of_type;
+                           ' contains and overlaps take one element or a list of them, and the others take one value. '
+                           || of_type;
             END IF;
             literals := '{{}}';
-            FOR literal IN SELECT v #>> '{{}}' FROM jsonb_array_elements(
-                CASE jsonb_typeof(value) WHEN 'array' THEN value ELSE jsonb_build_array(value) END) AS v
+            FOR literal IN SELECT CASE WHEN as_json THEN v::text ELSE v #>> '{{}}' END
+                           FROM jsonb_array_elements(parts) AS v
             LOOP
                 IF operator_name NOT IN ('null', 'like') THEN
                     BEGIN
-                        literal := format('%L::%s', literal, facts -> column_name ->> 'type');
+                        literal := format('%L::%s', literal, facts -> column_name ->> (
+                            CASE WHEN of_elements THEN 'element' ELSE 'type' END));
                         EXECUTE 'SELECT ' || literal;
                     EXCEPTION WHEN OTHERS THEN
                         -- Types refuse a value in any class: ltree as a mistake of syntax, regclass as a missing table.
@@ -239,8 +256,10 @@ BEGIN
                                       facts -> column_name -> 'operators' ->> 'in', l), ' OR ')) FROM unnest(literals) AS l)
                     ELSE format(' AND c.%I %s ANY (ARRAY[%s])', column_name,
                                 facts -> column_name -> 'operators' ->> 'in', array_to_string(literals, ', ')) END
-                ELSE format(' AND c.%I %s %s',
-                    column_name, facts -> column_name -> 'operators' ->> operator_name, literals[1])
+                ELSE format(' AND c.%I %s %s', column_name, facts -> column_name -> 'operators' ->> operator_name,
+                    CASE WHEN of_elements
+                         THEN format('ARRAY[%s]::%s', array_to_string(literals, ', '), facts -> column_name ->> 'type')
+                         ELSE literals[1] END)
             END;
         END LOOP;
     END LOOP;

@@ -15,7 +15,7 @@ from psycopg import sql
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.bm25 import best_by_words, usable
-from cdcsync.target.ddl.filters import OF_THE_SERVER, read_columns
+from cdcsync.target.ddl.filters import FILTER_OPERATORS, OF_THE_SERVER, read_columns
 from cdcsync.target.ddl.hits import attribute_of, wanted_attributes
 from cdcsync.target.ddl.hits import attributes as present_attributes
 from cdcsync.target.ddl.languages import headline, searched
@@ -209,7 +209,7 @@ async def _parts(
         "of_chunks": _text(sql.SQL(" JOIN {} AS c USING (chunk_id) WHERE ").format(names.chunks), connection),
         "embed_hint": sql.Literal(f"Embed the query with {spec.model}: generation {spec.generation} is of it."),
         "headline_options": sql.Literal(HEADLINE),
-        "operators": sql.SQL("{eq,ne,in,lt,lte,gt,gte,like,null}"),
+        "operators": sql.SQL("{" + ",".join(FILTER_OPERATORS) + "}"),
         # On a line of its own, so that nothing of ours can become part of it.
         "condition": sql.Literal("true" if own.where is None else f"(\n{own.where}\n)"),
         "filtered": sql.SQL("false" if own.where is None else "true"),

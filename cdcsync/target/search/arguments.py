@@ -27,6 +27,12 @@ NESTED = 2
 """The lists and objects of a filter on one column that may be in one another: values by operator, of which one is a
 list."""
 
+NESTED_JSON = 100
+"""The same where an operator takes JSON, values by operator among them: more than anybody writes."""
+
+TAKES_JSON = ("contains", "overlaps")
+"""The operators whose values are JSON, or lists of it."""
+
 HINTS = {
     "text": "write the query in quotes",
     "vector": "give a list of numbers that fit into 4 bytes, as the index's model makes them",
@@ -178,14 +184,15 @@ def plain_filter(filter: Mapping[str, Any] | None) -> dict[str, Any]:
     return {column: _plain(column, value) for column, value in (filter or {}).items()}
 
 
-def _plain(column: str, value: object, within: int = 0) -> object:
+def _plain(column: str, value: object, within: int = 0, most: int = NESTED) -> object:
     """Return a value of a column's filter as JSON has it.
 
     :param within: in how many lists and mappings it is.
+    :param most: in how many of these it may be; JSON, in which numbers are numbers, may be in more than other values.
     """
     match value:
         case Enum():
-            return _plain(column, value.value, within)
+            return _plain(column, value.value, within, most)
         case bool() | None:
             return value
         case str():
@@ -194,7 +201,7 @@ def _plain(column: str, value: object, within: int = 0) -> object:
             return int(value)
         case float():
             return float(value) if math.isfinite(value) else str(float(value))
-        case Mapping() | list() | tuple() | set() | frozenset() if within == NESTED:
+        case Mapping() | list() | tuple() | set() | frozenset() if within == most:
             raise UsageError(
                 f"the filter on {column} has lists or objects that are too deep in one another",
                 where="filter",
@@ -202,15 +209,20 @@ def _plain(column: str, value: object, within: int = 0) -> object:
                 " write an array or JSON as text",
             )
         case Mapping():
-            return {name: _plain(column, one, within + 1) for name, one in value.items()}
+            return {
+                name: _plain(column, one, within + 1, NESTED_JSON if not within and name in TAKES_JSON else most)
+                for name, one in value.items()
+            }
         case list() | tuple() | set() | frozenset():
-            return [_plain(column, one, within + 1) for one in value]
+            return [_plain(column, one, within + 1, most) for one in value]
         case bytes() | bytearray() | memoryview():
             return f"\\x{bytes(value).hex()}"
         case date() | time():
             return value.isoformat()
         case timedelta():
             return f"{value.days} days {value.seconds} seconds {value.microseconds} microseconds"
+        case Decimal() if most == NESTED_JSON and value.is_finite():
+            return value
         case Decimal() | UUID():
             return str(value)
         case Range():
@@ -220,7 +232,7 @@ def _plain(column: str, value: object, within: int = 0) -> object:
         case IPv4Address() | IPv6Address() | IPv4Network() | IPv6Network() | IPv4Interface() | IPv6Interface():
             return str(value)
         case _ if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
-            return _plain(column, value.tolist(), within)
+            return _plain(column, value.tolist(), within, most)
     raise UsageError(
         f"the filter on {column} compares with an object of {type(value).__name__}",
         where="filter",

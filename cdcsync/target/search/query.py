@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 Filter = Mapping[str, Any]
-"""By column: a value, a list of values, None, or values by operator (eq, ne, in, lt, lte, gt, gte, like, null)."""
+"""By column: a value, a list of values, None, or values by operator, of which `FILTER_OPERATORS` are the names."""
 
 TIMEOUT_S = 30.0
 """A search takes milliseconds; one that takes this long is not waited for any more."""
@@ -43,6 +43,8 @@ TIMEOUT_S = 30.0
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 NO_SETTINGS: Mapping[str, str] = {}
+
+_ENCODER = msgspec.json.Encoder(decimal_format="number")
 
 _GONE = (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction, psycopg.errors.InvalidSchemaName)
 """The errors of a search that does not find its function, or a table of the index."""
@@ -163,7 +165,7 @@ async def search(
         if traceparent is not None and _TRACEPARENT.fullmatch(traceparent):
             statement += sql.SQL(f" /*traceparent='{traceparent}'*/")
         numbers = None if vector is None else ",".join([repr(float(value)) for value in vector])
-        filter_json = msgspec.json.encode(plain_filter(filter)).decode()
+        filter_json = _ENCODER.encode(plain_filter(filter)).decode()
         arguments: list[object] = [
             text,
             None if numbers is None else f"[{numbers}]",

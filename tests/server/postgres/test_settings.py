@@ -31,6 +31,13 @@ async def test_a_dsn_that_libpq_cannot_read_is_told_with_the_parameter_that_it_d
     with pytest.raises(SetupError) as caught:
         await connect(dsn, "source")
     assert caught.value.message == said
+    assert "remove it" in (caught.value.hint or "")
+
+
+async def test_a_parameter_of_a_dsn_that_is_misspelt_is_told_with_the_one_that_was_meant() -> None:
+    with pytest.raises(SetupError, match="libpq knows no parameter prot, psword") as caught:
+        await connect("host=h prot=5432 psword=x", "source")
+    assert caught.value.hint == "did you mean port, password?"
 
 
 @pytest.mark.parametrize("autocommit", [True, False])

@@ -50,6 +50,24 @@ async def test_a_publication_that_the_role_may_not_create_is_told_as_a_statement
     assert (await examined(config)).errors == []
 
 
+async def test_the_tables_that_the_role_does_not_own_are_those_of_the_statement(
+    lone_database: Database, role: Role
+) -> None:
+    lone_database.execute(f"{ARTICLES}; CREATE TABLE notes (id int PRIMARY KEY, article_id bigint, body text)")
+    lone_database.execute(f"GRANT SELECT ON articles, notes TO {role.name}")
+    articles = 'table = "articles"\nembedder = "hash"\ntext = "{title} {notes}"\n[indexes.articles.related.notes]\n'
+    related = 'table = "notes"\non = { article_id = "id" }\ntext = "{body}"'
+    config = configured(role.dsn, lone_database.dsn, articles=articles + related)
+    (error,) = [one for one in (await examined(config)).errors if "does not own" in one.message]
+    assert "does not own public.articles, public.notes" in error.message
+    assert '"public"."articles", "public"."notes"' in str(error.hint)
+
+
+async def test_a_fault_of_a_dsn_that_is_that_of_both_servers_is_told_once() -> None:
+    error = the_error(await examined(configured("host=127.0.0.1 prot=5432 dbname=x")))
+    assert (error.message, error.hint) == ("libpq knows no parameter prot", "did you mean port?")
+
+
 async def test_a_table_that_only_its_owner_could_add_is_told_as_a_statement(
     lone_database: Database, role: Role
 ) -> None:

@@ -22,6 +22,7 @@ import structlog.testing
 from cryptography.hazmat.primitives.asymmetric import rsa
 from psycopg import sql
 
+from cdcsync import config
 from cdcsync.embedders import Kind, Vectors, make_embedder
 from cdcsync.embedders.hashing import HashEmbedder
 from cdcsync.errors import EmbedderUnavailable
@@ -228,6 +229,48 @@ async def test_without_the_model_words_are_searched_and_the_answer_says_so(ticke
     told = [line["error"] for line in logs if line["event"] == "model_away"]
     assert told == ["embedders.fake: 10.0.0.7 refuses the connection"]
     assert refused.status_code == 503
+
+
+async def test_with_a_configuration_of_another_model_words_are_searched_and_a_search_by_vector_says_what_to_do(
+    tickets: Office,
+) -> None:
+    earlier = msgspec.structs.replace(
+        tickets.serving(anonymous=True), embedders={"old": config.HashEmbedder(dimensions=24)}
+    )
+    with structlog.testing.capture_logs() as logs:
+        async with served(earlier) as client:
+            found = await ask(client, "printer")
+            refused = await ask(client, "printer", mode="vector")
+    assert (found.status_code, bool(found.json()["hits"])) == (200, True)
+    assert found.json()["warning"] == "searched by words alone: the server cannot use the model"
+    assert (refused.status_code, refused.json()["title"]) == (503, "The model cannot be used")
+    assert "search by words (mode text)" in refused.json()["fix"]
+    told = [line["fix"] for line in logs if line["event"] == "model_away"]
+    assert told == ["search with the configuration that the worker runs with, or by words alone"]
+
+
+async def test_while_a_model_is_loaded_searches_and_readyz_say_that(
+    tickets: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(_: object) -> None:
+        await anyio.sleep_forever()
+
+    monkeypatch.setattr(HashEmbedder, "open", never)
+    async with served(tickets.serving(anonymous=True, deadline_s=1.0)) as client:
+        probed = await client.get("/readyz")
+        found = await ask(client, "printer")
+        refused = await ask(client, "printer", mode="vector")
+    assert probed.json()["reasons"] == ["models are being loaded"]
+    assert found.json()["warning"] == "searched by words alone: the model is being loaded"
+    assert (refused.status_code, refused.json()["title"]) == (503, "The model is being loaded")
+
+
+async def test_a_mode_that_there_is_not_is_told_with_those_that_there_are(tickets: Office) -> None:
+    async with served(tickets.serving(anonymous=True)) as client:
+        refused = await ask(client, "printer", mode="semantic")
+    assert refused.status_code == 422
+    assert "'semantic'" in refused.json()["detail"]
+    assert "it is one of hybrid, vector, text" in refused.json()["detail"]
 
 
 async def test_many_texts_of_one_caller_keep_the_model_from_no_other(
@@ -517,6 +560,7 @@ async def test_a_days_budget_of_text_ends(tickets: Office, tokens: Path) -> None
         (b'{"query": "a", "filter": {"opened": "soon"}}', 422),
         (b'{"query": "a", "filter": {"id": {"between": 3}}}', 422),
         (b'{"query": "a", "filter": {"status": "\\u0000"}}', 422),
+        (b'{"query": "a", "filter": {"status": {"contains": ' + b"[" * 500 + b"]" * 500 + b"}}}", 422),
         (b'{"query": "a", "filter": {"status) OR true --": "x"}}', 422),
         (b'{"query": "' + b"a" * 10_000 + b'"}', 422),
     ],

@@ -20,10 +20,13 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 from psycopg import conninfo
 
+import cdcsync
 from cdcsync import logs
 from cdcsync.config import Config
 from cdcsync.config.serving import Serve
 from cdcsync.serve.identity import new_token
+from cdcsync.serve.openapi import describe
+from cdcsync.target.ddl.filters import FILTER_OPERATORS
 from tests import ROOT
 from tests.support.configs import configuration
 from tests.support.servers import Database
@@ -83,6 +86,21 @@ async def test_tools_say_that_they_only_read(tickets: Office) -> None:
         assert tool.annotations is not None
         assert (tool.annotations.read_only_hint, tool.annotations.destructive_hint) == (True, False)
     assert "context" not in tools["search"].input_schema["properties"]
+    told = [
+        tools["search"].input_schema["properties"]["filter"]["description"],
+        describe(tickets.config.serve)["components"]["schemas"]["SearchRequest"]["properties"]["filter"]["description"],
+        str(cdcsync.Index.search.__doc__),
+        (ROOT / "docs" / "searching.md").read_text(encoding="utf-8"),
+    ]
+    assert all(re.search(rf"\b{one}\b", text) for one in FILTER_OPERATORS for text in told)
+    described = tools["search"].input_schema["properties"]["filter"]["description"]
+    assert (
+        described
+        == describe(tickets.config.serve)["components"]["schemas"]["SearchRequest"]["properties"]["filter"][
+            "description"
+        ]
+    )
+    assert all(re.search(rf"\b{operator}\b", described) for operator in FILTER_OPERATORS)
 
 
 @pytest.mark.parametrize(

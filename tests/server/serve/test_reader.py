@@ -66,7 +66,7 @@ async def test_a_server_is_ready_once_its_reranker_is_loaded_and_searches_do_wit
         await ready(client)
         hits = (await ask(client, "printer", mode="text")).json()["hits"]
     assert (probed.status_code, probed.json()["reasons"]) == (503, ["models are being loaded"])
-    assert (meanwhile.status_code, meanwhile.json()["warning"]) == (200, "not reranked: the model is away")
+    assert (meanwhile.status_code, meanwhile.json()["warning"]) == (200, "not reranked: the model is being loaded")
     assert meanwhile.json()["hits"]
     assert {hit["score"] for hit in hits} == {7.0}
 
@@ -83,7 +83,7 @@ async def test_a_reranker_that_cannot_be_loaded_is_logged_with_its_fix_and_searc
             await ready(client)
             answers = [await ask(client, "printer", mode=mode) for mode in ("hybrid", "text", "vector")]
     assert [(one.status_code, one.json()["warning"]) for one in answers] == [
-        (200, "not reranked: the model is away")
+        (200, "not reranked: the server cannot use the model")
     ] * 3
     assert all(one.json()["hits"] for one in answers)
     told = [(one["index"], one["fix"]) for one in logs if one["event"] == "model_not_loaded"]

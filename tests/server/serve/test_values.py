@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -10,7 +11,7 @@ import msgspec
 import pytest
 
 import cdcsync
-from cdcsync.cli.search import find
+from cdcsync.cli.search import find, parse_filters
 from cdcsync.config import Config
 from cdcsync.config.serving import Serve
 from tests.support.configs import configuration
@@ -61,6 +62,7 @@ VALUES: tuple[tuple[str, str, Any, Any], ...] = (
     ("json", '["\\ud83d\\ude00", "\\\\ud83d"]', ["\U0001f600", "\\ud83d"], ["\U0001f600", "\\ud83d"]),
     ("json", "[" * 300 + "]" * 300, "[" * 300 + "]" * 300, "[" * 300 + "]" * 300),
     ("jsonb", '{"a": ' * 900 + "1" + "}" * 900, '{"a": ' * 900 + "1" + "}" * 900, '{"a": ' * 900 + "1" + "}" * 900),
+    ("text[]", r'{"{a,b}","q\"uote","back\\slash","","NULL"}', ["{a,b}", 'q"uote', "back\\slash", "", "NULL"], None),
     ("jsonb", f"[{', '.join(['[]'] * 300)}]", [[]] * 300, [[]] * 300),
 )
 
@@ -148,6 +150,17 @@ async def test_a_value_is_found_told_and_found_again(odd: Config, number: int, c
         assert [one["key"] for one in by_tool["hits"]] == [{"id": number}]
         if not isinstance(told, list | dict) and type_ not in ("json", "jsonb"):
             assert number in [one["key"]["id"] for one in await hits(client, "odd", **{name: told})]
+        if isinstance(told, list | dict) and type_ not in ("json", "json[]"):
+            wish: dict[str, Any] = {name: {"contains": told}}
+            assert number in [one["key"]["id"] for one in await hits(client, "odd", **wish)]
+            by_tool = await called(client, "search", index="odd", query="printer", k=50, filter=wish)
+            assert number in [one["key"]["id"] for one in by_tool["hits"]]
+            async with cdcsync.Index.open(odd, "odd") as index:
+                wish = {name: {"contains": hit.carried[name]}}
+                assert number in [one.key["id"] for one in await index.search("printer", k=100, filter=wish)]
+            written = parse_filters([f"{name}@>{json.dumps(told)}"])
+            by_command = await find(odd, ["odd"], "printer", **AS_A_COMMAND | {"k": 100}, filter_=written)
+            assert number in [one.hit.key["id"] for one in by_command.found]
         assert await hits(client, "plain")
     answer = await find(odd, ["odd"], "printer", **AS_A_COMMAND, filter_={"id": {"eq": str(number)}})
     assert msgspec.json.decode(msgspec.json.encode(answer.found[0].hit.carried, enc_hook=str)) == found["columns"]

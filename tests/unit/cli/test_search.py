@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,20 @@ import pytest
 
 from cdcsync.cli import main
 from cdcsync.cli.printing import MARKS, matched, print_hits, print_plan, shares
-from cdcsync.cli.search import parse_filters
+from cdcsync.cli.search import check_operators, parse_filters
 from cdcsync.errors import UsageError
 from cdcsync.target import search as target_search
+from cdcsync.target.ddl.filters import FILTER_OPERATORS, Column
 from cdcsync.target.search import Hit
 
 
 def make_hit(**more: Any) -> Hit:
     facts: dict[str, Any] = {"key": {"id": 7}, "carried": {}, "chunk_no": 0, "content": "a text", "score": 0.03}
     return Hit(**facts | {"distance": None, "text_rank": None, "stale": False} | more)
+
+
+def _contain(**wanted: Any) -> dict[str, Any]:
+    return {column: {"contains": value} for column, value in wanted.items()}
 
 
 @pytest.mark.parametrize(
@@ -35,6 +42,11 @@ def make_hit(**more: Any) -> Hit:
         (['"author.name"=Ann', '"author.name" = "Bob"'], {"author.name": {"in": ["Ann", '"Bob"']}}),
         (['"a <= ""b""" <= 4', '"a b" is null'], {'a <= "b"': {"lte": "4"}, "a b": {"null": True}}),
         (['say "hi"=4'], {'say "hi"': {"in": ["4"]}}),
+        (["tags@>urgent", "author_id=3"], {"tags": {"contains": "urgent"}, "author_id": {"in": ["3"]}}),
+        (['tags @> ["a", "b"]', 'tags&&["c"]'], {"tags": {"contains": ["a", "b"], "overlaps": ["c"]}}),
+        (['extra@>{"n": [1.50, null]}'], {"extra": {"contains": {"n": [Decimal("1.50"), None]}}}),
+        (["tags@>{a,b}", "n@>3", 'text@>"3"'], _contain(tags="{a,b}", n=3, text="3")),
+        (["tags@>", '"a@">3', "mail=a@>b"], {**_contain(tags=""), "a@": {"gt": "3"}, "mail": {"in": ["a@>b"]}}),
         (
             ["title=this is null", "body~%this is not null"],
             {"title": {"in": ["this is null"]}, "body": {"like": "%this is not null"}},
@@ -45,11 +57,36 @@ def test_filters_are_columns_operators_and_values(given: list[str], wanted: dict
     assert parse_filters(given) == wanted
 
 
-@pytest.mark.parametrize("given", [["tenant"], ["=3"], ["n>1", "n>2"], ["n is null", "n is not null"]])
+@pytest.mark.parametrize(
+    "given", [["tenant"], ["=3"], ["n>1", "n>2"], ["n is null", "n is not null"], ["tags@>a", "tags@>b"]]
+)
 def test_what_is_not_a_filter_is_refused_with_the_form_of_one(given: list[str]) -> None:
     with pytest.raises(UsageError) as refused:
         parse_filters(given)
     assert refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("js=1", "a filter on js cannot use ="),
+        ("js!=1", "a filter on js cannot use !="),
+        ("js>=1", "a filter on js cannot use >="),
+        ("js@>1", "a filter on js cannot use @>"),
+        ("js&&1", "a filter on js cannot use &&"),
+    ],
+)
+def test_an_operator_that_a_column_lacks_is_told_as_it_is_written_here(given: str, told: str) -> None:
+    columns = {"js": Column("pg_catalog.json", "json", {"like": "", "null": ""})}
+    with pytest.raises(UsageError, match=re.escape(told)) as refused:
+        check_operators(parse_filters([given]), columns)
+    assert refused.value.hint == "a column of the type json takes ~, is null"
+
+
+def test_every_operator_of_a_filter_can_be_written_here() -> None:
+    written = ["a=1", "a!=1", "a<1", "a<=1", "a>1", "a>=1", "a~1", "a@>1", "a&&1", "a is null"]
+    assert {*parse_filters(written)["a"], "eq"} == set(FILTER_OPERATORS)  # a list of one value is equality
+    check_operators(parse_filters(written), {"a": Column("t", "t", dict.fromkeys(FILTER_OPERATORS, ""))})
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from decimal import Decimal
+from random import Random
+from typing import Any, Literal
+from uuid import UUID
 
+import msgspec
 import numpy as np
 import psycopg
 import pytest
@@ -13,7 +18,10 @@ from psycopg import sql
 
 from cdcsync.cli.search import parse_filters
 from cdcsync.config.names import quote
-from cdcsync.target.search import search
+from cdcsync.model.spec import IndexSpec
+from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl import filters, search_function
+from cdcsync.target.search import Plan, search
 from tests.support.indexes import SCHEMA, LiveIndex, live_index, make_spec
 from tests.support.searching import filled, find
 from tests.support.servers import Database
@@ -255,3 +263,282 @@ async def test_a_column_has_the_operators_of_an_order_if_postgresql_can_sort_by_
             if type_ in ordered:
                 assert await found(type_, {"in": [first, second]}) == "12", type_
             assert await found(type_, {"null": True}) == ""
+
+
+ELEMENTS: dict[str, list[Any]] = {
+    "text": ["a", "A", "", "NULL", "null", "{a,b}", 'a"b', "a\\b", "a,b", "a'b", " a ", "ä\U0001f600", "%L $1", "[]"],
+    "character varying(20)": ["a", "A", "{}"],
+    "character(4)": ["a", "a  ", "b"],
+    "integer": [1, -2, "3"],
+    "numeric(6,2)": [1, 1.5, "1.50", "NaN", -0.25],
+    "double precision": [1, 0.1, "Infinity", -0.0, 0],
+    "boolean": [True, False],
+    "uuid": ["00000000-0000-0000-0000-00000000000a", "00000000-0000-0000-0000-00000000000A"],
+    "timestamp with time zone": ["2026-01-01T00:00:00Z", "2026-01-01 01:00+01", "infinity"],
+    "date": ["2026-01-01", "2026-02-01"],
+    "interval": ["24:00", "1 day", "1 mon"],
+    "bytea": ["\\x00ff", "\\x"],
+    "inet": ["10.0.0.1", "10.0.0.0/8"],
+    "bit varying": ["101", ""],
+    "int4range": ["[1,3)", "[1,2]", "empty"],
+    "jsonb": [1, 1.0, "a", "1", True, {"a": [1, {"b": None}]}, [1, "a"], [None], {}, []],
+    "extensions.citext": ["a", "A", "b"],
+    'public."Odd type"': ["sad", "it's"],
+    "public.short": ["a", "b"],
+    "public.packed": [{"a": 1}, 1, []],
+    "public.pair": ["(1,a)", '(1,"a,b")'],
+    "public.numbers": ["{1,2}", "{3}"],
+}
+"""Elements of arrays by their type, as JSON has them."""
+
+
+async def ids(
+    index: LiveIndex, mode: Literal["text", "vector"], filter: Wanted, plans: list[Plan] | None = None
+) -> list[Any]:
+    """Return the ids that a search from Python finds."""
+    vector = [1.0, 2.0, 3.0] if mode == "vector" else None
+    hits = await search(
+        index.connection, SCHEMA, index.spec, text="page", vector=vector, mode=mode, k=20, filter=filter, plans=plans
+    )
+    return [hit.key["id"] for hit in hits]
+
+
+OF_JSON = ("jsonb", "public.packed")
+
+MADE_FOR_ELEMENTS = """
+    CREATE SCHEMA extensions;
+    CREATE EXTENSION citext SCHEMA extensions;
+    CREATE TYPE public."Odd type" AS ENUM ('sad', 'it''s');
+    CREATE DOMAIN public.short AS text CHECK (length(VALUE) < 3);
+    CREATE DOMAIN public.packed AS jsonb;
+    CREATE TYPE public.pair AS (no int, name text);
+    CREATE DOMAIN public.numbers AS int[];
+    CREATE DOMAIN public.labels AS text[];
+"""
+
+ASKED = {"contains": "@>", "overlaps": "&&"}
+
+
+def written(type_: str, element: Any) -> str:
+    """Return an element as PostgreSQL reads it."""
+    return element if isinstance(element, str) and type_ not in OF_JSON else json.dumps(element)
+
+
+def array_of(type_: str, texts: Sequence[str | None], more: str = "") -> sql.Composed:
+    """Return an array as SQL, by other means than a filter: the server collects its elements from rows."""
+    return sql.SQL(
+        "array(SELECT e::{} FROM unnest({}::text[]) WITH ORDINALITY AS u (e, no) ORDER BY no)" + more
+    ).format(sql.SQL(type_), list(texts))
+
+
+async def test_an_array_is_asked_for_elements_as_postgresql_compares_arrays(target: Database) -> None:
+    with target.connect() as connection:
+        connection.execute(MADE_FOR_ELEMENTS)
+    chance = Random(20261130)
+    names = {type_: f"c{place}" for place, type_ in enumerate(ELEMENTS)}
+    rows: list[list[str | None]] = []
+    with target.connect() as connection:
+
+        def text(value: sql.Composable) -> str:
+            return str(connection.execute(sql.SQL("SELECT ({})::text").format(value)).fetchone()[0])  # type: ignore[index]
+
+        for number in range(12):
+            row: list[str | None] = []
+            for type_, elements in ELEMENTS.items():
+                some: list[str | None] = [
+                    written(type_, one) for one in chance.choices(elements, k=chance.randint(1, 4))
+                ]
+                if number == 0:
+                    row.append(None)
+                elif number == 1:
+                    row.append("{}")
+                elif number == 2 and type_ != "public.numbers":  # of two dimensions
+                    row.append(text(sql.SQL("ARRAY[{0}, {0}]").format(array_of(type_, some))))
+                else:
+                    row.append(text(array_of(type_, [*some, None] if number < 6 else some)))
+            rows.append(row)
+    async with live_index(target, make_spec(carried={name: f"{type_}[]" for type_, name in names.items()})) as index:
+        await filled(index, ["a page"] * len(rows), [tuple(row) for row in rows])
+        seen = 0
+        for type_, elements in ELEMENTS.items():
+            lists = [
+                [],
+                *([one] for one in elements),
+                *(chance.choices(elements, k=chance.randint(2, 3)) for _ in range(6)),
+            ]
+            for wanted in lists:
+                value = array_of(type_, [written(type_, one) for one in wanted], f"::{type_}[]")
+                for operator, sign in ASKED.items():
+                    cursor = await index.connection.execute(
+                        sql.SQL(
+                            "SELECT id::text FROM cdcsync.articles_chunks WHERE {} OPERATOR(pg_catalog.{}) {}"
+                        ).format(sql.Identifier(names[type_]), sql.SQL(sign), value)
+                    )
+                    expected = sorted(id_ for (id_,) in await cursor.fetchall())
+                    ways: list[Any] = [wanted]
+                    if len(wanted) == 1 and not isinstance(wanted[0], list):
+                        ways.append(wanted[0])  # one element need not be in a list
+                    for way in ways:
+                        hits = await find(
+                            index.connection, "page", mode="text", k=20, filter={names[type_]: {operator: way}}
+                        )
+                        assert sorted(hits) == expected, (type_, operator, way)
+                    seen += 0 < len(expected) < len(rows)
+        assert seen > 150
+
+
+JSON = (
+    *(
+        '{"lang": "en", "n": 1.50, "tags": ["a", "b"], "in": {"x": null}}',
+        '["red", "blue", 3]',
+        '"red"',
+        "3",
+        "null",
+        "{}",
+    ),
+    *('[[1, 2], {"a": 1}]', "true", '{"lang": "EN"}'),
+)
+WISHES: tuple[Any, ...] = (
+    *(
+        {"lang": "en"},
+        {"n": 1.5},
+        {"tags": ["b"]},
+        {"in": {}},
+        {"in": {"x": None}},
+        {},
+        [],
+        "red",
+        ["red"],
+        3,
+        "3",
+        None,
+    ),
+    *(["blue", 3], [[2]], [{"a": 1}], True, {"lang": "en", "missing": 1}, {"it's": "\\ %L"}),
+)
+
+
+@pytest.mark.parametrize("type_", ["jsonb", "public.packed"])
+async def test_jsonb_contains_any_json_as_postgresql_says(target: Database, type_: str) -> None:
+    target.execute("CREATE DOMAIN public.packed AS jsonb")
+    async with live_index(target, make_spec(carried={"extra": type_})) as index:
+        await filled(index, ["a page"] * (len(JSON) + 1), [*((one,) for one in JSON), (None,)])
+        for wish in WISHES:
+            cursor = await index.connection.execute(
+                "SELECT id::text FROM cdcsync.articles_chunks WHERE extra @> %s::jsonb", [json.dumps(wish)]
+            )
+            expected = sorted(id_ for (id_,) in await cursor.fetchall())
+            found = await find(index.connection, "page", mode="text", k=20, filter={"extra": {"contains": wish}})
+            assert sorted(found) == expected, wish
+            hits = await ids(index, "text", {"extra": {"contains": wish}})
+            assert sorted(map(str, hits)) == expected, wish
+
+
+async def test_a_domain_of_arrays_is_asked_for_elements_and_other_conditions_hold_too(target: Database) -> None:
+    target.execute("CREATE DOMAIN public.labels AS text[]")
+    async with live_index(target, make_spec(carried={"tags": "public.labels", "tenant": "integer"})) as index:
+        await filled(index, ["a page"] * 4, [("{a,b}", "1"), ("{a}", "1"), ("{a,c}", "2"), (None, "1")])
+        await index.embed()
+        for mode in ("text", "vector", "hybrid"):
+
+            async def found(wish: Any, mode: str = mode) -> list[str]:
+                return sorted(await find(index.connection, "page", embedding="[1,2,3]", mode=mode, filter=wish))
+
+            assert await found({"tags": {"contains": "a", "overlaps": ["b", "c"]}}) == ["1", "3"]
+            assert await found({"tags": {"contains": ["a"], "ne": "{a}"}, "tenant": 1}) == ["1"]
+            assert await found({"tags": {"overlaps": []}}) == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "problem", "hint"),
+    [
+        ({"tags": ["red"]}, "filter on tags: malformed array literal", "contains and overlaps take a list of elements"),
+        ({"tags": {"contains": [None]}}, r"tags: contains cannot take \[null\]", "one element or a list of them"),
+        ({"tags": {"overlaps": None}}, "tags: overlaps cannot take null", "one element or a list of them"),
+        ({"tags": {"contains": [["a"]]}}, "tags: contains cannot take", "one element or a list of them"),
+        ({"tags": {"overlaps": {"a": 1}}}, "tags: overlaps cannot take", "one element or a list of them"),
+        ({"packs": {"contains": [None]}}, "packs: contains cannot take", "one element or a list of them"),
+        ({"numbers": {"contains": ["x"]}}, "filter on numbers: invalid input syntax", "integer[]"),
+        ({"numbers": {"contains": [1.5]}}, "filter on numbers: invalid input syntax", "integer[]"),
+        ({"shorts": {"overlaps": ["abc"]}}, "filter on shorts: value for domain", "short[]"),
+        ({"extra": {"overlaps": ["a"]}}, "extra has no operator 'overlaps'", "like, contains, null. "),
+        ({"extra": {"eq": "{"}}, "filter on extra: invalid input syntax", "contains takes JSON"),
+        ({"tags": {"has": "a"}}, "tags has no operator 'has'", "like, contains, overlaps, null. "),
+        ({"places": {"contains": ["(1,1),(0,0)"]}}, "places has no operator 'contains'", "operators are like, null. "),
+        ({"whole": {"contains": [1]}}, "whole has no operator 'contains'", "like, null. "),
+        ({"code": {"contains": "a"}}, "code has no operator 'contains'", "like, null. "),
+    ],
+)
+async def test_what_an_array_or_json_cannot_contain_is_told_with_what_it_can(
+    target: Database, wanted: Wanted, problem: str, hint: str
+) -> None:
+    target.execute("CREATE DOMAIN public.short AS text CHECK (length(VALUE) < 3)")
+    columns = {"tags": "text[]", "packs": "jsonb[]", "numbers": "integer[]", "shorts": "public.short[]"}
+    others = {"extra": "jsonb", "places": "box[]", "whole": "int2vector", "code": "text"}
+    async with live_index(target, make_spec(carried=columns | others)) as index:
+        with pytest.raises(psycopg.errors.InvalidParameterValue, match=problem) as refused:
+            await find(index.connection, "page", mode="text", filter=wanted)
+        assert hint in (refused.value.diag.message_hint or "")
+
+
+async def test_values_of_python_are_elements(target: Database) -> None:
+    columns = {
+        "at": "timestamp with time zone[]",
+        "price": "numeric[]",
+        "extra": "jsonb",
+        "who": "uuid[]",
+        "raw": "bytea[]",
+    }
+    row = (
+        "{2026-01-01 00:00:00+00}",
+        "{1.50,NaN}",
+        '{"n": [1.5, 12345678901234567890]}',
+        f"{{{UUID(int=7)}}}",
+        '{"\\\\x00ff"}',
+    )
+    async with live_index(target, make_spec(carried=columns)) as index:
+        await filled(index, ["a page"], [row])
+
+        async def found(**filter: Any) -> list[Any]:
+            return await ids(index, "text", filter)
+
+        assert await found(at={"contains": datetime(2026, 1, 1, tzinfo=UTC)})
+        assert await found(price={"contains": {Decimal("1.5"), float("nan")}})
+        assert await found(who={"overlaps": (UUID(int=7), UUID(int=8))})
+        assert await found(raw={"contains": [b"\x00\xff"]})
+        assert await found(extra={"contains": {"n": [Decimal("1.50")]}})
+        assert await found(extra={"contains": {"n": [12345678901234567890]}})
+        assert not await found(extra={"contains": {"n": ["1.5"]}})
+
+
+async def test_an_index_on_a_carried_array_serves_its_filter(target: Database) -> None:
+    async with live_index(target, make_spec(carried={"tags": "text[]"})) as index:
+        await index.connection.execute("CREATE INDEX ON cdcsync.articles_chunks USING gin (tags)")
+        await filled(index, ["a page"] * 300, [("{a,b}",), *([("{a}",)] * 299)])
+        await index.connection.execute("ANALYZE cdcsync.articles_chunks")
+        await index.connection.execute("SET enable_seqscan = off; SET enable_bitmapscan = on")
+        plans: list[Plan] = []
+        await ids(index, "vector", {"tags": {"contains": "b"}}, plans)
+        assert any("articles_chunks_tags_idx" in line for plan in plans for line in plan.lines)
+
+
+async def test_a_function_of_a_version_without_an_operator_gets_it_at_a_start(
+    target: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, wanted = make_spec(carried={"tags": "text[]"}), {"tags": {"contains": "a"}}
+
+    async def read_earlier(connection: Connection, spec: IndexSpec) -> dict[str, filters.Column]:
+        return {
+            name: msgspec.structs.replace(
+                column, operators={one: sign for one, sign in column.operators.items() if one not in ASKED}
+            )
+            for name, column in (await filters.read_columns(connection, spec)).items()
+        }
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(search_function, "read_columns", read_earlier)
+        async with live_index(target, spec) as index:
+            await filled(index, ["a page"] * 2, [("{a,b}",), ("{b}",)])
+            with pytest.raises(psycopg.errors.InvalidParameterValue, match="no operator 'contains'"):
+                await find(index.connection, "page", mode="text", filter=wanted)
+    async with live_index(target, spec) as index:
+        assert await find(index.connection, "page", mode="text", filter=wanted) == ["1"]

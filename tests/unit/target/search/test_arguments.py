@@ -134,6 +134,8 @@ class State(Enum):
         (State.OPEN, "open"),
         (np.float32(1.5), 1.5),
         ((1, None, True), [1, None, True]),
+        ({"contains": {"a": [{"b": (1, Decimal("1.50"))}]}}, {"contains": {"a": [{"b": [1, Decimal("1.50")]}]}}),
+        ({"overlaps": [Decimal("NaN"), date(2026, 1, 2)]}, {"overlaps": ["NaN", "2026-01-02"]}),
     ],
 )
 def test_a_value_of_a_filter_is_written_as_its_column_reads_it(value: object, plain: object) -> None:
