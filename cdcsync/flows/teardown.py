@@ -276,9 +276,7 @@ async def _connect_source(
 def _left_elsewhere(elsewhere: AnotherServer | None) -> str | None:
     if elsewhere is None:
         return None
-    return (
-        f"{elsewhere.message}; if the server that was followed still runs, its slot keeps WAL until it is dropped there"
-    )
+    return f"{elsewhere.message}; if the server that was followed still runs, drop the slot there, for it keeps WAL"
 
 
 def _refuse_slot(slot: Slot, elsewhere: AnotherServer | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
@@ -45,3 +46,41 @@ def test_worker_and_commands_go_past_another_cluster_that_is_named_first(
     pipeline.in_step()
     assert pipeline.stop(worker) == 0
     assert pipeline.times("index_paused") == 0
+
+
+def test_a_teardown_drops_the_slot_of_the_server_that_was_followed_and_no_other(
+    make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple
+) -> None:
+    source, other = make_cluster(), make_cluster()
+    pipeline = make_simple(source.dsn(), database.dsn)
+    worker = pipeline.start()
+    pipeline.live()
+    assert pipeline.stop(worker) == 0
+    slot = pipeline.config.source.slot
+    of_the_name = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s"
+    with psycopg.connect(other.dsn(), autocommit=True) as elsewhere:
+        elsewhere.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [slot])
+
+        # The other cluster alone: its slot of the same name may be another pipeline's.
+        configure(pipeline, dsn=other.dsn())
+        assert "another cluster" in pipeline.command("status").stdout
+        refused = pipeline.command("teardown", "--yes")
+        assert refused.returncode == 2
+        assert "the slot may not be this pipeline's: this is another cluster" in refused.stderr
+
+        configure(
+            pipeline,
+            dsn=f"host=127.0.0.1,127.0.0.1 port={other.port},{source.port} user=postgres dbname=postgres"
+            " target_session_attrs=read-write",
+        )
+        done = pipeline.command("teardown", "--yes")
+        assert done.returncode == 0, done.stderr
+        assert pipeline.source.execute(of_the_name, [slot]).fetchone() == (0,)
+        assert elsewhere.execute(of_the_name, [slot]).fetchone() == (1,)
+
+        # Without the slot, what is left can be torn down from any server, and the answer says what may be left.
+        elsewhere.execute("SELECT pg_drop_replication_slot(%s)", [slot])
+    configure(pipeline, dsn=other.dsn())
+    done = pipeline.command("teardown", "--purge", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "drop the slot there, for it keeps WAL" in done.stdout
