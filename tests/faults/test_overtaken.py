@@ -23,11 +23,13 @@ pytestmark = [pytest.mark.server, pytest.mark.faults]
 def cut_off(pipeline: Pipeline, *databases: Database) -> Iterator[None]:
     """Have the running worker stand still, without sessions; afterwards it finds that it was overtaken.
 
-    Its watch may be the first to find that what it followed has changed.
+    Its watch may be the first to find that what it followed has changed. If it stood still in a set-up, it begins that
+    anew.
     """
     fence = "SELECT fence FROM cdcsync.pipelines"
     worker, streamed, before = pipeline.processes[-1], pipeline.times("streaming"), pipeline.target.execute(fence)
-    (held,), changed = before.fetchone() or (0,), pipeline.times("tables_changed")
+    (held,) = before.fetchone() or (0,)
+    found = {event: pipeline.times(event) for event in ("overtaken", "tables_changed", "set_up_waits")}
     worker.send_signal(signal.SIGSTOP)
     for database in databases:
         database.execute(
@@ -40,7 +42,7 @@ def cut_off(pipeline: Pipeline, *databases: Database) -> Iterator[None]:
         assert raised > held
     finally:
         worker.send_signal(signal.SIGCONT)
-    until(lambda: pipeline.times("overtaken") or pipeline.times("tables_changed") > changed, pipeline.tail)
+    until(lambda: any(pipeline.times(event) > times for event, times in found.items()), pipeline.tail)
     until(lambda: pipeline.times("streaming") > streamed, pipeline.tail)
     pipeline.source.execute("UPDATE articles SET title = title || ' again'")
     shown = "SELECT count(*) > 0 AND bool_and(content LIKE '% again') FROM articles_index"
