@@ -100,7 +100,11 @@ async def _sessions(config: Config) -> AsyncIterator[tuple[Session, Session]]:
     from cdcsync.preflight.identity import known_state, refuse_elsewhere
 
     async def right(connection: WatchedConnection) -> None:
-        refuse_elsewhere(connection, await known_state(await target.connection(), config), config)
+        try:
+            state = await known_state(await target.connection(), config)
+        except CdcsyncError:
+            return  # it is of the target, and told where that is read
+        refuse_elsewhere(connection, state, config)
 
     async with (
         Session(config.source.dsn, "source", application_name="cdcsync status", right=right) as source,

@@ -202,11 +202,16 @@ def parse_filters(given: Sequence[str]) -> dict[str, Any]:
 
 
 def _read_json(written: str) -> Any:
-    """Return what a value says as JSON, with its numbers as they are written; what is not JSON is a text."""
+    """Return what a value says as JSON, with its numbers as they are written; what is not JSON is a text.
+
+    So is a number that PostgreSQL writes in another way: `12e4567` may be a part of a hash, and `-0` a text.
+    """
     try:
-        return json.loads(written, parse_float=Decimal, parse_constant=str)
+        value = json.loads(written, parse_float=Decimal, parse_constant=str)
     except (ValueError, RecursionError):
         return written
+    rewritten = type(value) in (int, Decimal) and ("e" in written.lower() or written.strip() == "-0")
+    return written if rewritten else value
 
 
 def check_operators(filter_: Mapping[str, Mapping[str, Any]], columns: Mapping[str, Column]) -> None:

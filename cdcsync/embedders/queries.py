@@ -222,6 +222,8 @@ class QueryModels:
         self._config = config
         self._timeout_s = timeout_s
         self._embedders: dict[str, QueryEmbedder] = {}
+        self._unusable: dict[str, tuple[EmbedderSetupError, float]] = {}
+        """Why the configuration has no embedder of a model, and until when it is not looked through again."""
         self._rerankers: dict[str, QueryReranker] = {}
 
     def embedder(self, spec: IndexSpec) -> QueryEmbedder:
@@ -230,7 +232,14 @@ class QueryModels:
         :raises EmbedderSetupError: it cannot be used as configured, or the configuration does not have it.
         """
         if spec.model not in self._embedders:
-            embedder = embedder_of(self._config.embedders, spec.model, spec.config.embedder)
+            why, until = self._unusable.get(spec.model, (None, -1.0))
+            if why is not None and anyio.current_time() < until:
+                raise type(why)(why.message, where=why.where, hint=why.hint)
+            try:
+                embedder = embedder_of(self._config.embedders, spec.model, spec.config.embedder)
+            except EmbedderSetupError as error:
+                self._unusable[spec.model] = error, anyio.current_time() + AWAY_S
+                raise
             self._embedders[spec.model] = QueryEmbedder(embedder, timeout_s=self._timeout_s)
         return self._embedders[spec.model]
 

@@ -144,7 +144,7 @@ async def drop_index(config: Config, index: str) -> list[Step]:
         await open_target(config.target, application_name="cdcsync drop") as target,
         contextlib.AsyncExitStack() as stack,
     ):
-        source, _ = await _connect_source(config, target, application_name="cdcsync drop")
+        source, elsewhere = await _connect_source(config, target, application_name="cdcsync drop")
         await stack.enter_async_context(source)
         with speaking_of("target"):
             entries = await Registry(schema).all(target)
@@ -194,7 +194,7 @@ async def drop_index(config: Config, index: str) -> list[Step]:
         with speaking_of("source"):
             others = await single_names(source, others)
             mine = await single_names(source, own)
-        steps += [await _unpublish(source, config, table, others) for table in sorted(mine)]
+        steps += [await _unpublish(source, config, table, others, elsewhere) for table in sorted(mine)]
         return steps
 
 
@@ -354,14 +354,19 @@ def _not_ours(publication: Publication, others: Collection[str], readers: Sequen
     return None if publication.owned else "belongs to another role"
 
 
-async def _unpublish(source: Connection, config: Config, table: str, others: set[str]) -> Step:
-    """Take a table out of the publication, unless something else needs it there."""
+async def _unpublish(
+    source: Connection, config: Config, table: str, others: set[str], elsewhere: AnotherServer | None = None
+) -> Step:
+    """Take a table out of the publication, unless something else needs it there.
+
+    :param elsewhere: why this is not the server that was followed: no slot is ours there, of whatever name.
+    """
     name = config.source.publication
     what = f"{table} in the publication {name}"
     with speaking_of("source", where=what):
         publication = await read_publication(source, name)
         listed = {} if publication is None else {str(one): one for one in await published_names(source, name)}
-        readers = await other_readers(source, config.source.slot)
+        readers = await other_readers(source, config.source.slot if elsewhere is None else None)
         if publication is None or table not in listed:
             return Step(what, "absent")
         if table in others:
@@ -372,6 +377,8 @@ async def _unpublish(source: Connection, config: Config, table: str, others: set
         foreign = _not_ours(publication, listed.keys() - others - {table}, readers)
         if foreign is not None or len(listed) == 1:
             why = "it is the last one there" if foreign is None else f"the publication {foreign}"
+            if elsewhere is not None:
+                why = f"{elsewhere.message}; {why}"
             return Step(what, "kept", f"{why}; if nothing needs it, as its owner: {statement.as_string(source)}")
         try:
             await source.execute(statement)

@@ -375,11 +375,14 @@ async def slot_names(connection: Connection) -> set[str]:
     return {name for (name,) in await cursor.fetchall()}
 
 
-async def other_readers(connection: Connection, slot: str) -> list[str]:
-    """Return the other slots of the database that read publications; of which ones, no catalog tells."""
+async def other_readers(connection: Connection, slot: str | None) -> list[str]:
+    """Return the other slots of the database that read publications; of which ones, no catalog tells.
+
+    :param slot: the pipeline's own; None on a server on which it has none.
+    """
     cursor = await connection.execute(
         "SELECT slot_name::text FROM pg_replication_slots WHERE plugin = 'pgoutput' AND database = current_database()"
-        " AND NOT temporary AND slot_name <> %s ORDER BY 1",
+        " AND NOT temporary AND slot_name IS DISTINCT FROM %s::text ORDER BY 1",
         [slot],
     )
     return [name for (name,) in await cursor.fetchall()]

@@ -22,6 +22,7 @@ from cdcsync.errors import CdcsyncError, ModelChanged, SetupError, UsageError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import first_line, passing, speaking_of, translate, unavailable, without_values
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target.ddl.filters import FILTER_OPERATORS
 from cdcsync.target.ddl.hits import OWN, attribute_of
 from cdcsync.target.ddl.names import Names, function_name
 from cdcsync.target.ddl.search_function import BY_WORDS_ALONE, NO_GENERATION, NOT_WHOLE, Variant, compose
@@ -45,6 +46,11 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 NO_SETTINGS: Mapping[str, str] = {}
 
 _ENCODER = msgspec.json.Encoder(decimal_format="number")
+
+_LISTED = r"array_position\('\{([a-z,]+)\}'"
+"""The operators of filters in the text of a search function."""
+
+_CREATES = "`cdcsync run` of this version creates it when it starts"
 
 _GONE = (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedFunction, psycopg.errors.InvalidSchemaName)
 """The errors of a search that does not find its function, or a table of the index."""
@@ -204,6 +210,8 @@ async def search(
                 )
             if isinstance(error, _GONE):
                 await _refuse_dropped(connection, schema, spec)
+            if isinstance(error, psycopg.errors.InvalidParameterValue):
+                await _refuse_earlier(connection, schema, spec, filter)
             raise refusal(error, spec, where) from error
     return [_hit(spec, row) for row in rows]
 
@@ -215,6 +223,27 @@ async def _refuse_dropped(connection: Connection, schema: str, spec: IndexSpec) 
     """
     if await served_now(connection, schema, spec.searched_as) is None:
         raise no_index(schema, spec.searched_as)
+
+
+async def _refuse_earlier(connection: Connection, schema: str, spec: IndexSpec, filter: Filter | None) -> None:
+    """See that the stored search function is of a version that knows the operators of a filter.
+
+    :raises SetupError: it is of an earlier one, as after an upgrade of this process before the worker.
+    """
+    asked = {name for wish in (filter or {}).values() if isinstance(wish, Mapping) for name in wish}
+    cursor = await connection.execute(
+        "SELECT substring(p.prosrc FROM %s) FROM pg_catalog.pg_proc p"
+        " JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = %s AND p.proname = %s",
+        [_LISTED, schema, f"{spec.searched_as}_search"],
+    )
+    for (listed,) in await cursor.fetchall():
+        new = [name for name in FILTER_OPERATORS if name in asked and name not in str(listed).split(",")]
+        if listed is not None and new:
+            raise SetupError(
+                f"the target has the search function of an earlier version, without {' and '.join(new)}",
+                where=f"index {spec.name}",
+                hint=_CREATES,
+            )
 
 
 async def _read_apart(connection: Connection, **arguments: sql.Composed) -> None:
@@ -392,7 +421,7 @@ def refusal(error: psycopg.Error | UnicodeError, spec: IndexSpec, where: str | N
         return SetupError(
             "the target has no search function for this index, or that of an earlier version",
             where=f"index {spec.name}",
-            hint="`cdcsync run` of this version creates it when it starts",
+            hint=_CREATES,
         )
     if where is None and (error.sqlstate or "").startswith("22"):
         return UsageError(

@@ -427,6 +427,31 @@ async def test_a_table_stays_in_the_publication_for_the_reason_that_is_told(
     assert 'DROP TABLE "public"."notes"' in (step.note or "")
 
 
+def test_on_a_server_that_was_not_followed_a_slot_of_our_name_is_anothers_and_its_publication_stays_whole(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    fill(database)
+    database.execute("CREATE TABLE notes (id bigint PRIMARY KEY, title text)")
+    pipeline = make(make_pipeline, database, database)
+    both = pipeline.path.read_text()
+    pipeline.path.write_text(f'{both}\n[indexes.notes]\ntable = "notes"\ntext = "{{title}}"\nembedder = "fake"\n')
+    run_and_stop(pipeline)
+    pipeline.path.write_text(both)
+    database.execute("UPDATE cdcsync.pipelines SET system_identifier = '1'")
+
+    done = drop(pipeline, "notes", "--yes", "--json")
+
+    assert outcomes(done) == {
+        "index notes in the target": "dropped",
+        "public.notes in the publication cdcsync": "kept",
+    }
+    assert "another cluster" in done.stdout
+    assert f"may be read through {pipeline.config.source.slot}" in done.stdout
+    sent = database.execute("SELECT tablename::text FROM pg_publication_tables ORDER BY 1")
+    assert sent == [("articles",), ("notes",)]
+
+
 def test_an_index_that_comes_back_into_the_configuration_is_read_again(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from cdcsync.cli.queries import read_status_once
 from cdcsync.errors import SetupError, SourceUnavailable, TargetUnavailable
 from cdcsync.status import read_status
 from tests.support.statuses import Pipeline, problem
@@ -81,3 +82,13 @@ async def test_reading_writes_nothing_and_leaves_no_transaction(stopped: Pipelin
     await stopped.status()
     for connection in (stopped.source, stopped.target):
         assert connection.info.transaction_status.name == "IDLE"
+
+
+async def test_tables_of_another_version_are_told_by_their_version_and_not_by_what_they_lack(
+    make_stopped: Callable[..., Awaitable[Pipeline]],
+) -> None:
+    pipeline = await make_stopped()
+    await pipeline.target.execute("CREATE SCHEMA IF NOT EXISTS cdcsync")
+    await pipeline.target.execute("CREATE TABLE cdcsync.pipelines (id int)")
+    with pytest.raises(SetupError, match="of version 1"):
+        await read_status_once(pipeline.config)

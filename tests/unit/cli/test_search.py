@@ -46,6 +46,8 @@ def _contain(**wanted: Any) -> dict[str, Any]:
         (['tags @> ["a", "b"]', 'tags&&["c"]'], {"tags": {"contains": ["a", "b"], "overlaps": ["c"]}}),
         (['extra@>{"n": [1.50, null]}'], {"extra": {"contains": {"n": [Decimal("1.50"), None]}}}),
         (["tags@>{a,b}", "n@>3", 'text@>"3"'], _contain(tags="{a,b}", n=3, text="3")),
+        (["tags@>12e4567", "hash&&1e3"], {**_contain(tags="12e4567"), "hash": {"overlaps": "1e3"}}),
+        (["n@>-0", "m@>1.50", "l@>[1e3]"], _contain(n="-0", m=Decimal("1.50"), l=[Decimal("1e3")])),
         (["tags@>", '"a@">3', "mail=a@>b"], {**_contain(tags=""), "a@": {"gt": "3"}, "mail": {"in": ["a@>b"]}}),
         (
             ["title=this is null", "body~%this is not null"],

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import cast
 
 import anyio
 import numpy as np
 import pytest
 
-from cdcsync.config import HashEmbedder, OpenAIEmbedder, PythonEmbedder, TeiEmbedder, TeiReranker
+from cdcsync.config import Config, HashEmbedder, OpenAIEmbedder, PythonEmbedder, TeiEmbedder, TeiReranker
 from cdcsync.embedders import make_embedder, queries
 from cdcsync.embedders.hashing import HashEmbedder as Hashing
 from cdcsync.embedders.protocol import Kind, Vectors
-from cdcsync.embedders.queries import QueryEmbedder, QueryReranker
+from cdcsync.embedders.queries import QueryEmbedder, QueryModels, QueryReranker
 from cdcsync.embedders.reranking import make_reranker
 from cdcsync.errors import EmbedderSetupError, EmbedderUnavailable
+from tests.support.indexes import make_spec
 from tests.support.provider import FakeProvider, status
 
 pytestmark = pytest.mark.anyio
@@ -274,3 +278,26 @@ async def test_a_model_that_is_being_loaded_is_away_until_it_is_there(model: Hel
     embedder._timeout_s = 30
     assert np.array_equal(await embedder.embed_one("one"), model.vectors(["one"])[0])
     await embedder.aclose()
+
+
+async def test_a_model_that_the_configuration_lacks_is_not_looked_for_with_each_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = make_spec()
+    looked: list[str] = []
+
+    def embedder_of(_: object, model: str, named: str) -> Hashing:
+        looked.append(named)
+        if len(looked) == 1:
+            raise EmbedderSetupError("it is of another model", where="embedders.old", hint="give the new file")
+        return Hashing(named, HashEmbedder(dimensions=8))
+
+    monkeypatch.setattr(queries, "embedder_of", embedder_of)
+    models = QueryModels(cast(Config, SimpleNamespace(embedders={})), timeout_s=30)
+    for _ in range(3):
+        with pytest.raises(EmbedderSetupError, match="another model") as refused:
+            models.embedder(spec)
+        assert refused.value.hint == "give the new file"
+    assert len(looked) == 1
+    monkeypatch.setattr(anyio, "current_time", lambda: math.inf)
+    assert models.embedder(spec) is models.embedder(spec)

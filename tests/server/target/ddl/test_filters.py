@@ -18,6 +18,7 @@ from psycopg import sql
 
 from cdcsync.cli.search import parse_filters
 from cdcsync.config.names import quote
+from cdcsync.errors import SetupError, UsageError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl import filters, search_function
@@ -536,9 +537,18 @@ async def test_a_function_of_a_version_without_an_operator_gets_it_at_a_start(
 
     with monkeypatch.context() as earlier:
         earlier.setattr(search_function, "read_columns", read_earlier)
+        known = [one for one in filters.FILTER_OPERATORS if one not in ASKED]
+        earlier.setattr(search_function, "FILTER_OPERATORS", known)
         async with live_index(target, spec) as index:
             await filled(index, ["a page"] * 2, [("{a,b}",), ("{b}",)])
             with pytest.raises(psycopg.errors.InvalidParameterValue, match="no operator 'contains'"):
                 await find(index.connection, "page", mode="text", filter=wanted)
+            # A search of this version, such as of a server that was upgraded before the worker, says what is missing.
+            with pytest.raises(SetupError, match="search function of an earlier version, without contains") as refused:
+                await ids(index, "text", wanted)
+            assert "`cdcsync run` of this version" in (refused.value.hint or "")
+            assert await ids(index, "text", {"tags": "{b}"}) == [2]
+            with pytest.raises(UsageError, match="no operator 'has'"):
+                await ids(index, "text", {"tags": {"has": "a"}})
     async with live_index(target, spec) as index:
         assert await find(index.connection, "page", mode="text", filter=wanted) == ["1"]
