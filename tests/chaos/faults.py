@@ -98,7 +98,8 @@ def overtake(history: History) -> None:
         history.settle_crash()
         return
     try:
-        frozen.until_said("overtaken", patience_s=120)
+        # One that had just begun anew, because the target went back, stands by without having been overtaken.
+        until(lambda: frozen.stands_by or not frozen.alive, "the worker to stand by", 120)
     except TimeoutError:
         raise Broken(f"a worker that was overtaken goes on:\n{frozen.tail()}") from None
     finally:

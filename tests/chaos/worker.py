@@ -94,9 +94,17 @@ class Worker:
 
     @property
     def streams(self) -> bool:
-        """Whether it has begun to stream, and no command or other worker has taken its place since."""
-        places = ("streaming", "standby", "overtaken")
-        return [event["event"] for event in self.events() if event.get("event") in places][-1:] == ["streaming"]
+        """Whether it has begun to stream, and since then neither was its place taken nor had it to begin anew."""
+        return self._place() == "streaming"
+
+    @property
+    def stands_by(self) -> bool:
+        """Whether another worker has the pipeline, and this one knows it."""
+        return self._place() in ("standby", "overtaken")
+
+    def _place(self) -> str | None:
+        places = ("streaming", "standby", "overtaken", "target_rewound")
+        return next((event["event"] for event in reversed(self.events()) if event.get("event") in places), None)
 
     def until_said(self, *names: str, patience_s: float = 300.0) -> None:
         """Wait until the process has logged one of these events, or has ended."""
