@@ -84,6 +84,7 @@ def anyio_backend() -> str:
 def logging_as_before() -> Iterator[None]:
     """A command that ran in this process has its log go where that test's output went, which is closed by now."""
     yield
+    logging.captureWarnings(capture=False)  # or it counts as done, although pytest takes the warnings back
     structlog.reset_defaults()
 
 
@@ -94,10 +95,8 @@ def logging_restored() -> Iterator[None]:
     handlers, level = root.handlers[:], root.level
     root.handlers.clear()  # or they would be closed
     yield
-    logging.captureWarnings(capture=False)
     root.handlers[:] = handlers
     root.setLevel(level)
-    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,6 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[dict[s
     logs.configure("info", "json")
     yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
     structlog.configure(**before)
-    logging.captureWarnings(capture=False)
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
 
