@@ -237,6 +237,7 @@ MUTANTS = (
         "a set-up writes over a connection that the pipeline's lock does not depend on",
         "worker/pipeline.py",
         "        target = self.session.connection\n",
+        "        from cdcsync.postgres.sessions import connect\n\n"
         '        target = await connect(config.target.dsn, "target", works=True)\n',
         "tests",
         "tests/faults/test_overtaken.py::test_a_set_up_that_loses_the_pipelines_lock_writes_nothing_more",
