@@ -492,11 +492,11 @@ MUTANTS = (
     ),
     Mutant(
         "a session that is on another server than the stream is used",
-        "source/followed.py",
-        "        if self._server is None or same_server(backend, self._server):\n",
+        "postgres/followed.py",
+        "        if self._server is None or self.is_on(connection):\n",
         "        if True:\n",
         "tests",
-        "tests/server/source/test_followed.py::test_a_session_elsewhere_is_refused_and_makes_the_stream_connect_again",
+        "tests/server/postgres/test_followed.py::test_a_session_elsewhere_is_refused_and_makes_the_stream_connect_again",
         "DID NOT RAISE SourceUnavailable",
     ),
     Mutant(

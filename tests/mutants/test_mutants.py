@@ -18,7 +18,6 @@ from tests.mutants.faults import MUTANTS, PACKAGE, UNEQUAL, Found, Mutant, found
 from tests.mutants.finding import FoundElse, control, find, said_by_chaos, said_by_tests
 
 
-@pytest.mark.proof_from(2)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda one: one.name)
 def test_a_known_fault_can_be_put_back(mutant: Mutant, tmp_path: Path) -> None:
     path = tmp_path / mutant.file
