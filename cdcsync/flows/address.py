@@ -1,8 +1,8 @@
 """The addresses: whether they still lead to the servers that the stream and the apply session are on.
 
-These, and the sessions that are used all the time, stay with their server for as long as that runs, whatever the
-address leads to by then. So a session is opened now and then. Like each session of a worker it is compared with the
-server of its side's main session before its use (`postgres/followed`), and that is all that it is for.
+Both, and all sessions that are used all the time, stay with their server for as long as that runs, whatever the address
+leads to by then. So a session is opened now and then. Like each session of a worker it is compared with the server of
+its side's main session before its use (`postgres/followed`), and that is all that it is for.
 """
 
 from __future__ import annotations

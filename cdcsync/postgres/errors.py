@@ -108,6 +108,11 @@ def unavailable(
     return kind(message, where=where or side, hint=hint, sqlstate=sqlstate)
 
 
+def fence(side: Side) -> str:
+    """Return what to do about a former primary that answers."""
+    return f"stop it, or make it a standby of the present primary; or take it out of {side}.dsn"
+
+
 def passing(error: psycopg.Error) -> bool:
     """Say whether an error goes away by itself: the server or the network, not what we asked for.
 

@@ -31,7 +31,7 @@ from weakref import WeakSet
 import anyio
 
 from cdcsync.errors import CdcsyncError
-from cdcsync.postgres.errors import unavailable
+from cdcsync.postgres.errors import fence, unavailable
 from cdcsync.postgres.liveness import Backend, WatchedConnection, left_behind, same_server
 from cdcsync.postgres.refusals import STILL_RUNS
 from cdcsync.postgres.sessions import Connection
@@ -100,7 +100,7 @@ class FollowedServer:
                 f"a new session is on a former primary: it is on timeline {backend.timeline}, and {main} is on timeline"
                 f" {self._server.timeline}",
                 where=where,
-                hint=f"stop it, or make it a standby of the present primary; or take it out of {side}.dsn",
+                hint=fence(side),
             )
         error = unavailable(
             side,

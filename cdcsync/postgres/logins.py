@@ -35,7 +35,7 @@ from psycopg import conninfo
 
 from cdcsync.config.values import is_address
 from cdcsync.errors import AnotherServer, SetupError, Unavailable
-from cdcsync.postgres.errors import Attempt, none_of, refused, unavailable
+from cdcsync.postgres.errors import Attempt, fence, none_of, refused, unavailable
 from cdcsync.postgres.liveness import Backend, backend_of, left_behind
 from cdcsync.postgres.settings import Side, options_with
 
@@ -170,7 +170,7 @@ async def refuse_left_behind(
             f"the server is a former primary: it is on timeline {backend.timeline}, and {label}, which was promoted in"
             f" its place, is on timeline {timeline}",
             where=where,
-            hint=f"stop it, or make it a standby of the present primary; or take it out of {side}.dsn",
+            hint=fence(side),
         )
     _asked_until[where, backend.started] = anyio.current_time() + ASKED_S
 

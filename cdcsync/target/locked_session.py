@@ -17,7 +17,7 @@ import psycopg
 from cdcsync.errors import TargetUnavailable
 from cdcsync.logs import get_logger
 from cdcsync.model.spec import IndexSpec
-from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.errors import fence, speaking_of
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupt
 from cdcsync.postgres.liveness import Backend, WatchedConnection, left_behind
 from cdcsync.postgres.sessions import Connection, connect
@@ -262,8 +262,7 @@ class LockedSession:
                     f"the server is a former primary: it is on timeline {backend.timeline}, and changes were applied on"
                     f" timeline {last.timeline}",
                     where=f"target ({connection.info.host}:{connection.info.port})",
-                    hint="stop it, or make it a standby of the present primary; or take it out of target.dsn; if it is"
-                    " to be the target again, start the worker again",
+                    hint=f"{fence('target')}; if it is to be the target again, start the worker again",
                 )
 
         return await connect(

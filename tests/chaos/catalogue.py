@@ -477,7 +477,7 @@ def page() -> str:
         f"The last campaign on record ran {campaign.histories} histories with {campaign.transactions:,} transactions;"
         f" {campaign.failures or 'none'} failed"
         + (
-            f" in the end: {campaign.again} had failed at first, and were run again once what they had found was mended"
+            f" in the end: at first {campaign.again} had failed, which ran again once what had been found was mended"
             ", or is told above"
             if campaign.again
             else ""

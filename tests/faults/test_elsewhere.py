@@ -8,6 +8,7 @@ import psycopg
 import pytest
 
 from cdcsync.demo.cluster import Cluster
+from tests.support.clusters import several
 from tests.support.outages import MakeSimple, configure
 from tests.support.servers import Database
 from tests.support.workers import until
@@ -24,11 +25,7 @@ def test_worker_and_commands_go_past_another_cluster_that_is_named_first(
     pipeline.live()
     pipeline.in_step()
     assert pipeline.stop(worker) == 0
-    configure(
-        pipeline,
-        dsn=f"host=127.0.0.1,127.0.0.1 port={other.port},{source.port} user=postgres dbname=postgres"
-        " target_session_attrs=read-write",
-    )
+    configure(pipeline, dsn=several(other, source))
     worker = pipeline.start()
     pipeline.source.execute("UPDATE articles SET title = title || ' again'")
     pipeline.in_step()
@@ -68,11 +65,7 @@ def test_a_teardown_drops_the_slot_of_the_server_that_was_followed_and_no_other(
         assert refused.returncode == 2
         assert "the slot may not be this pipeline's: this is another cluster" in refused.stderr
 
-        configure(
-            pipeline,
-            dsn=f"host=127.0.0.1,127.0.0.1 port={other.port},{source.port} user=postgres dbname=postgres"
-            " target_session_attrs=read-write",
-        )
+        configure(pipeline, dsn=several(other, source))
         done = pipeline.command("teardown", "--yes")
         assert done.returncode == 0, done.stderr
         assert pipeline.source.execute(of_the_name, [slot]).fetchone() == (0,)

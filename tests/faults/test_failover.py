@@ -13,7 +13,7 @@ import pytest
 
 from cdcsync.demo.cluster import Cluster
 from tests.support import forked
-from tests.support.clusters import cut_off
+from tests.support.clusters import cut_off, several
 from tests.support.configs import configuration
 from tests.support.outages import (
     MakeSimple,
@@ -51,14 +51,6 @@ def make_pair() -> Iterator[MakePair]:
             return first, stack.enter_context(first.standby(slot="near", settings=standby))
 
         yield make
-
-
-def both(first: Cluster, second: Cluster) -> str:
-    """Return a DSN that leads to whichever is primary."""
-    return (
-        f"host=127.0.0.1,127.0.0.1 port={first.port},{second.port} user=postgres dbname=postgres"
-        " target_session_attrs=read-write"
-    )
 
 
 def start_and_synchronise(pipeline: Pipeline, standby: Cluster) -> forked.Process:
@@ -126,7 +118,7 @@ def test_the_index_follows_a_standby_promoted_amid_writes_and_not_the_primary_le
 ) -> None:
     # The worker gets what the standby has, and nothing before.
     primary, standby = make_pair(WAITING, NOT_WAITING)
-    pipeline = make_simple(both(primary, standby), database.dsn)
+    pipeline = make_simple(several(primary, standby), database.dsn)
     worker = start_and_synchronise(pipeline, standby)
     broken = threading.Event()
     writer = threading.Thread(target=write_until_it_breaks, args=[primary.dsn(), broken])
@@ -170,7 +162,7 @@ def test_a_standby_without_the_last_checkpoint_has_no_acknowledgement_of_it_if_t
     # for the slot's position over a connection of its own.
     primary, standby = make_pair(WAITING, NOT_WAITING | {"sync_replication_slots": "on"})
     make_target(primary)
-    dsn = both(primary, standby)
+    dsn = several(primary, standby)
     pipeline = make_simple(dsn, dsn.replace("dbname=postgres", "dbname=target"))
     worker = pipeline.start()
     pipeline.live()
@@ -208,7 +200,7 @@ def test_a_promoted_standby_without_the_slot_is_a_gap(
     make_pair: MakePair, database: Database, make_simple: MakeSimple
 ) -> None:
     primary, standby = make_pair({}, {})
-    pipeline = make_simple(both(primary, standby), database.dsn, source_lines="failover = false")
+    pipeline = make_simple(several(primary, standby), database.dsn, source_lines="failover = false")
     load(pipeline)
     with psycopg.connect(standby.dsn(), autocommit=True) as watching:
         lsn = pipeline.position()
@@ -229,7 +221,7 @@ def test_a_promoted_standby_that_lacks_what_is_indexed_is_a_gap(
     make_pair: MakePair, database: Database, make_simple: MakeSimple
 ) -> None:
     primary, standby = make_pair({}, {})
-    pipeline = make_simple(both(primary, standby), database.dsn)
+    pipeline = make_simple(several(primary, standby), database.dsn)
     load(pipeline)
     with psycopg.connect(standby.dsn(), autocommit=True) as connection:
         connection.execute("ALTER SYSTEM SET primary_conninfo = ''")
@@ -252,7 +244,7 @@ def test_a_promoted_standby_whose_history_is_gone_is_a_gap(
     make_pair: MakePair, database: Database, make_simple: MakeSimple, put_back: bool
 ) -> None:
     primary, standby = make_pair(WAITING, NOT_WAITING)
-    pipeline = make_simple(both(primary, standby), database.dsn)
+    pipeline = make_simple(several(primary, standby), database.dsn)
     worker = start_and_synchronise(pipeline, standby)
     pipeline.stop(worker)
     primary.kill()
@@ -358,7 +350,7 @@ def test_no_row_is_read_from_a_former_primary_that_is_back_while_the_stream_is_o
     make_pair: MakePair, make_beside: Callable[[str], Pipeline]
 ) -> None:
     primary, standby = make_pair(WAITING, NOT_WAITING)
-    pipeline = make_beside(both(primary, standby))
+    pipeline = make_beside(several(primary, standby))
     worker = start_and_synchronise(pipeline, standby)
     primary.kill()
     standby.promote()
@@ -412,7 +404,7 @@ def test_a_backfill_does_not_wait_for_transactions_that_a_failover_lost(
 ) -> None:
     # They were delivered and not applied; on the new primary nobody has their ids yet, and nobody writes.
     primary, standby = make_pair({}, {})
-    pipeline = make_simple(both(primary, standby), database.dsn)
+    pipeline = make_simple(several(primary, standby), database.dsn)
     worker = start_and_synchronise(pipeline, standby)
     with pipeline.target.transaction():
         (checkpoint,) = pipeline.target.execute("SELECT checkpoint FROM cdcsync.pipelines FOR UPDATE").fetchone() or (
@@ -459,7 +451,7 @@ def test_a_failover_that_loses_a_transaction_that_was_applied_in_part_is_a_gap(
 ) -> None:
     # The checkpoint is still before the transaction, so it alone would not tell.
     primary, standby = make_pair({}, {})
-    pipeline = make_simple(both(primary, standby), database.dsn, rows=60, worker_lines="batch_rows = 10")
+    pipeline = make_simple(several(primary, standby), database.dsn, rows=60, worker_lines="batch_rows = 10")
     worker = start_and_synchronise(pipeline, standby)
     with pipeline.target.transaction():
         pipeline.target.execute("SELECT FROM cdcsync.articles_chunks WHERE id = 55 FOR UPDATE")

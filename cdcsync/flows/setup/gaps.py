@@ -23,7 +23,7 @@ from cdcsync.postgres.errors import speaking_of
 from cdcsync.postgres.liveness import WatchedConnection, same_server
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect
-from cdcsync.preflight.identity import connect_source, known_state, refuse_another_server, standby
+from cdcsync.preflight.identity import connect_source, refuse_another_server, standby
 from cdcsync.source.catalog import SENDS_PREPARED, Slot, misfit, read_slot, why_lost
 from cdcsync.source.slot import ServerIdentity, SlotConnection
 from cdcsync.target.pipelines import Pipelines, PipelineState
@@ -51,7 +51,7 @@ async def foreseen_gap(config: Config) -> GapError | None:
             table = sql.Identifier(schema, "pipelines").as_string(target)
             if not await fetch_value(target, "SELECT to_regclass(%s) IS NOT NULL", [table]):
                 return None
-        state = await known_state(target, config)
+            state = await Pipelines(schema, name).read(target)
         try:
             async with await connect_source(config, state, application_name="cdcsync check") as source:
                 # The slot is read before the checkpoint: a worker that runs moves it after that.

@@ -21,6 +21,7 @@ from cdcsync.postgres.liveness import Backend
 from cdcsync.postgres.sessions import Connection, Session, admitting, connect
 from cdcsync.postgres.settings import Side
 from cdcsync.source.slot import SlotConnection
+from tests.support.clusters import several
 from tests.support.poolers import pooled
 from tests.support.proxies import Proxy
 
@@ -66,12 +67,6 @@ async def server_of(cluster: Cluster) -> Backend:
     """Return the server as a stream knows it."""
     async with await SlotConnection.connect(cluster.dsn()) as slot:
         return await slot.backend()
-
-
-def several(*clusters: Cluster) -> str:
-    """Return a DSN of several hosts, in this order."""
-    hosts, ports = ",".join("127.0.0.1" for _ in clusters), ",".join(str(one.port) for one in clusters)
-    return f"host={hosts} port={ports} user=postgres dbname=postgres target_session_attrs=read-write"
 
 
 def session(dsn: str) -> Session:

@@ -14,6 +14,7 @@ from cdcsync.postgres import logins
 from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.sessions import connect
 from cdcsync.source.slot import SlotConnection
+from tests.support.clusters import several
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
 
@@ -40,12 +41,6 @@ async def answering_nobody() -> AsyncIterator[Caller]:
     async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
         found.port = server.sockets[0].getsockname()[1]
         yield found
-
-
-def several(*clusters: Cluster | Caller) -> str:
-    """Return a DSN of several hosts, in this order."""
-    hosts, ports = ",".join("127.0.0.1" for _ in clusters), ",".join(str(one.port) for one in clusters)
-    return f"host={hosts} port={ports} user=postgres dbname=postgres target_session_attrs=read-write"
 
 
 async def port_of(dsn: str) -> int:
