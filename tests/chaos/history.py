@@ -114,8 +114,8 @@ class History:
             "on_gap": "stop",
             "failover": "true",
             "heartbeat": 0,
-            "evaluate": 0,
-            "verify": 0,
+            "evaluate": self.chance.choice((0, 2)),
+            "verify": self.chance.choice((0, 2)),
             "settle": self.chance.choice((0, 1, 30)),
         }
         self.wish = FAR
@@ -137,6 +137,8 @@ class History:
         """The number of the last note that a fault wrote to see whether it gets into the index."""
         self.settles_late = False
         """Whether something was done that the worker finds out by looking, some seconds later."""
+        self.damaged = False
+        """Whether this history changed the index by hand; in any other one, an audit may find nothing."""
         self.notes: list[str] = []
         self._began = time.monotonic()
         self._watched: str | None = None
@@ -332,6 +334,7 @@ class History:
 
     def repair(self, index: str) -> None:
         """Have a command repair what was damaged by hand; what changes just then, it may leave undecided."""
+        self.damaged = True
         self.provider.calls.clear()  # what was damaged is made again
         for _ in range(4):
             self.ensure_worker()
@@ -424,7 +427,7 @@ class History:
         self._stop_in_order()
 
     def refuse_what_had_no_cause(self) -> None:
-        """See that no worker reported a loss that there was not, or paused an index whose tables were as they should.
+        """See that no worker reported a loss or a difference that there was not, or paused an index that was well.
 
         :raises Broken: one did.
         """
@@ -432,6 +435,7 @@ class History:
             ("gap", self.gap_expected),
             ("target_rewound", self.rewind_expected),
             ("index_paused", self.pause_expected),
+            ("audit_found", self.damaged or self.settles_late or self.gap_expected or self.pause_expected),
         ):
             if not expected and (found := [one for one in self._events() if one.get("event") == name]):
                 raise Broken(f"a worker reported {name} where nothing had caused it: {found[0]}")
