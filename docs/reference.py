@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -155,19 +156,21 @@ def _default(value: Any) -> str:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{', '.join(_toml(one) for one in value)}]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + "}"
-    return (
-        f'"{value}"'
-        if isinstance(value, str)
-        else f"{value:,}".replace(",", "_")
-        if isinstance(value, int)
-        else str(value)
-    )
+    """Write a value as the file does; TOML has no null, so a key without a value is left out."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            return json.dumps(value, ensure_ascii=False)
+        case int():
+            return f"{value:_}"
+        case list():
+            return f"[{', '.join(map(_toml, value))}]"
+        case dict():
+            keys = (f"{key} = {_toml(one)}" for key, one in value.items() if one is not None)
+            return "{" + ", ".join(keys) + "}"
+        case _:
+            return str(value)
 
 
 # -- commands ---------------------------------------------------------------------------------------------------
@@ -183,7 +186,8 @@ def commands() -> str:
         "",
         "Every command has `--help`. Results go to standard output, errors and logs to standard error; colours stay out"
         " of files and pipes, and everywhere with `NO_COLOR`. The exit status is 0 if the command did its work,"
-        " 1 if it failed, and 2 if configuration, set-up or usage is wrong and nothing was changed. Ctrl-C gives 130.",
+        " 1 if it failed, and 2 if configuration, set-up or usage is wrong and nothing was changed; `plan` gives 3 if"
+        " `run` would do something. Ctrl-C gives 130.",
         "",
     ]
     for name in sorted(group.commands):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import socket
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,6 +142,29 @@ def test_the_reference_names_no_bound_that_is_refused() -> None:
     with pytest.raises(ConfigError, match="expected a number above 0 and at most 1, got 0"):
         parse(configuration("dbname=nowhere", worker_lines="settle_share = 0"), {}, where="the test")
     assert "| `settle_share` | number above 0, to 1 |" in made["configuration.md"]()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_row_of_a_table_of_the_page_has_as_many_cells_as_its_head(page: Path) -> None:
+    head: list[str] | None = None
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("|"):
+            assert head is None or not line.strip(), f"{page.name}: a row is split before {line!r}"
+            head = None
+            continue
+        cells = re.split(r"(?<!\\)\|", line)
+        head = head or cells
+        assert len(cells) == len(head), f"{page.name}: {line}"
+
+
+def test_every_default_of_the_reference_is_a_value_as_the_file_has_it() -> None:
+    rows = [
+        line.split(" | ") for line in (ROOT / "docs/configuration.md").read_text().splitlines() if line[:3] == "| `"
+    ]
+    defaults = [cells[2].strip("`") for cells in rows if cells[2].startswith("`")]
+    assert len(defaults) > 100
+    for default in defaults:
+        tomllib.loads(f"value = {default}")
 
 
 def test_the_reference_is_what_the_code_says() -> None:
