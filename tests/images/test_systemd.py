@@ -108,8 +108,12 @@ class Machine:
         until(self.boots, self.said, patience_s=BOOT_S)
 
     def here(self, text: str) -> str:
-        """Return the page's text with this machine's ports, and without PyTorch."""
-        text = text.replace(":5432:", f":{self.database_port}:").replace("[local]", "")
+        """Return the page's text with this machine's ports and wheel, and without PyTorch."""
+        text = (
+            text.replace(":5432:", f":{self.database_port}:")
+            .replace("/path/to/checkout", "cdcsync")
+            .replace("[local]", "")
+        )
         return text.replace(".example.org/", f".example.org:{self.database_port}/")
 
     def state(self, unit: str) -> str:

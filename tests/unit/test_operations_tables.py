@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -129,7 +130,7 @@ HELD = {
     "our own old sessions in transactions": ("tests/server/postgres/test_liveness.py", "lost_session_ended"),
     # gaps
     "the replication slot is gone": (GAPS, 'id="dropped"'),
-    "the replication slot has lost WAL": (GAPS, "test_a_slot_that_lost_its_wal_is_a_gap"),
+    "the server has removed WAL": (GAPS, "test_a_slot_that_lost_its_wal_is_a_gap"),
     "the replication slot sends prepared transactions": (GAPS, 'id="made to send prepared transactions"'),
     "the replication slot belongs to the database": (GAPS, "test_a_slot_that_may_be_somebody_elses_is_kept"),
     "the slot is ahead of the index": (GAPS, 'id="recreated"'),
@@ -225,3 +226,70 @@ def test_every_row_of_the_table_of_pauses_has_a_case_of_two_indexes() -> None:
     left = [one for one in reasons if not any(one.startswith(begin) for begin in (*CASES, *elsewhere))]
     assert left == []
     assert [begin for begin in CASES if not any(one.startswith(begin) for one in reasons)] == []
+
+
+def of_section(heading: str) -> str:
+    page = (ROOT / "docs/operations.md").read_text()
+    return page[page.index(f"\n{heading}\n") :].removeprefix("\n").partition("\n## ")[0]
+
+
+def first_cells(text: str) -> str:
+    return "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("|"))
+
+
+def test_the_table_of_changes_has_every_key_of_an_index() -> None:
+    from cdcsync.config.sections import Hnsw, Index
+
+    keys = {*Index.__struct_fields__, *(f"hnsw.{name}" for name in Hnsw.__struct_fields__)} - {"hnsw"}
+    named = set(re.findall(r"`([\w.]+)`", first_cells(of_section("## What a changed configuration does"))))
+    assert keys - named == {"embedder"}  # "the embedder (another model, revision or dimensions)"
+    assert named - keys == {"source.slot"}
+
+
+def test_the_table_of_damaged_tables_has_every_table_that_indexes_share() -> None:
+    from cdcsync.preflight.target import SHARED
+
+    named = re.findall(r"`([a-z_]+)`", first_cells(of_section("## Damaged tables")))
+    assert sorted(named) == sorted(SHARED)
+
+
+def said_by_the_code() -> str:
+    """Return every text of the package, each after a newline, with `…` in place of what it is filled with."""
+
+    def text(node: ast.expr) -> str:
+        match node:
+            case ast.Constant(value=str(value)):
+                return value
+            case ast.JoinedStr(values=values):
+                return "".join(map(text, values))
+            case ast.BinOp(left=left, right=right):
+                return text(left) + text(right)
+            case _:
+                return "…"
+
+    files = sorted((ROOT / "cdcsync").rglob("*.py"))
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    parts |= {id(node.value) for node in nodes if isinstance(node, ast.Expr)}  # docstrings
+    whole = (node for node in nodes if isinstance(node, ast.expr) and id(node) not in parts)
+    return "".join("\n" + " ".join(text(node).split()) for node in whole)
+
+
+def is_said(words: str, said: str) -> bool:
+    """Say whether words are part of a text, or of one that is filled with another one from its beginning."""
+    filled = (words.partition(f" {last}") for last in words.split()[1:])
+    return words in said or any(f"{a} …" in said and f"\n{(b + c).strip()}" in said for a, b, c in filled)
+
+
+def test_the_worker_says_of_gaps_what_the_table_says() -> None:
+    said = said_by_the_code()
+    table = of_section("## After a gap").partition("| The worker says |")[2].partition("\n\n")[0]
+    for line in first_cells(table).splitlines()[1:]:
+        for part in filter(None, re.split(r"…|, | or | \(", line.strip(" )"))):
+            assert is_said(part.strip(" )"), said), f"{part!r} of {line!r}"
+
+
+def test_words_that_the_code_does_not_say_would_be_noticed() -> None:
+    said = said_by_the_code()
+    assert is_said("the replication slot sends prepared transactions", said)
+    assert not is_said("the replication slot has lost WAL", said)

@@ -452,6 +452,36 @@ def test_on_a_server_that_was_not_followed_a_slot_of_our_name_is_anothers_and_it
     assert sent == [("articles",), ("notes",)]
 
 
+def test_without_its_source_what_is_in_the_target_goes_by_any_server(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    source, target = make_database(), make_database()
+    fill(source)
+    source.execute("CREATE TABLE notes (id bigint PRIMARY KEY, title text)")
+    pipeline = make(make_pipeline, source, target)
+    both = f'{pipeline.path.read_text()}\n[indexes.notes]\ntable = "notes"\ntext = "{{title}}"\nembedder = "fake"\n'
+    pipeline.path.write_text(both)
+    run_and_stop(pipeline)
+    slot = pipeline.released()
+    source.execute("SELECT pg_drop_replication_slot(%s)", [slot])
+    nowhere = psycopg.conninfo.make_conninfo(source.dsn, dbname="nowhere")
+    pipeline.path.write_text(both.replace(source.dsn, nowhere))
+    for refused in (drop(pipeline, "notes", "--yes"), teardown(pipeline, "--purge", "--yes")):
+        assert refused.returncode != 0
+        assert "nowhere" in refused.stderr
+    assert target.execute("SELECT count(*) FROM articles_index") == [(20,)]
+
+    # As docs/operations.md says: any server does, since there is neither slot nor publication.
+    pipeline.path.write_text(both.replace(source.dsn, target.dsn))
+    dropped = outcomes(drop(pipeline, "notes", "--yes", "--json"))
+    assert dropped["index notes in the target"] == "dropped"
+    assert dropped["public.notes in the publication cdcsync"] == "absent"
+    torn_down = outcomes(teardown(pipeline, "--purge", "--yes", "--json"))
+    assert torn_down["indexes articles in the target"] == "dropped"
+    assert torn_down[f"slot {slot}"] == torn_down["publication cdcsync"] == "absent"
+    assert relations(target) == []
+
+
 def test_an_index_that_comes_back_into_the_configuration_is_read_again(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:

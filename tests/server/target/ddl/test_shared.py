@@ -56,6 +56,17 @@ async def test_tables_that_stand_already_are_not_locked_against_vacuum(
     assert await catalog(connection) == before
 
 
+async def test_a_table_that_was_dropped_because_it_was_damaged_is_made_again(connection: Connection) -> None:
+    await create(connection)
+    before = await catalog(connection)
+    restored = {"pipelines", "indexes", "generations", "backfills"}  # by a backup: docs/operations.md, Damaged tables
+    for table in set(SHARED) - restored:
+        await connection.execute(f"DROP TABLE cdcsync.{table}".encode())
+        async with connection.transaction():
+            await create_shared(connection, SCHEMA)
+        assert await catalog(connection) == before, table
+
+
 async def test_a_comment_of_an_older_version_is_replaced(connection: Connection) -> None:
     await create(connection)
     before = await catalog(connection)
