@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cdcsync.config import parse
+from tests.support.configs import configuration
+
 ROOT = Path(__file__).parents[2]
 SCENARIOS = "tests/server/scenarios/"
 FINGERPRINTS = "tests/server/source/test_fingerprints.py"
@@ -293,3 +296,24 @@ def test_words_that_the_code_does_not_say_would_be_noticed() -> None:
     said = said_by_the_code()
     assert is_said("the replication slot sends prepared transactions", said)
     assert not is_said("the replication slot has lost WAL", said)
+
+
+def test_the_pages_have_the_connections_that_a_worker_opens() -> None:
+    from cdcsync.preflight.connections import ON_TARGET, needed
+
+    def count(generations: int) -> tuple[int, int]:
+        wanted = needed(
+            parse(configuration("dbname=nowhere"), {}, where="the test"), generations=generations, filling=0
+        )
+        return sum(wanted["source"].values()) + 1, sum(wanted["target"].values())  # the slot's is one more
+
+    (source, one), (_, several) = count(1), count(4)
+    assert count(5) == (source, several)
+    names = {12: "twelve", 15: "fifteen"}
+    readme, page = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/operations.md"))
+    assert (
+        f"{names[source]} on the source and {one} on the target with one index, {several} with four or more" in readme
+    )
+    assert f"it opens {names[source]} on the source, including the slot's." in page
+    assert f"On the target it opens at most {names[sum(ON_TARGET.values())]}," in page
+    assert f"makes {source + one} connections with one index and {source + several} with four or more" in page
