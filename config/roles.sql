@@ -14,8 +14,8 @@
 --   psql -d search -v serve_role=cdcsync_serve -f config/roles.sql
 --
 -- If a variable lacks the role that it is about, or no role is given, the script ends with an error and grants nothing.
--- Running it again is harmless: it adds what is missing, and takes nothing away but what serve_role is not to read. It
--- sets no passwords:
+-- Running it again is harmless: it adds what is missing, and takes nothing away but what reader_role and serve_role do not
+-- need on cdcsync's tables, which earlier versions of it granted. It sets no passwords:
 -- \password cdcsync_source, in psql, does that without one ever being in a file or a log.
 --
 -- Variables, with their defaults:
@@ -30,8 +30,10 @@
 --   schema          cdcsync: target.schema of the configuration
 --   view_schema     public: where the views are that your users search, as in `view` of each index
 --   reader_role     none: a role of applications that search by SQL, and ask cdcsync.wait_for; it must exist, and
---                   target_role be given, because it may read what that role creates later
---   serve_role      none: the role of `cdcsync serve`, as in serve.role; it must exist
+--                   target_role be given, because it may read the views that role creates later. Run the script again
+--                   once a worker has created an index: its search function reads tables that are not there before
+--   serve_role      none: the role of `cdcsync serve`, as in serve.role; it must exist. It may be the reader_role too
+--                   if its callers may see every row
 
 \set ON_ERROR_STOP on
 \if :{?publication}
@@ -56,7 +58,7 @@ SELECT set_config('cdcsync.lacking', coalesce(string_agg(lacking, '; '), ''), tr
 FROM (VALUES
     (:{?tables} AND NOT :{?source_role}, 'tables needs source_role'),
     (:{?former_role} AND NOT :{?target_role}, 'former_role needs target_role'),
-    (:{?reader_role} AND NOT :{?target_role}, 'reader_role needs target_role, whose future tables it is to read'),
+    (:{?reader_role} AND NOT :{?target_role}, 'reader_role needs target_role, whose future views it is to read'),
     (:{?serve_role} AND NOT :{?target_role} AND to_regnamespace(quote_ident(:'schema')) IS NULL,
         format('serve_role needs target_role, because the schema %s is not there yet', quote_ident(:'schema'))),
     (NOT (:{?source_role} OR :{?tables} OR :{?target_role} OR :{?former_role} OR :{?reader_role} OR :{?serve_role}),
@@ -213,22 +215,49 @@ WHERE n.oid IN (SELECT e.extnamespace FROM pg_extension AS e WHERE e.extname = '
                      AND c.relkind = 'r' AND a.attnum > 0 AND NOT a.attisdropped)
 \gset
 
+-- What searches read of cdcsync's tables: chunks, words and vectors of each index, and the three that describe all indexes
+-- to `cdcsync search`, the Python API and `cdcsync serve`. In the others are calls of everyone, with their questions, keys
+-- of rows, and questions by which search is judged.
+\set searched '^(indexes|pipelines|generations|.+_(chunks|words|vectors_[0-9]+(_fresh|_settled)?))$'
+
+-- Earlier versions of this script granted both roles more, also on what was to come. An owner keeps all of it.
+\set reader ''
+\set server ''
 \if :{?reader_role}
-    -- What the worker will create is readable at once. A view reads with its owner's privileges, so readers of the view
-    -- need nothing below it; but the search functions read chunks, vectors and words with the caller's privileges, and
-    -- wait_for reads indexes and pipelines.
+    \set reader :reader_role
+\endif
+\if :{?serve_role}
+    \set server :serve_role
+\endif
+SELECT DISTINCT format('ALTER DEFAULT PRIVILEGES FOR ROLE %I IN SCHEMA %I REVOKE %s FROM %I', o.rolname, :'schema',
+                       CASE d.defaclobjtype WHEN 'r' THEN 'SELECT ON TABLES' ELSE 'EXECUTE ON FUNCTIONS' END, r.rolname)
+FROM pg_default_acl AS d CROSS JOIN aclexplode(d.defaclacl) AS a JOIN pg_roles AS o ON o.oid = d.defaclrole
+JOIN pg_roles AS r ON r.oid = a.grantee AND r.oid <> o.oid
+WHERE d.defaclnamespace = to_regnamespace(quote_ident(:'schema'))
+    AND (d.defaclobjtype = 'r' AND r.rolname IN (:'reader', :'server') OR d.defaclobjtype = 'f' AND r.rolname = :'server')
+\gexec
+SELECT format('REVOKE SELECT, INSERT, DELETE ON %I.%I FROM %I', n.nspname, c.relname, r.rolname)
+FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+JOIN pg_roles AS r ON r.rolname IN (:'reader', :'server') AND r.oid <> c.relowner
+WHERE n.nspname = :'schema' AND c.relkind IN ('r', 'p') AND starts_with(obj_description(c.oid, 'pg_class'), 'cdcsync') \gexec
+
+\if :{?reader_role}
+    -- A view reads with its owner's privileges, so readers of the view need nothing below it; but the search functions
+    -- read with the caller's. The functions and the views that the worker will create are the reader's at once; tables
+    -- are not, because no default privilege tells those that searches read from the others. A table that succeeds
+    -- another, as in a migration, has the grants of that.
     GRANT USAGE ON SCHEMA :"schema", :"view_schema" TO :"reader_role";
     SELECT format('GRANT USAGE ON SCHEMA %I TO %I', one, :'reader_role')
     FROM unnest(:'named'::name[]) AS one WHERE NOT has_schema_privilege(:'reader_role', one, 'USAGE') \gexec
-    GRANT SELECT ON ALL TABLES IN SCHEMA :"schema" TO :"reader_role";
-    ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" GRANT SELECT ON TABLES TO :"reader_role";
+    SELECT format('GRANT SELECT ON %I.%I TO %I', n.nspname, c.relname, :'reader_role')
+    FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE n.nspname = :'schema' AND c.relkind IN ('r', 'p') AND c.relname ~ :'searched' \gexec
     GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA :"schema" TO :"reader_role";
     ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"schema" GRANT EXECUTE ON FUNCTIONS TO :"reader_role";
-    ALTER DEFAULT PRIVILEGES FOR ROLE :"target_role" IN SCHEMA :"view_schema" GRANT SELECT ON TABLES TO :"reader_role";
-    -- `cdcsync serve` under this role keeps a record of calls. Before the worker's first start there is no such table: run
-    -- this script again after it, and after an index carries a column of a type in another schema.
-    SELECT format('GRANT INSERT, DELETE ON %I.calls TO %I', :'schema', :'reader_role')
-    WHERE to_regclass(format('%I.calls', :'schema')) IS NOT NULL \gexec
+    -- In the schema of the tables it would be all of these: for a new view there, run the script again.
+    SELECT format('ALTER DEFAULT PRIVILEGES FOR ROLE %I IN SCHEMA %I GRANT SELECT ON TABLES TO %I', :'target_role',
+                  :'view_schema', :'reader_role')
+    WHERE :'view_schema' <> :'schema' \gexec
     SELECT format('GRANT SELECT ON %I.%I TO %I', n.nspname, c.relname, :'reader_role')
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE n.nspname = :'view_schema' AND c.relkind = 'v' AND pg_get_userbyid(c.relowner) = :'target_role' \gexec
@@ -237,8 +266,7 @@ WHERE n.oid IN (SELECT e.extnamespace FROM pg_extension AS e WHERE e.extname = '
 \if :{?serve_role}
     -- The tool server calls the search functions, which read chunks, vectors and words with its privileges, under the policy
     -- that holds its callers to their tenants. It gets no view: a view reads with its owner's privileges, past the policy.
-    -- Of the tables of all indexes it needs three. In the others are calls of all tenants, keys of their rows and questions
-    -- by which search is judged. It writes the record of calls, and deletes what is old by its time.
+    -- It writes the record of calls, and deletes what is old by its time.
     --
     -- A worker whose configuration has the role as serve.role grants the same on the tables of each index that it creates,
     -- and a table that succeeds another has the grants of that. Otherwise run this script again once a worker has created
@@ -246,17 +274,9 @@ WHERE n.oid IN (SELECT e.extnamespace FROM pg_extension AS e WHERE e.extname = '
     GRANT USAGE ON SCHEMA :"schema" TO :"serve_role";
     SELECT format('GRANT USAGE ON SCHEMA %I TO %I', one, :'serve_role')
     FROM unnest(:'named'::name[]) AS one WHERE NOT has_schema_privilege(:'serve_role', one, 'USAGE') \gexec
-    SELECT DISTINCT format('ALTER DEFAULT PRIVILEGES FOR ROLE %I IN SCHEMA %I REVOKE %s FROM %I', pg_get_userbyid(d.defaclrole),
-                           :'schema', CASE d.defaclobjtype WHEN 'r' THEN 'SELECT ON TABLES' ELSE 'EXECUTE ON FUNCTIONS' END,
-                           :'serve_role')
-    FROM pg_default_acl AS d CROSS JOIN aclexplode(d.defaclacl) AS a JOIN pg_roles AS r ON r.oid = a.grantee
-    WHERE d.defaclnamespace = to_regnamespace(quote_ident(:'schema')) AND d.defaclobjtype IN ('r', 'f')
-        AND r.rolname = :'serve_role' \gexec
-    REVOKE SELECT ON ALL TABLES IN SCHEMA :"schema" FROM :"serve_role";
     SELECT format('GRANT SELECT ON %I.%I TO %I', :'schema', c.relname, :'serve_role')
     FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
-    WHERE n.nspname = :'schema' AND c.relkind IN ('r', 'p') AND c.relname
-        ~ '^(indexes|pipelines|generations|.+_(chunks|words|vectors_[0-9]+(_fresh|_settled)?))$' \gexec
+    WHERE n.nspname = :'schema' AND c.relkind IN ('r', 'p') AND c.relname ~ :'searched' \gexec
     SELECT format('GRANT INSERT, DELETE, SELECT (at) ON %I.calls TO %I', :'schema', :'serve_role')
     WHERE to_regclass(format('%I.calls', :'schema')) IS NOT NULL \gexec
     SELECT format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::regprocedure, :'serve_role')

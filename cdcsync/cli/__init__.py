@@ -24,8 +24,8 @@
     entry      `main`: runs a command and turns what it raises into an exit status
 
 The exit status is 0 when all is well, 1 when a command ran and failed, 2 when configuration, set-up or usage is wrong
-and nothing was changed, 130 after Ctrl-C, 141 when nobody reads the output any more. A file here imports only from
-lines above its own.
+and nothing was changed, 3 when `plan` finds something to do, 130 after Ctrl-C, 141 when nobody reads the output any
+more. A file here imports only from lines above its own.
 
 Whatever costs time to import is imported in the function that needs it: `--help` must not wait for a web server or a
 model.

@@ -65,7 +65,8 @@ app = typer.Typer(
 
     Your own tables: `cdcsync check -c cdcsync.toml`, then `cdcsync run -c cdcsync.toml`
 
-    Exit status: 0 fine, 1 failed, 2 wrong configuration, set-up or usage.""",
+    Exit status: 0 fine, 1 failed, 2 wrong configuration, set-up or usage, 3 `plan` has found something that a start
+    would do, 130 ended by Ctrl-C.""",
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

@@ -24,6 +24,14 @@ REPORTED = ":  "
 """What libpq writes between the severity and the message of an error that a server reported, in any language."""
 
 
+def allow_replication(role: str) -> str:
+    """Return the statement that lets a role replicate: the attribute, or on Amazon RDS, which refuses it, membership.
+
+    :param role: its name as SQL writes it.
+    """
+    return f"ALTER ROLE {role} REPLICATION; on Amazon RDS: GRANT rds_replication TO {role}"
+
+
 class Refusal(msgspec.Struct, frozen=True):
     """A failed attempt to connect; waiting helps unless it is `lasting`.
 
@@ -44,7 +52,7 @@ _WORDS: tuple[tuple[str, Refusal], ...] = (
     (
         # The latter before PostgreSQL 16.
         r"^(?P<said>.*(?:permission denied to start WAL sender|must be superuser or replication role).*)$",
-        Refusal("{said}", "ALTER ROLE … REPLICATION for the role in the DSN", lasting=True),
+        Refusal("{said}", f"for the role in the DSN: {allow_replication('…')}", lasting=True),
     ),
     (
         r"no password supplied",

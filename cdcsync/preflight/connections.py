@@ -39,6 +39,7 @@ ON_TARGET = {
     "apply": 1,
     "look-up": 1,
     "watch": 1,
+    "address": 1,
     "backfill": 1,
     "compare": 1,
     "audit": 1,
@@ -48,7 +49,10 @@ ON_TARGET = {
     "pending words": 1,
     "status": 1,
 }
-"""The same on the target, without those that depend on the configuration and the indexes; see `needed`."""
+"""The same on the target, without those that depend on the configuration and the indexes; see `needed`.
+
+A session that asks whether a server lives ("liveness") is in neither: it is there only while a statement of another
+one gets no answer."""
 
 
 class Room(msgspec.Struct, frozen=True):

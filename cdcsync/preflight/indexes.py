@@ -195,7 +195,8 @@ def vector_faults(plan: Plan, stored: Entry) -> Iterator[Finding]:
     where = f"indexes.{name}"
     migrate = f"to exchange the vectors without an interruption of searches: cdcsync migrate {name} start"
     if stored.state != "live":
-        migrate = f"if it was never loaded: cdcsync drop {name}, and start the worker again; otherwise, {migrate}"
+        drop = f"stop the worker and its standbys, cdcsync drop {name}, and start the worker again"
+        migrate = f"if it was never loaded: {drop}; otherwise, {migrate}"
     if stored.vector_type != index.vector_type:
         yield Finding.error(
             f"{where}.vector_type",

@@ -121,12 +121,10 @@ def published_findings(
     sendable = ("", "s") if version >= GENERATED_COLUMNS_VERSION else ("",)
     missing = [one.name for one in needed if one.generated in sendable and one.name not in sent.columns]
     if sent.listed and missing:
-        wanted = ", ".join(map(quote, (*sent.columns, *missing)))
-        rows = f" WHERE ({sent.row_filter})" if sent.row_filter else ""
         yield Finding.error(
             where,
             f"the publication's column list for {table.name} lacks {named(map(quote, missing))}",
-            f"BEGIN; {alter} DROP TABLE {table.name}; {alter} ADD TABLE {table.name} ({wanted}){rows}; COMMIT",
+            _listed_anew(alter, table, sent, (*sent.columns, *missing)),
         )
     if sent.row_filter:
         yield Finding.ok(where, f"sends only the rows of {table.name} where {sent.row_filter}")
@@ -188,12 +186,22 @@ def failing_writes(
         if version < FILTERS_VERSION or sent is None:
             continue
         if sent.listed and (mode == "f" or not set(identity) <= set(sent.columns)):
-            fix = f"{alter} SET TABLE … without a column list for {table.name}, or {default}"
+            fix = f"{_listed_anew(alter, table, sent, ())}, or {default}"
             yield f"the column list for {table.name} does not cover the replica identity of {one}", fix
         if mode != "f" and (outside := [column for column in sent.filter_columns if column not in identity]):
             fix = f"ALTER TABLE {one} REPLICA IDENTITY FULL, or a row filter by columns of the replica identity"
             names = named(map(quote, outside))
             yield f"the row filter for {table.name} reads columns outside the replica identity of {one}, {names}", fix
+
+
+def _listed_anew(alter: str, table: Table, sent: Published, columns: Sequence[str]) -> str:
+    """Return the statements that give one table of a publication another column list, or none.
+
+    SET TABLE would have to name all of its tables.
+    """
+    listed = f" ({', '.join(map(quote, columns))})" if columns else ""
+    rows = f" WHERE ({sent.row_filter})" if sent.row_filter else ""
+    return f"BEGIN; {alter} DROP TABLE {table.name}; {alter} ADD TABLE {table.name}{listed}{rows}; COMMIT"
 
 
 def _generated(columns: Iterable[Column], how: str) -> list[str]:

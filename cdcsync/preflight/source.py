@@ -14,6 +14,7 @@ import msgspec
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import named, quote
 from cdcsync.errors import CdcsyncError
+from cdcsync.postgres.refusals import allow_replication
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.administration import allow_writes
 from cdcsync.preflight.findings import Finding, noting, or_ok
@@ -29,7 +30,7 @@ from cdcsync.source.catalog import (
     why_lost,
 )
 from cdcsync.source.publications import Publication, create_publication_statement, fixed_in, publish_statement
-from cdcsync.source.slot import MIN_VERSION, SlotConnection
+from cdcsync.source.slot import MIN_VERSION, RESYNC, SlotConnection
 
 STANDBY_VERSION = 160000
 """PostgreSQL 16: a standby can decode WAL; earlier ones refuse."""
@@ -79,6 +80,8 @@ async def examine_source(
             f"PostgreSQL {server.version_text}, {server.used_slots} of {server.max_slots} slots"
             f" and {server.used_senders} of {server.max_senders} WAL senders in use",
         )
+        if config.source.failover or (slot is not None and slot.failover):
+            findings += standby_faults(server)
         identity = await _try_sender(config.source.dsn, server, slot, findings)
         if slot is not None:
             confirmed = f"exists, and is confirmed up to {slot.confirmed_flush}"
@@ -155,6 +158,21 @@ def server_faults(server: Server, slot: Slot | None) -> Iterator[Finding]:
         )
 
 
+def standby_faults(server: Server) -> Iterator[Finding]:
+    """Say which standbys keep the server from sending changes of failover slots: it sends what these have received."""
+    late = {name: why for name, why in sorted(server.standby_slots.items()) if why is not None}
+    if not late or server.in_recovery:
+        return
+    rest = ", ".join(name for name in sorted(server.standby_slots) if name not in late)
+    yield Finding.warning(
+        "source",
+        f"synchronized_standby_slots names {named(f'{name} ({why})' for name, why in late.items())}: until a"
+        " standby reads it, the server sends a worker nothing of a slot with failover",
+        f"ALTER SYSTEM SET synchronized_standby_slots = '{rest}'; SELECT pg_reload_conf(); or start the standby, with"
+        " its primary_slot_name",
+    )
+
+
 async def _try_sender(dsn: str, server: Server, slot: Slot | None, findings: list[Finding]) -> str | None:
     """Open a replication connection and close it again: role, pg_hba.conf and a free WAL sender in one.
 
@@ -175,7 +193,7 @@ def sender_faults(error: CdcsyncError, server: Server, slot: Slot | None) -> Ite
         yield Finding.error(
             "source",
             f"the role {role} may not replicate",
-            f"ALTER ROLE {role} REPLICATION; on Amazon RDS: GRANT rds_replication TO {role}",
+            allow_replication(role),
         )
     if server.max_senders == 0:
         yield Finding.error(
@@ -204,12 +222,11 @@ def slot_faults(slot: Slot, *, resync: bool, begun: bool = True) -> Iterator[Fin
     if (refused := misfit(slot, begun=begun)) is not None:
         yield Finding.error(where, *refused)
         return
-    again = 'set source.on_gap = "resync" to read the tables again: docs/operations.md, "After a gap"'
     if slot.two_phase:
         if resync:
             yield Finding.warning(where, f"{SENDS_PREPARED}; run creates a new slot and reads the tables again")
         else:
-            yield Finding.error(where, SENDS_PREPARED, again)
+            yield Finding.error(where, SENDS_PREPARED, RESYNC)
     if slot.wal_status == "lost":
         lost = (
             f"the server has removed WAL that the slot still needed ({why_lost(slot)}):"
@@ -218,12 +235,19 @@ def slot_faults(slot: Slot, *, resync: bool, begun: bool = True) -> Iterator[Fin
         if resync:
             yield Finding.warning(where, f"{lost}; run creates a new slot and reads the tables again")
         else:
-            yield Finding.error(where, lost, again)
+            yield Finding.error(where, lost, RESYNC)
     elif slot.wal_status == "unreserved":
         yield Finding.warning(
             where,
             "retains more WAL than max_slot_wal_keep_size allows: the server's next checkpoint may remove it",
             "start the worker now, and raise max_slot_wal_keep_size",
+        )
+    elif slot.expires is not None:
+        yield Finding.warning(
+            where,
+            f"nothing has read it for long: from {slot.expires} on, the server's next checkpoint invalidates it"
+            " (idle_replication_slot_timeout), and its changes cannot be received any more",
+            "start the worker now, and set idle_replication_slot_timeout to 0, or well above your longest stop",
         )
     if slot.active_pid is not None:
         yield Finding.warning(

@@ -322,4 +322,10 @@ def _handing_over(owner: str, server: Server, config: Config) -> str:
     if "public" not in schemas:
         variables["view_schema"] = schemas[0]
     options = [part for name, value in variables.items() for part in ("-v", f"{name}={value}")]
-    return f"cdcsync config roles | {shlex.join(['psql', '-d', server.database, *options])}"
+    command = f"cdcsync config roles | {shlex.join(['psql', '-d', server.database, *options])}"
+    # The script grants in these.
+    granted = {config.target.schema, variables.get("view_schema", "public")}
+    if more := [schema for schema in schemas if schema not in granted]:
+        grant = f"GRANT USAGE, CREATE ON SCHEMA {', '.join(map(quote, more))} TO {quote(server.role)}"
+        command += f" && {shlex.join(['psql', '-d', server.database, '-c', grant])}"
+    return command

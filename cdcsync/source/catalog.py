@@ -31,6 +31,9 @@ from cdcsync.source.relations import Table, read_tables
 FAILOVER_VERSION = 170000
 """PostgreSQL 17: standbys can have a logical slot too."""
 
+IDLE_TIMEOUT_VERSION = 180000
+"""PostgreSQL 18: a slot that nobody reads for long enough is invalidated (idle_replication_slot_timeout)."""
+
 REPLICATION_ROLES = ("rds_replication",)
 """Roles of managed services whose members may replicate without having the attribute themselves."""
 
@@ -74,6 +77,9 @@ class Server(msgspec.Struct, frozen=True):
     """Where the setting by which transactions are read-only comes from, as pg_settings has it; None if they are not."""
     replica_role: bool = False
     """Whether sessions act as those that apply another server's changes: no trigger and no foreign key acts then."""
+    standby_slots: dict[str, str | None] = {}
+    """The slots of standbys that failover slots wait for (synchronized_standby_slots), each with what keeps it from
+    being caught up: it does not exist, is logical, or has no WAL or no reader; None if there is nothing of that."""
 
     @property
     def version_text(self) -> str:
@@ -105,6 +111,8 @@ class Slot(msgspec.Struct, frozen=True):
     """The application_name of the session that reads it."""
     here: str | None = None
     """The database of the session that looked at it."""
+    expires: str | None = None
+    """When it is invalidated unless somebody reads it again; None while less than half of that time is over."""
 
     @property
     def foreign(self) -> str | None:
@@ -283,7 +291,15 @@ async def read_server(connection: Connection) -> Server:
                has_database_privilege(current_database(), 'TEMPORARY'),
                CASE WHEN current_setting('transaction_read_only')::bool
                     THEN (SELECT source FROM pg_settings WHERE name = 'default_transaction_read_only') END,
-               current_setting('session_replication_role') = 'replica'
+               current_setting('session_replication_role') = 'replica',
+               (SELECT coalesce(jsonb_object_agg(n.name, CASE
+                       WHEN s.slot_name IS NULL THEN 'does not exist' WHEN s.slot_type <> 'physical' THEN 'is logical'
+                       WHEN s.wal_status = 'lost' THEN 'has lost its WAL' WHEN NOT s.active THEN 'has no reader now'
+                   END), '{}')
+                FROM (SELECT lower(btrim(one, E' \t\r\n"'))
+                      FROM unnest(string_to_array(current_setting('synchronized_standby_slots', true), ',')) AS one)
+                     AS n (name)
+                LEFT JOIN pg_replication_slots AS s ON s.slot_name = n.name)
         """,
         [list(REPLICATION_ROLES)],
     )
@@ -328,6 +344,13 @@ def misfit(slot: Slot, *, begun: bool) -> tuple[str, str] | None:
     )
 
 
+_EXPIRES: LiteralString = """
+    (SELECT date_trunc('second', inactive_since + after)::text
+     FROM (SELECT current_setting('idle_replication_slot_timeout')::interval) AS allowed (after)
+     WHERE NOT active AND after > '0' AND clock_timestamp() - inactive_since > after / 2)
+"""
+
+
 async def read_slot(connection: Connection, name: str) -> Slot | None:
     """Return the slot, or None when there is none of that name."""
     row = await fetch_row(
@@ -338,13 +361,14 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
                    pg_wal_lsn_diff(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn()
                                         ELSE pg_current_wal_lsn() END, restart_lsn)::int8,
                    safe_wal_size, {}, {}, catalog_xmin::text::bigint, two_phase,
-                   (SELECT application_name FROM pg_stat_activity WHERE pid = active_pid), current_database()
+                   (SELECT application_name FROM pg_stat_activity WHERE pid = active_pid), current_database(), {}
             FROM pg_replication_slots WHERE slot_name = %s
             """
         ).format(
             *(sql.SQL("failover"), sql.SQL("invalidation_reason"))
             if connection.info.server_version >= FAILOVER_VERSION
-            else (sql.SQL("false"), sql.SQL("NULL"))
+            else (sql.SQL("false"), sql.SQL("NULL")),
+            sql.SQL(_EXPIRES if connection.info.server_version >= IDLE_TIMEOUT_VERSION else "NULL"),
         ),
         [name],
     )
@@ -366,6 +390,7 @@ async def read_slot(connection: Connection, name: str) -> Slot | None:
         two_phase=row[12],
         reader=row[13],
         here=row[14],
+        expires=row[15],
     )
 
 

@@ -44,6 +44,7 @@ from cdcsync.postgres.errors import first_line, passing, translate, without_valu
 from cdcsync.postgres.interrupts import CANCEL_S
 from cdcsync.postgres.liveness import SERVER, Backend
 from cdcsync.postgres.logins import Host, log_in, refuse_left_behind
+from cdcsync.postgres.refusals import allow_replication
 from cdcsync.postgres.settings import LEAVING, RENDERING, SAFETY, conninfo_for, describe
 
 FOLLOWER = "cdcsync"
@@ -55,6 +56,12 @@ COMMAND_S = 60.0
 MIN_VERSION = 140000
 """PostgreSQL 14: pgoutput with logical messages and protocol 2; older ones are out of support."""
 
+
+RESYNC = (
+    'set source.on_gap = "resync" to read everything again with a new slot; docs/operations.md, "After a gap",'
+    " says what that costs"
+)
+"""The fix for changes that cannot be received any more."""
 
 _EXCHANGED = ("was not created in this database", "physical replication slot")
 """Of a slot that is foreign: the server's code is that of a slot that has lost WAL, but a resync would not help."""
@@ -383,9 +390,7 @@ class SlotConnection:
                 message, where=where, hint="another worker reads this slot; it takes over when that one ends"
             )
         if code == "42704" and slot:
-            return GapError(
-                message, where=where, hint='the slot was dropped: run with on_gap = "resync", or see docs/operations.md'
-            )
+            return GapError(message, where=where, hint=f"the slot was dropped; {RESYNC}")
         if code == "55000" and any(sign in message for sign in _EXCHANGED):
             # Only since somebody looked at it: whoever looks again says how to continue.
             return SourceUnavailable(message, where=where)
@@ -393,12 +398,12 @@ class SlotConnection:
         lacks_wal = code == "58P01" and "WAL" in message
         of_a_setting = any(name in message for name in _SETTINGS)
         if (slot or decoding) and (lacks_wal or (code == "55000" and not of_a_setting)):
-            return GapError(message, where=where, hint="the slot has lost WAL it needs: resync, see docs/operations.md")
+            return GapError(message, where=where, hint=f"the slot has lost WAL that it needs; {RESYNC}")
         if code == "55000":  # the server is not prepared for what was asked of it
             hint = "`cdcsync check` names the settings that the source needs, and how to change them"
             return SetupError(message, where=where, hint=hint)
         if code == "42501":
-            return SetupError(message, where=where, hint="ALTER ROLE … REPLICATION for the role in the DSN")
+            return SetupError(message, where=where, hint=f"for the role in the DSN: {allow_replication('…')}")
         if code and code.startswith("08P"):
             return ProtocolError(message, where=where)
         if decoding and not passing(error):

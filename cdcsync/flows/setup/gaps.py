@@ -25,14 +25,9 @@ from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.preflight.identity import connect_source, refuse_another_server, standby
 from cdcsync.source.catalog import SENDS_PREPARED, Slot, misfit, read_slot, why_lost
-from cdcsync.source.slot import ServerIdentity, SlotConnection
+from cdcsync.source.slot import RESYNC, ServerIdentity, SlotConnection
 from cdcsync.target.pipelines import Pipelines, PipelineState
 from cdcsync.target.requests.history import History
-
-_RESYNC = (
-    'set source.on_gap = "resync" to read everything again with a new slot; docs/operations.md, "After a gap",'
-    " says what that costs"
-)
 
 
 def heals(gap: GapError, config: Config) -> bool:
@@ -127,7 +122,7 @@ def refuse_undecodable(stuck: DecodingFailed, checkpoint: Lsn | None, name: str)
     raise GapError(
         f"the source fails each time that it decodes what follows the checkpoint: {stuck.message}",
         where=f"slot {name}, checkpoint {checkpoint}",
-        hint=f"{stuck.hint}; then {_RESYNC}",
+        hint=f"{stuck.hint}; then {RESYNC}",
     )
 
 
@@ -154,7 +149,7 @@ async def refuse_forgotten(target: Connection, schema: str, name: str, indexes: 
             f"the pipeline has no checkpoint, and the index {', '.join(begun)} was loaded before: the checkpoint was"
             " removed, so what changed since is unknown",
             where=f"slot {name}",
-            hint=_RESYNC,
+            hint=RESYNC,
         )
 
 
@@ -174,29 +169,29 @@ async def refuse_gap(
         raise GapError(
             f"the source's WAL ends at {server.lsn}, before {_reach(state)}: it was restored from a backup",
             where=where,
-            hint=_RESYNC,
+            hint=RESYNC,
         )
     if slot is None:
         raise GapError(
             "the replication slot is gone: changes since the checkpoint cannot be received any more",
             where=where,
-            hint=_RESYNC,
+            hint=RESYNC,
         )
     if slot.wal_status == "lost":
         raise GapError(
             f"the server has removed WAL that the replication slot still needed ({why_lost(slot)})",
             where=where,
-            hint=_RESYNC,
+            hint=RESYNC,
         )
     if slot.two_phase:
-        raise GapError(f"the replication slot {SENDS_PREPARED}", where=where, hint=_RESYNC)
+        raise GapError(f"the replication slot {SENDS_PREPARED}", where=where, hint=RESYNC)
     if slot.confirmed_flush is not None and slot.confirmed_flush > state.checkpoint:
         raise GapError(
             f"the slot is ahead of the index, at {slot.confirmed_flush}: the target fell back to an older state (a"
             " standby of it was promoted before it had everything, or a backup was restored), or somebody else advanced"
             " the slot or made it anew",
             where=where,
-            hint=_RESYNC,
+            hint=RESYNC,
         )
 
 
@@ -214,14 +209,14 @@ async def _refuse_branch(
             " index has followed",
             where=where,
             hint=f"if pg_wal/{server.timeline:08X}.history is missing there, put it back from a standby or the WAL"
-            f" archive, and start the worker again; or {_RESYNC}",
+            f" archive, and start the worker again; or {RESYNC}",
         )
     if left_at < state.reach:
         raise GapError(
             f"the source's timeline {server.timeline} branched off at {left_at}, before {_reach(state)}: a standby was"
             " promoted that had not received all that is indexed",
             where=where,
-            hint=_RESYNC,
+            hint=RESYNC,
         )
 
 

@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable
 
 import msgspec
+import psycopg
 import pytest
 from psycopg import conninfo, sql
 
 from cdcsync.config import Config
+from cdcsync.demo.cluster import Cluster
 from cdcsync.postgres.sessions import connect
 from cdcsync.postgres.settings import Side
 from cdcsync.preflight.connections import Room, needed, room_findings
@@ -81,11 +83,14 @@ async def test_each_generation_of_an_index_needs_the_connections_that_its_worker
 
 
 def test_a_worker_opens_no_more_sessions_of_any_name_than_it_is_said_to(
-    make_database: Callable[[], Database], make_simple: MakeSimple
+    make_cluster: Callable[..., Cluster], make_simple: MakeSimple
 ) -> None:
-    databases: dict[Side, Database] = {"source": make_database(), "target": make_database()}
+    cluster = make_cluster(settings={"log_connections": "on"})
+    with psycopg.connect(cluster.dsn(), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE index")
+    databases: dict[Side, str] = {"source": "postgres", "target": "index"}
     often = "verify_every_s = 0.5\nevaluate_every_s = 0.5\nsettle_connections = 0"
-    pipeline = make_simple(*(one.dsn for one in databases.values()), slot=databases["source"].name, worker_lines=often)
+    pipeline = make_simple(*(cluster.dsn(one) for one in databases.values()), worker_lines=often)
     pipeline.start()
     pipeline.live()
     pipeline.in_step()
@@ -94,13 +99,23 @@ def test_a_worker_opens_no_more_sessions_of_any_name_than_it_is_said_to(
     most = needed(pipeline.config, generations=1, filling=0)
     for side, database in databases.items():
         counted = {
-            name.removeprefix("cdcsync ").removesuffix(f" {pipeline.config.source.slot}"): count
+            kind(name): count
             for name, count in pipeline.target.execute(
                 "SELECT application_name, count(*) FROM pg_stat_activity WHERE datname = %s"
                 " AND application_name LIKE 'cdcsync%%' AND application_name <> 'cdcsync liveness'"
                 " AND backend_type = 'client backend' GROUP BY 1",
-                [database.name],
+                [database],
             )
         }
         assert counted
         assert {name: count for name, count in counted.items() if count > most[side].get(name, 0)} == {}, side
+        # Some are there for a moment only. Those without a name of their own are of a start, before most others.
+        authorised = rf"connection authorized: user=\S+ database={database} application_name=(cdcsync.*?)(?: SSL .*)?$"
+        opened = {kind(name) for name in re.findall(authorised, cluster.log.read_text(), re.MULTILINE)}
+        assert "address" in opened
+        assert opened - {"cdcsync", "liveness"} <= most[side].keys(), side
+
+
+def kind(name: str) -> str:
+    """Return what the application_name of a worker's session says of it, besides the slot."""
+    return name.removeprefix("cdcsync ").removesuffix(" s")

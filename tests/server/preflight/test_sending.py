@@ -330,6 +330,28 @@ async def test_what_is_said_of_failing_writes_is_what_the_server_does(
         assert any(reason.replace("identity of public.t", f"identity of {where}") in one for one in said), said
 
 
+@pytest.mark.parametrize("rows", ["", " WHERE (id > 0)"])
+async def test_the_remedy_for_a_column_list_that_fails_writes_leaves_the_other_tables_published(
+    database: Database, rows: str
+) -> None:
+    database.execute("CREATE TABLE t (id int PRIMARY KEY, body text, n int); INSERT INTO t VALUES (1, 'a', 1)")
+    database.execute("CREATE TABLE other (id int PRIMARY KEY, n int); ALTER TABLE t REPLICA IDENTITY FULL")
+    database.execute(f"CREATE PUBLICATION cdcsync FOR TABLE t (id, body){rows}, other (id) WHERE (id > 1)")
+    others = "SELECT attnames::text[], rowfilter FROM pg_publication_tables WHERE tablename = 'other'"
+    before, config = database.execute(others), configured(database.dsn, t=T)
+    (fix,) = [str(one.hint) for one in (await examined(config)).findings if "does not cover" in one.message]
+    remedy, _, _ = fix.partition(", or ")
+
+    database.execute(remedy)
+
+    assert len(before) == 1
+    assert database.execute(others) == before
+    database.execute("UPDATE t SET body = 'b'")
+    report = await examined(config)
+    assert not [one for one in report.findings if one.level != "ok"]
+    assert report.specs[0].row_filter == (rows.removeprefix(" WHERE ") or None)
+
+
 async def test_a_table_whose_writes_would_fail_is_refused_before_it_is_published_and_warned_of_afterwards(
     database: Database,
 ) -> None:

@@ -17,6 +17,7 @@ from cdcsync.source.catalog import read_server
 from cdcsync.target.ddl.shared import create_shared
 from tests.support.preflight import ARTICLES, Role, configured, examined, the_error, warnings
 from tests.support.servers import Database, Server
+from tests.support.workers import until
 
 pytestmark = pytest.mark.server
 
@@ -120,6 +121,86 @@ async def test_a_server_without_a_free_sender_is_refused(lone_database: Database
     with walsender(lone_database.dsn), walsender(lone_database.dsn):
         error = the_error(await examined(configured(lone_database.dsn)))
     assert error.message == "all 2 WAL senders are taken"
+
+
+@pytest.mark.parametrize("failover", [True, False])
+async def test_standbys_that_a_failover_slot_would_wait_for_in_vain_are_told_with_the_statement_that_leaves_them_out(
+    make_cluster: Callable[..., Cluster], database: Database, failover: bool
+) -> None:
+    cluster = make_cluster()
+    with psycopg.connect(cluster.dsn(), autocommit=True) as source:
+        if source.info.server_version < 170000:
+            pytest.skip("needs PostgreSQL 17")
+        source.execute(ARTICLES)
+        source.execute(SLOT, ["decoded"])
+        source.execute("SELECT pg_create_physical_replication_slot(one) FROM unnest('{idle,read}'::text[]) AS one")
+        config = configured(cluster.dsn(), database.dsn)
+        config = msgspec.structs.replace(config, source=msgspec.structs.replace(config.source, failover=failover))
+        assert not warnings(await examined(config))
+        source.execute("ALTER SYSTEM SET synchronized_standby_slots = 'gone, read, decoded, idle'")
+        assert source.execute("SELECT pg_reload_conf()").fetchone() == (True,)
+        until(lambda: shown(cluster).startswith("gone"), "the setting")
+        with physical(cluster.dsn(), "read"):
+            told = warnings(await examined(config))
+            if not failover:
+                assert not told
+                return
+            (warning,) = told
+            for said in ("gone (does not exist)", "decoded (is logical)", "idle (has no reader now)"):
+                assert said in warning.message
+            assert "read (" not in warning.message
+            for statement in str(warning.hint).partition("; or ")[0].split("; "):
+                source.execute(statement.encode())
+            until(lambda: shown(cluster) == "read", "the remedy")
+            assert not warnings(await examined(config))
+
+
+def shown(cluster: Cluster) -> str:
+    """Return the standbys that a new session sees."""
+    with psycopg.connect(cluster.dsn()) as connection:
+        return str(connection.execute("SHOW synchronized_standby_slots").fetchone()[0])  # type: ignore[index]
+
+
+@contextlib.contextmanager
+def physical(dsn: str, slot: str) -> Iterator[None]:
+    """Read a physical slot, as a standby does."""
+    connection = pq.PGconn.connect(f"{dsn}?replication=true".encode())
+    try:
+        assert connection.status == pq.ConnStatus.OK, connection.error_message
+        result = connection.exec_(f"START_REPLICATION SLOT {slot} PHYSICAL 0/1000000".encode())
+        assert result.status == pq.ExecStatus.COPY_BOTH, connection.error_message
+        yield
+    finally:
+        connection.finish()
+
+
+async def test_a_slot_that_nobody_reads_is_told_before_the_server_invalidates_it_for_that(
+    make_cluster: Callable[..., Cluster], database: Database
+) -> None:
+    cluster = make_cluster()
+    with psycopg.connect(cluster.dsn(), autocommit=True) as source:
+        if source.info.server_version < 180000:
+            pytest.skip("needs PostgreSQL 18")
+        source.execute(f"{ARTICLES}; CREATE PUBLICATION cdcsync FOR TABLE articles")
+        source.execute(SLOT, ["left"])
+        await has_checkpoint(database, "left", "0/1")
+        config = configured(cluster.dsn(), database.dsn, slot="left")
+        for timeout, is_told in (("0", False), ("1d", False), ("1s", True)):
+            source.execute(f"ALTER SYSTEM SET idle_replication_slot_timeout = '{timeout}'".encode())
+            source.execute("SELECT pg_reload_conf()")
+
+            def expires() -> bool:
+                with psycopg.connect(cluster.dsn()) as connection:
+                    setting = connection.execute(
+                        "SELECT current_setting('idle_replication_slot_timeout') = %s AND (NOT %s OR"
+                        " clock_timestamp() - inactive_since > '1 s') FROM pg_replication_slots",
+                        [timeout, is_told],  # noqa: B023
+                    ).fetchone()
+                    return setting == (True,)
+
+            until(expires, "the setting")
+            told = [one for one in warnings(await examined(config)) if "idle_replication_slot_timeout" in one.message]
+            assert [one.where for one in told] == (["slot left"] if is_told else [])
 
 
 async def test_a_slot_that_a_worker_reads_makes_a_standby_whatever_senders_are_free(lone_database: Database) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -439,3 +440,33 @@ def test_the_others_are_followed_while_a_paused_index_is_examined(make_scene: Ma
     pipeline.target.execute("ALTER TABLE cdcsync.limited_chunks DROP CONSTRAINT small")
     made.heals()
     assert len(pipeline.processes) == 1
+
+
+def test_a_paused_index_whose_vectors_are_to_be_others_is_built_anew_as_its_fix_says(make_scene: MakeScene) -> None:
+    tables = ("other", "sound")
+    made = make_scene(
+        [f"CREATE TABLE {one} (id int PRIMARY KEY, title text)" for one in tables],
+        {one: Followed(one) for one in tables},
+        worker_lines=NO_AUDIT,
+        started=False,
+    )
+    own = '[embedders.own]\ntype = "hash"\ndimensions = 12\n'
+    made.reconfigured(lambda text: re.sub(r'(?s)(\[indexes\.other].*?embedder = )"fake"', r'\1"own"', text) + own)
+    pipeline = made.pipeline
+    worker = pipeline.start()
+    pipeline.live()
+    assert pipeline.stop(worker) == 0
+    made.reconfigured(lambda text: text.replace("dimensions = 12", "dimensions = 24"))
+    worker = pipeline.start()
+    made.paused("other")
+    findings = json.loads(pipeline.command("check", "--json").stdout)["findings"]
+    (fix,) = [one["hint"] for one in findings if one["where"] == "indexes.other.embedder"]
+    stops, drops, starts = fix.partition("; ")[0].split(", ")
+    assert (stops, starts) == ("if it was never loaded: stop the worker and its standbys", "and start the worker again")
+
+    assert pipeline.stop(worker) == 0
+    dropped = pipeline.command(*drops.removeprefix("cdcsync ").split(), "--yes")
+    assert dropped.returncode == 0, dropped.stderr
+    pipeline.start()
+    until(lambda: made.target.execute("SELECT FROM cdcsync.indexes WHERE name = 'other'"), pipeline.tail)
+    made.heals()
