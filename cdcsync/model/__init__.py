@@ -8,6 +8,7 @@
     transactions   pgoutput messages into whole transactions
     batch          the changes that are applied together, the last one of each key
     progress       received, checkpoint, kept, acknowledged: four positions and the rules between them
+    chain          what a worker last saw committed of its pipeline's row, and what continues it
     visibility     which rows of a page are older than what the stream has delivered
     lag            how long the oldest commit has been waiting
     pauses         why an index does not follow its table, and whether it may resume

@@ -16,13 +16,14 @@ import psycopg
 
 from cdcsync.errors import TargetUnavailable
 from cdcsync.logs import get_logger
+from cdcsync.model.chain import Chain, Lease, refuse_successor
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import fence, speaking_of
 from cdcsync.postgres.interrupts import INTERRUPT_EVERY_S, interrupt
 from cdcsync.postgres.liveness import Backend, WatchedConnection, left_behind
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.process.crashpoints import crash_point
-from cdcsync.target.pipelines import Lease, Pipelines, PipelineState
+from cdcsync.target.pipelines import Pipelines, PipelineState
 
 log = get_logger()
 
@@ -52,9 +53,7 @@ class LockedSession:
         self._schema = schema
         self._slot = slot
         self._pipelines = Pipelines(schema, slot)
-        self._lease: Lease | None = None if before is None else before._lease
-        self._proposed: Lease | None = None
-        """The lease as a commit will have made it whose answer has not come yet."""
+        self._end_of_chain: Chain | None = None if before is None else before._end_of_chain
         self._ending = False
         self._connection: WatchedConnection | None = None
         self._pid: int | None = None if before is None else before._pid
@@ -94,9 +93,9 @@ class LockedSession:
                 if await self._lock(connection):
                     if once_locked is not None:
                         await once_locked(connection)
-                    self._lease = await self._pipelines.take_over(connection, worker_name())
+                    self._end_of_chain = Chain(self._slot, await self._pipelines.take_over(connection, worker_name()))
                     crash_point("fence raised")
-                    if left := await self._pipelines.end_overtaken(connection, self._lease, spared()):
+                    if left := await self._pipelines.end_overtaken(connection, self._held, spared()):
                         log.warning("overtaken_sessions_ended", slot=self._slot, pids=left)
                     self._hold(connection)
                 elif self.holder is not None and self.holder == self._pid:
@@ -148,11 +147,11 @@ class LockedSession:
         with speaking_of("target"):
             try:
                 locked = await self._lock(connection)
-                state = await self._pipelines.read(connection)
+                state = await self._pipelines.present(connection)
                 if not locked:
-                    self._pipelines.refuse_successor(self._held, state)
+                    refuse_successor(self._slot, self._held, state.fence)
                     raise self._still_held()
-                self._continue(state)
+                self._chained.continue_with(state.lease)
                 self._hold(connection)
             finally:
                 if self._connection is None:
@@ -203,38 +202,30 @@ class LockedSession:
     async def state(self) -> PipelineState:
         """Return the stored state of the pipeline."""
         with speaking_of("target"):
-            state = await self._pipelines.read(self.connection)
-        if state is None:
-            raise self._pipelines.gone()
-        self._continue(state)
+            state = await self._pipelines.present(self.connection)
+        self._chained.continue_with(state.lease)
         return state
 
-    def _continue(self, state: PipelineState | None) -> None:
-        """See that the row is as this worker last committed it.
-
-        :raises LeaseLost: another worker took over.
-        :raises TargetRewound: the target went back.
-        """
-        self._lease, self._proposed = self._pipelines.continued(self._held, state, self._proposed), None
+    @property
+    def _chained(self) -> Chain:
+        assert self._end_of_chain is not None
+        return self._end_of_chain
 
     @property
     def _held(self) -> Lease:
-        assert self._lease is not None
-        return self._lease
+        return self._chained.held
 
     @contextlib.asynccontextmanager
     async def _chain(self) -> AsyncIterator[None]:
-        """Run a transaction that moves the pipeline's row: `_proposed` becomes the lease once it has committed."""
+        """Run a transaction that moves the pipeline's row, and proposes where to."""
         connection = self.connection
         try:
             async with connection.transaction():
                 yield
         except BaseException:
-            if not connection.closed:
-                self._proposed = None  # it was rolled back
+            self._chained.failed(answered=not connection.closed)
             raise
-        assert self._proposed is not None
-        self._lease, self._proposed = self._proposed, None
+        self._chained.committed()
 
     async def interrupt(self) -> None:
         """Make the statements of this session fail and roll back, until cancelled: for a worker whose time is up.

@@ -8,10 +8,10 @@ The rules:
    fence ends those that were admitted under an older one, and an overtaken worker is not admitted again. So of a worker
    that was frozen or cut off, nothing comes late.
 2. The checkpoint only moves forward, and only in the transaction that applied what it stands for.
-3. The checkpoint is a chain. Each commit counts one up in `commits`, and moves the checkpoint only from the values that
-   this worker last saw committed. Any other values mean that the target went back to an earlier state (a standby that
-   lagged was promoted, a backup was restored), or that somebody edited the row: nothing is written, and the worker
-   begins anew, which looks for a gap.
+3. The checkpoint is a chain (`model/chain`). Each commit counts one up in `commits`, and moves the checkpoint only from
+   the values that this worker last saw committed. Any other values mean that the target went back to an earlier state
+   (a standby that lagged was promoted, a backup was restored), or that somebody edited the row: nothing is written, and
+   the worker begins anew, which looks for a gap.
 4. A commit whose answer was lost may or may not have happened: afterwards both its old and its new values continue the
    chain.
 5. `ahead` is how far beyond the checkpoint the index may already hold something of the source: rows of a transaction
@@ -31,9 +31,10 @@ import psycopg
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
-from cdcsync.errors import LeaseLost, RunError, TargetRewound, TargetUnavailable
+from cdcsync.errors import RunError, TargetRewound, TargetUnavailable
 from cdcsync.logs import get_logger
 from cdcsync.lsn import Lsn
+from cdcsync.model.chain import Lease, continued, overtaken
 from cdcsync.model.pauses import Pause
 from cdcsync.postgres.liveness import BEATS, PATIENCE_S, WatchedConnection
 from cdcsync.postgres.queries import fetch_one, fetch_row, fetch_rows, fetch_value
@@ -73,26 +74,14 @@ class PipelineState(msgspec.Struct, frozen=True):
     commit_lsn: Lsn | None = None
 
     @property
+    def lease(self) -> Lease:
+        """The part of it that each commit compares."""
+        return Lease(self.fence, self.checkpoint, self.commits)
+
+    @property
     def reach(self) -> Lsn | None:
         """The furthest position of the source of which the index may hold something; None without a checkpoint."""
         return self.checkpoint if self.checkpoint is None else max(self.checkpoint, self.ahead or self.checkpoint)
-
-
-class Lease(msgspec.Struct, frozen=True):
-    """A worker's right to write, and the last values of the row that it saw committed."""
-
-    fence: int
-    checkpoint: Lsn | None
-    commits: int
-
-
-def overtaken(slot: str) -> LeaseLost:
-    """Return what to raise in a worker whose fence is no longer the last one."""
-    return LeaseLost(
-        "another worker, or a command, has taken over this pipeline",
-        where=f"slot {slot}",
-        hint="a worker that was overtaken stands by, and continues once the pipeline is free",
-    )
 
 
 def waiters_lock(schema: str) -> str:
@@ -410,36 +399,15 @@ class Pipelines:
         )
         return row == (True,)
 
-    def continued(self, lease: Lease, state: PipelineState | None, proposed: Lease | None = None) -> Lease:
-        """Return the lease for a row that was read again, once nobody else can be writing it.
+    async def present(self, connection: Connection) -> PipelineState:
+        """Return the stored state of a pipeline that was set up.
 
-        :param proposed: the lease that a commit would have made whose answer was lost.
-        :raises LeaseLost: another worker took over.
-        :raises TargetRewound: these are not the values that were last committed.
-        """
-        self.refuse_successor(lease, state)
-        assert state is not None
-        found = Lease(state.fence, state.checkpoint, state.commits)
-        if found not in (lease, proposed):
-            raise TargetRewound(
-                f"the target is at checkpoint {found.checkpoint} (commit {found.commits}), and this worker has"
-                f" committed {lease.checkpoint} (commit {lease.commits}): a standby was promoted before it had"
-                " everything, a backup was restored, or the row was edited",
-                where=f"slot {self._slot}",
-                hint="the worker starts again from the target's position, unless what follows it is lost",
-            )
-        return found
-
-    def refuse_successor(self, lease: Lease, state: PipelineState | None) -> None:
-        """Refuse to continue once another worker, or a command that works like one, has raised the fence.
-
-        :raises LeaseLost: it has.
         :raises RunError: the row is gone.
         """
+        state = await self.read(connection)
         if state is None:
             raise self.gone()
-        if state.fence > lease.fence:
-            raise overtaken(self._slot)
+        return state
 
     def gone(self) -> RunError:
         """Return what to raise where the pipeline's row is gone."""
@@ -541,7 +509,7 @@ class Pipelines:
         )
         row = await cursor.fetchone()
         if row is None:
-            self.continued(lease, await self.read(connection))
+            continued(self._slot, lease, (await self.present(connection)).lease)
             raise TargetRewound("the pipeline's row changed while it was read", where=f"slot {self._slot}")
         return Lease(lease.fence, _lsn(row[0]), row[1]), _lsn(row[2])
 

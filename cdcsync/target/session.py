@@ -173,7 +173,7 @@ class ApplySession(LockedSession):
         """
         with speaking_of("target"):
             async with self._chain():
-                self._proposed = await self._pipelines.begin_at(
+                self._chained.proposed = await self._pipelines.begin_at(
                     self.connection, self._held, checkpoint, system_identifier, timeline, started
                 )
                 for index in doubted:
@@ -185,7 +185,7 @@ class ApplySession(LockedSession):
         """Forget the checkpoint, and in the same transaction ask for a resync of these indexes."""
         with speaking_of("target"):
             async with self._chain():
-                self._proposed = await self._pipelines.forget(self.connection, self._held)
+                self._chained.proposed = await self._pipelines.forget(self.connection, self._held)
                 for index in resync:
                     await self._requests.reload(self.connection, index, rewrite=False)
                 crash_point("position forgotten")
@@ -279,7 +279,7 @@ class ApplySession(LockedSession):
                 for index, change_set in changes.items():
                     for rebuild in change_set.rebuilds:
                         await self._rebuilds.ask(self.connection, index, rebuild)
-                self._proposed, self.wal_end = await self._pipelines.commit(
+                self._chained.proposed, self.wal_end = await self._pipelines.commit(
                     self.connection,
                     self._held,
                     checkpoint,

@@ -101,6 +101,8 @@ MUTANTS = (
         "model/transactions.py",
         "self._skipping = message.final_lsn < self._checkpoint",
         "self._skipping = message.final_lsn <= self._checkpoint + 10",
+        # A mark may be what is skipped: its page waits for it for ever.
+        words=rf"{UNEQUAL}|^Wrong: it does not come to an end",
     ),
     Mutant(
         "a page is written over a newer row",
@@ -255,7 +257,7 @@ MUTANTS = (
     Mutant(
         "who takes over leaves the sessions of the worker before",
         "target/locked_session.py",
-        "                    if left := await self._pipelines.end_overtaken(connection, self._lease, spared()):",
+        "                    if left := await self._pipelines.end_overtaken(connection, self._held, spared()):",
         "                    if left := list[int]():",
         "tests",
         "tests/faults/test_overtaken.py::test_nothing_of_a_frozen_worker_comes_late",
@@ -284,9 +286,9 @@ MUTANTS = (
     ),
     Mutant(
         "a target that went back is taken for what this worker left",
-        "target/pipelines.py",
-        "        if found not in (lease, proposed):\n",
-        "        if False:\n",
+        "model/chain.py",
+        "    if found not in (held, proposed):\n",
+        "    if False:\n",
         "chaos",
         "target fails over with loss",
         r"^Broken: .*(documents (missing|of another text|not in the source)|reports no target_rewound)",
@@ -536,6 +538,40 @@ MUTANTS = (
         "tests",
         "tests/server/target/test_version.py::test_a_session_that_may_write_is_refused_by_tables_of_a_newer_version",
         "DID NOT RAISE SetupError",
+    ),
+    Mutant(
+        "a worker writes on to a target that went back",
+        "model/chain.py",
+        "    if found not in (held, proposed):\n",
+        "    if False:\n",
+        words=rf"{UNEQUAL}|^Wrong: \S+ was acknowledged, beyond the checkpoint",
+    ),
+    Mutant(
+        "a target that went back to the same checkpoint is taken for what this worker left",
+        "model/chain.py",
+        "    if found not in (held, proposed):\n",
+        "    if found.checkpoint not in (held.checkpoint, proposed and proposed.checkpoint):\n",
+    ),
+    Mutant(
+        "a commit whose answer was lost counts as one that was not made",
+        "model/chain.py",
+        "    if found not in (held, proposed):\n",
+        "    if found != held:\n",
+        words="^Wrong: a target that did not go back is said to have",
+    ),
+    Mutant(
+        "a worker that was overtaken takes what its successor wrote for a target that went back",
+        "model/chain.py",
+        "    if fence > held.fence:\n",
+        "    if False:\n",
+        words="^Wrong: a worker that was overtaken is told that the target went back",
+    ),
+    Mutant(
+        "a slot that is ahead of a target that went back is no gap",
+        "flows/setup/gaps.py",
+        "    if slot.confirmed_flush is not None and slot.confirmed_flush > state.checkpoint:\n",
+        "    if False:\n",
+        words=rf"{UNEQUAL}|^Wrong: \S+ was acknowledged, beyond the checkpoint",
     ),
 )
 """All of them."""

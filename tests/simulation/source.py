@@ -243,8 +243,9 @@ class Slot:
     def __init__(self, source: Source, start: Lsn, *, streaming: bool) -> None:
         self._source = source
         self._streaming = streaming
-        # A server may begin with what the client has had before: what it was told is not always on its disk.
-        begin = start if source.chance.random() < 0.7 else min(int(start), source.flushed)
+        # A server may begin with what the client has had before: what it was told is not always on its disk. Of what
+        # precedes the slot's own position it sends nothing, whatever the client asks for.
+        begin = max(int(start), source.flushed) if source.chance.random() < 0.7 else source.flushed
         self._place = next((at for at, done in enumerate(source.log) if done.end > begin), len(source.log))
         self._described: set[int] = set()
         """The streamed transactions that the table was described in; 0 for what is sent at its commit."""

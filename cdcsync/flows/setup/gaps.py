@@ -162,9 +162,18 @@ async def refuse_gap(
 
     :raises GapError: changes after the checkpoint may be missing.
     """
+    await _refuse_branch(slot_connection, state, server, name)
+    refuse_lost(state, server, slot, name)
+
+
+def refuse_lost(state: PipelineState, server: ServerIdentity, slot: Slot | None, name: str) -> None:
+    """Refuse a server that is behind the index, and a slot that cannot send all that follows the checkpoint.
+
+    :param server: of a history that the index has followed.
+    :raises GapError: changes after the checkpoint may be missing.
+    """
     where = f"slot {name}, checkpoint {state.checkpoint}"
     assert state.checkpoint is not None
-    await _refuse_branch(slot_connection, state, server, name)
     if state.reach is not None and server.lsn < state.reach:
         raise GapError(
             f"the source's WAL ends at {server.lsn}, before {_reach(state)}: it was restored from a backup",

@@ -14,12 +14,13 @@ import pytest
 from cdcsync.demo.cluster import Cluster
 from cdcsync.errors import LeaseLost, RunError, TargetRewound, TargetUnavailable
 from cdcsync.lsn import Lsn
+from cdcsync.model.chain import Lease
 from cdcsync.model.pauses import Pause
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.target import pipelines
 from cdcsync.target.ddl.shared import create_shared
-from cdcsync.target.pipelines import Lease, Pipelines, PipelineState
+from cdcsync.target.pipelines import Pipelines, PipelineState
 from tests.support.clocks import set_back
 from tests.support.indexes import SCHEMA, until, until_blocked
 from tests.support.servers import Database

@@ -11,11 +11,12 @@ import psycopg
 import pytest
 
 from cdcsync.lsn import Lsn
+from cdcsync.model.chain import Lease
 from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.target import SHARED
 from cdcsync.target.ddl.shared import create_shared
-from cdcsync.target.pipelines import Lease, Pipelines, waiters_lock
+from cdcsync.target.pipelines import Pipelines, waiters_lock
 from tests.support.indexes import (
     SCHEMA,
     make_spec,
