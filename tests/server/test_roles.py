@@ -340,7 +340,7 @@ def test_views_in_the_schema_of_the_tables_do_not_open_these_to_a_reader(
     grant(database, **granted)
     for kind, name in (("TABLE", "a_backlog"), ("VIEW", "a")):
         what = "()" if kind == "TABLE" else "AS SELECT 1"
-        database.execute(f"SET ROLE {role}; CREATE {kind} cdcsync.{name} {what}; RESET ROLE".encode())
+        database.execute(f"SET ROLE {role}; CREATE {kind} cdcsync.{name} {what}; RESET ROLE")
     assert readable(database, reader) == set()
 
     grant(database, **granted)

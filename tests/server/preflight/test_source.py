@@ -167,7 +167,8 @@ def physical(dsn: str, slot: str) -> Iterator[None]:
     connection = pq.PGconn.connect(f"{dsn}?replication=true".encode())
     try:
         assert connection.status == pq.ConnStatus.OK, connection.error_message
-        result = connection.exec_(f"START_REPLICATION SLOT {slot} PHYSICAL 0/1000000".encode())
+        end = connection.exec_(b"IDENTIFY_SYSTEM").get_value(0, 2) or b""
+        result = connection.exec_(f"START_REPLICATION SLOT {slot} PHYSICAL {end.decode()}".encode())
         assert result.status == pq.ExecStatus.COPY_BOTH, connection.error_message
         yield
     finally:
