@@ -188,6 +188,15 @@ def disturbed(found: Found) -> str:
     return f" **The machine was not quiet:** other work took {others}." if others else ""
 
 
+def noted(found: Found) -> list[str]:
+    """Return what stands below the ratios: the notes of the bench, and each missed goal of which there is none."""
+    notes = found.get("notes", {})
+    missed = [ratio for ratio, value in found["ratios"].items() if value < found["goals"][ratio]]
+    without = [f"`{ratio}`" for ratio in missed if not any(map(ratio.startswith, notes))]
+    lines = [f"- `{of}`: {note}." for of, note in notes.items()]
+    return lines + ([f"- Missed, and nobody has said why: {', '.join(without)}."] if without else [])
+
+
 def section(name: str, found: Found) -> list[str]:
     """Return what the page says of one bench."""
     lines = [found["unmeasured"], ""] if "unmeasured" in found else []
@@ -211,8 +220,8 @@ def section(name: str, found: Found) -> list[str]:
         against = found.get("against", {}).get(ratio, "")
         last_time = _maybe(earlier["ratios"].get(ratio))
         lines.append(f"| `{ratio}` | {number(value)} | {number(goal)} | {verdict} | {against} | {last_time} |")
-    if notes := found.get("notes"):
-        lines += ["", *(f"- `{of}`: {note}" for of, note in notes.items())]
+    if notes := noted(found):
+        lines += ["", *notes]
     lines += ["", "| figure | found | last time |", "|---|---|---|"]
     for figure, value in found["figures"].items():
         lines.append(f"| `{figure}` | {number(value)} | {_maybe(earlier['figures'].get(figure))} |")

@@ -129,7 +129,13 @@ def test_a_ratio_that_the_run_cannot_decide_has_no_verdict() -> None:
 def test_what_a_reader_has_to_know_of_a_ratio_stands_below_the_ratios() -> None:
     page = section("native", kept(None, found(0.2, notes={"ours": "the worker is one thread"}), RUN))
 
-    assert "- `ours`: the worker is one thread" in page
+    assert "- `ours`: the worker is one thread." in page
+    assert not any("nobody has said why" in line for line in page)
+
+
+def test_a_missed_goal_without_a_reason_is_named() -> None:
+    assert "- Missed, and nobody has said why: `ours`." in section("native", kept(None, found(0.2), RUN))
+    assert not any("nobody" in line for line in section("native", kept(None, found(1.2), RUN)))
 
 
 def test_a_bench_that_ran_on_another_machine_is_kept_by_its_last_line() -> None:
