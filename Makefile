@@ -100,7 +100,7 @@ audit: ## look the pinned packages up in the database of advisories; needs the n
 type: setup ## check the types
 	$(BIN)/mypy
 
-bench: setup ## measure the goals of speed, some 20 minutes, into docs/benchmarks.md; NAMES="native tiers", more or all
+bench: setup ## measure the goals of speed, within 20 minutes, into docs/benchmarks.md; NAMES="native tiers", more or all
 	$(BIN)/python bench/_all.py $(NAMES)
 
 pgai: ## install pgai in an environment of its own, build/pgai, for which bench measures both sides then

@@ -1,9 +1,17 @@
 """Runs the benches one after the other, and writes docs/benchmarks.md.
 
-Without names come those that the goals of speed are about, at the goals' sizes as far as 20 minutes go. `more` stands
-for the others that the page has. What was found is kept in docs/benchmarks.json, each bench with the date and the
-machine of its run: a bench that is not run again, or fails, keeps all that. A run is compared with the last one of the
-same bench on the same machine, if that was of the same size.
+Without names come those that the goals of speed are about, at the goals' sizes as far as 20 minutes go; a run that
+takes longer says so. `more` stands for the others that the page has, among them the goals' sizes that take too long.
+What was found is kept in docs/benchmarks.json, each bench with the date and the machine of its run: a bench that is not
+run again, or fails, keeps all that. A run is compared with the last one of the same bench on the same machine, if that
+was of the same size.
+
+A bench that ran on another machine, such as one with an accelerator, is kept by its last line:
+
+    python bench/gpu.py | tail -n 1 | python bench/_all.py keep gpu "1 NVIDIA H200, 16 processors, 128 GiB"
+
+Before each bench the machine has to be quiet. It is waited for, a minute at most; the page marks a bench beside which
+other work ran.
 
     python bench/_all.py [NAME … | more | all]
 """
@@ -18,9 +26,15 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cdcsync.demo.programs import Programs, embedded_bin_dir
+
+# A script imports from its own directory; a type checker and tests name files by their place in the repository.
+if TYPE_CHECKING or __package__:
+    from bench._quiet import BUSY, busy, quiet
+else:
+    from _quiet import BUSY, busy, quiet
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
@@ -29,21 +43,29 @@ Found = dict[str, Any]
 """What the last line of a bench says, and what is known of its run."""
 
 Runs = dict[str, tuple[tuple[str, ...], dict[str, str]]]
-"""Scripts with arguments and environment. Each alone, without them, does all that it can."""
+"""Scripts with arguments and environment; after a hyphen comes what tells runs of one script from each other. Each
+alone, without arguments, does all that it can."""
 
 GOALS: Runs = {
     "drain": ((), {"ROUNDS": "3"}),
-    "native": (("keywords", "plain", "large"), {}),
+    "native": (("keywords", "plain", "large"), {"LARGE_ROWS": "200000"}),
     "latency": ((), {"SECONDS": "3"}),
     "waste": ((), {}),
     "backfill": (("50000",), {}),
-    "memory": ((), {"WIDE_ROWS": "50000"}),
-    "scale": ((), {}),
-    "peers": (("--both", "backfill", "catch_up", "live"), {}),
+    "memory": (("narrow",), {"LARGE_ROWS": "250000"}),
+    "scale": ((), {"SIZES": "1000,1000000", "INDEXES": "1,50"}),
+    "writes": (("on",), {}),
+    "peers": (("--both", "backfill", "catch_up", "live"), {"SIDES": "cdcsync,pgai"}),
     "gpu": ((), {}),
 }
 
 MORE: Runs = {
+    "native-large": (("large",), {}),
+    "memory-large": ((), {}),
+    "scale-between": (("rows", "indexes"), {"SIZES": "1000,10000,100000", "INDEXES": "1,10"}),
+    "writes-unsynced": (("off",), {}),
+    "peers-settled": (("--both", "backfill", "catch_up", "live"), {"SIDES": "cdcsync_settled,pgai"}),
+    "texts": ((), {}),
     "decode": ((), {}),
     "apply": ((), {}),
     "tiers": (("catch_up", "steady", "search"), {"STEADY_S": "30", "SEARCH_ROWS": "50000"}),
@@ -57,6 +79,9 @@ MORE: Runs = {
 RUNS = GOALS | MORE
 
 PATIENCE_S = 900
+
+BUDGET_S = 20 * 60
+"""For the goals, together, on two processors."""
 
 HEAD = """\
 # Benchmarks
@@ -90,9 +115,11 @@ def measure(name: str) -> Found:
         TimeoutExpired: It took longer than `PATIENCE_S`.
     """
     arguments, environment = RUNS[name]
-    began, load = time.perf_counter(), os.getloadavg()[0]
+    script = f"{name.partition('-')[0]}.py"
+    busy_before, load = quiet(), os.getloadavg()[0]
+    began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, str(HERE / f"{name}.py"), *arguments],
+        [sys.executable, str(HERE / script), *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
@@ -101,11 +128,14 @@ def measure(name: str) -> Found:
     )
     print(done.stdout, end="", flush=True)
     if done.returncode:
-        raise ChildProcessError(f"bench/{name}.py ended with {done.returncode}")
+        raise ChildProcessError(f"bench/{script} ended with {done.returncode}")
+    seconds = time.perf_counter() - began
     found: Found = json.loads(done.stdout.splitlines()[-1])
     return found | {
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(seconds, 1),
         "load": round(load, 2),
+        "busy_before": round(busy_before, 2),
+        "busy_after": round(busy(), 2),
         "arguments": " ".join([*(f"{key}={value}" for key, value in environment.items()), *arguments]),
     }
 
@@ -138,10 +168,33 @@ def number(value: float) -> str:
 
 def written(benches: dict[str, Found]) -> str:
     """Return the page."""
-    lines = [HEAD, ""]
+    lines = [HEAD, "", took(benches), ""]
     for name, found in benches.items():
         lines += [f"## {name}", "", *section(name, found)]
     return "\n".join(lines)
+
+
+def took(benches: dict[str, Found]) -> str:
+    """Return what the page says of how long the benches of the goals take."""
+    seconds = sum(found.get("seconds", 0.0) for name, found in benches.items() if name in GOALS)
+    over = f", {seconds - BUDGET_S:,.0f} s more" if seconds > BUDGET_S else ""
+    return f"The benches of the goals took {seconds:,.0f} s together{over}; `make bench` has {BUDGET_S:,} s for them."
+
+
+def disturbed(found: Found) -> str:
+    """Return what the page says of other work beside a bench."""
+    shares = [(when, found.get(f"busy_{when}", 0.0)) for when in ("before", "after")]
+    others = " and ".join(f"{share:.0%} of the processors {when} it" for when, share in shares if share >= BUSY)
+    return f" **The machine was not quiet:** other work took {others}." if others else ""
+
+
+def noted(found: Found) -> list[str]:
+    """Return what stands below the ratios: the notes of the bench, and each missed goal of which there is none."""
+    notes = found.get("notes", {})
+    missed = [ratio for ratio, value in found["ratios"].items() if value < found["goals"][ratio]]
+    without = [f"`{ratio}`" for ratio in missed if not any(map(ratio.startswith, notes))]
+    lines = [f"- `{of}`: {note}." for of, note in notes.items()]
+    return lines + ([f"- Missed, and nobody has said why: {', '.join(without)}."] if without else [])
 
 
 def section(name: str, found: Found) -> list[str]:
@@ -151,21 +204,24 @@ def section(name: str, found: Found) -> list[str]:
         return lines
     before = found.get("before")
     compared = f" Last time: {before['at']}." if before else ""
-    lines += [
-        f"`bench/{name}.py` {found['arguments']}".rstrip()
-        + f", {found['at']}, {found['machine']}, PostgreSQL {found['postgresql']}, Python {found['python']}:"
-        f" {found['seconds']:.0f} s; load average before it {found['load']:.2f}.{compared}",
-        "",
-    ]
+    run = [f"`bench/{name.partition('-')[0]}.py` {found['arguments']}".rstrip(), found["at"], found["machine"]]
+    if "seconds" in found:
+        run += [f"PostgreSQL {found['postgresql']}", f"Python {found['python']}: {found['seconds']:.0f} s"]
+        run[-1] += f"; load average before it {found['load']:.2f}"
+    lines += [", ".join(run) + "." + compared + disturbed(found), ""]
     earlier = before or {"ratios": {}, "figures": {}}
     if found["ratios"]:
         lines += ["| ratio | found | goal | | against | last time |", "|---|---|---|---|---|---|"]
     for ratio, value in found["ratios"].items():
         goal, smaller = found["goals"][ratio], found.get("smaller", {}).get(ratio)
-        verdict = ("met" if value >= goal else "missed") + (f"; not of the goal's size: {smaller}" if smaller else "")
+        verdict = "met" if value >= goal else "missed"
+        verdict = f"undecided, {found['undecided'][ratio]}" if ratio in found.get("undecided", {}) else verdict
+        verdict += f"; not of the goal's size: {smaller}" if smaller else ""
         against = found.get("against", {}).get(ratio, "")
         last_time = _maybe(earlier["ratios"].get(ratio))
         lines.append(f"| `{ratio}` | {number(value)} | {number(goal)} | {verdict} | {against} | {last_time} |")
+    if notes := noted(found):
+        lines += ["", *notes]
     lines += ["", "| figure | found | last time |", "|---|---|---|"]
     for figure, value in found["figures"].items():
         lines.append(f"| `{figure}` | {number(value)} | {_maybe(earlier['figures'].get(figure))} |")
@@ -175,6 +231,13 @@ def section(name: str, found: Found) -> list[str]:
 
 def _maybe(value: float | None) -> str:
     return "" if value is None else number(value)
+
+
+def write(benches: dict[str, Found]) -> None:
+    """Write the page, and what it is made of."""
+    benches = {one: benches[one] for one in RUNS if one in benches}
+    (DOCS / "benchmarks.md").write_text(written(benches))
+    (DOCS / "benchmarks.json").write_text(json.dumps({"benches": benches}, indent=1) + "\n")
 
 
 def asked(names: list[str]) -> list[str]:
@@ -190,12 +253,26 @@ def asked(names: list[str]) -> list[str]:
     return chosen
 
 
+def brought(line: str) -> Found:
+    """Return what the last line of a bench says that ran elsewhere, whose time and load are not known."""
+    found: Found = json.loads(line)
+    return found | {"arguments": ""}
+
+
 def main() -> None:
-    """Run what is named, or what the goals are about."""
-    names = asked(sys.argv[1:])
+    """Run what is named, or what the goals are about; or keep what ran elsewhere."""
     store = DOCS / "benchmarks.json"
     last = json.loads(store.read_text()) if store.exists() else {}
     benches = remembered(last)
+    if sys.argv[1:2] == ["keep"]:
+        if len(sys.argv) != 4:
+            raise SystemExit("keep needs a bench and the machine on which it ran, and reads its last line")
+        (name,), where = asked(sys.argv[2:3]), sys.argv[3]
+        at = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        run = {"at": at, "machine": where}
+        write(benches | {name: kept(benches.get(name), brought(sys.stdin.readlines()[-1]), run)})
+        return
+    names = asked(sys.argv[1:])
     this = {
         "machine": machine(),
         "postgresql": str(Programs(embedded_bin_dir()).version),
@@ -211,10 +288,8 @@ def main() -> None:
             failed.append(str(error))
             found = {"not_run": "it failed"}
         benches[name] = kept(benches.get(name), found, {"at": at, **this})
-        benches = {one: benches[one] for one in RUNS if one in benches}
-        (DOCS / "benchmarks.md").write_text(written(benches))
-        store.write_text(json.dumps({"benches": benches}, indent=1) + "\n")
-    print(f"{len(names)} benches in {(time.perf_counter() - began) / 60:.1f} minutes")
+        write(benches)
+    print(f"{len(names)} benches in {(time.perf_counter() - began) / 60:.1f} minutes. {took(benches)}")
     if failed:
         raise SystemExit("\n".join(failed))
 

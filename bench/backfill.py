@@ -5,6 +5,9 @@ index has, with the same memory. It knows nothing of chunking, hashing, embeddin
 is a part of its speed. Both run on one server, which this script starts, or on that of CDCSYNC_BENCH_DSN. Each round
 has a database of its own, and the medians of the rounds count. Our side comes first in each: the other copies its rows.
 
+Then `cdcsync verify` reads both sides, makes the documents of the rows and compares them with the chunks. Beside it
+stands what the two servers take to read the same columns and to make a digest of them, which compares nothing.
+
     python bench/backfill.py [ROWS] [DIMENSIONS]      ROUNDS=3
 """
 
@@ -30,9 +33,9 @@ from cdcsync.demo.cluster import Cluster
 
 # A script imports from its own directory; a type checker names files by their place in the repository.
 if TYPE_CHECKING:
-    from bench.report import FIXED, of_goal, report
+    from bench.report import of_goal, report
 else:
-    from report import FIXED, of_goal, report
+    from report import of_goal, report
 
 ROWS = 200_000
 DIMENSIONS = 64
@@ -40,8 +43,15 @@ DIMENSIONS = 64
 ROUNDS = int(os.environ.get("ROUNDS", "3"))
 GOAL_ROUNDS = 3
 GOAL = 0.9
-VERIFY_GOAL_ROWS_PER_S = 50_000
 BUILD_MEMORY = "512MB"
+NOTES = {
+    "load_vs_copy_and_build": "the other side copies finished rows: nobody reads a table, chunks, hashes or embeds for"
+    " it. Worker and server share the processors here, so that this work delays the build of the index"
+}
+DIGESTS = (
+    "SELECT sum(hashtextextended(id || title || body || tenant, 0)) FROM articles",
+    "SELECT sum(hashtextextended(id || content || tenant || content_hash::text, 0)) FROM cdcsync.articles_chunks",
+)
 
 CONFIG = """
 [source]
@@ -173,6 +183,14 @@ def verify(path: Path) -> float:
     return float(json.loads(done.stdout)["seconds"])
 
 
+def digest(connection: psycopg.Connection[Any]) -> float:
+    """Return how many seconds the servers take to read both sides, one after the other."""
+    started = time.perf_counter()
+    for statement in DIGESTS:
+        connection.execute(statement.encode()).fetchone()
+    return time.perf_counter() - started
+
+
 def once(dsn: str, rows: int, dimensions: int) -> dict[str, float]:
     """Return the seconds of both sides and of a comparison, and the number of chunks."""
     with (
@@ -186,11 +204,17 @@ def once(dsn: str, rows: int, dimensions: int) -> dict[str, float]:
         connection.execute(SOURCE.format(rows=rows))
         connection.execute("CHECKPOINT")
         load_s = load(connection, path)
-        verify_s = verify(path)
+        verify_s, digest_s = verify(path), digest(connection)
         copy_s = copy(connection, directory)
         counted = connection.execute("SELECT count(*) FROM cdcsync.articles_chunks").fetchone()
         assert counted is not None
-        return {"chunks": counted[0], "load_s": load_s, "copy_and_build_s": copy_s, "verify_s": verify_s}
+        return {
+            "chunks": counted[0],
+            "load_s": load_s,
+            "copy_and_build_s": copy_s,
+            "verify_s": verify_s,
+            "digest_s": digest_s,
+        }
 
 
 def main() -> None:
@@ -200,18 +224,16 @@ def main() -> None:
     with server() as dsn:
         rounds = [once(dsn, rows, dimensions) for _ in range(ROUNDS)]
     figures = {"rows": float(rows), **{name: statistics.median(one[name] for one in rounds) for name in rounds[0]}}
-    for name in ("load", "copy_and_build", "verify"):
+    for name in ("load", "copy_and_build", "verify", "digest"):
         figures[f"{name}_rows_per_s"] = rows / figures[f"{name}_s"]
     report(
         "backfill",
         figures,
-        {
-            "load_vs_copy_and_build": statistics.median(one["copy_and_build_s"] / one["load_s"] for one in rounds),
-            "verify_vs_goal": figures["verify_rows_per_s"] / VERIFY_GOAL_ROWS_PER_S,
-        },
-        {"load_vs_copy_and_build": GOAL, "verify_vs_goal": 1.0},
-        {"load_vs_copy_and_build": "COPY and CREATE INDEX, same run", "verify_vs_goal": FIXED},
+        {"load_vs_copy_and_build": statistics.median(one["copy_and_build_s"] / one["load_s"] for one in rounds)},
+        {"load_vs_copy_and_build": GOAL},
+        "COPY and CREATE INDEX, same run",
         {"load_vs_copy_and_build": of_goal(ROUNDS, GOAL_ROUNDS, "rounds")},
+        notes=NOTES,
     )
 
 

@@ -217,6 +217,7 @@ def main() -> None:
             "live_p99_before_over_beside": "our own before it, same run",
             "rest_and_100_mb_over_peak": "our own at rest + 100 MB, same run",
         },
+        notes={"live": "a change waits for the page that is being written: one session writes both"},
     )
 
 

@@ -4,19 +4,26 @@
 - catch_up: updates in transactions of ten while no worker runs; the time begins with the worker's process.
 - live: the same updates while it runs; the time from the last commit to the last vector.
 
-Each is measured in three rounds, whose medians count; who begins alternates. pgai puts a vector into HNSW when it
+- kills: rows change at an even pace while the worker runs, and it is killed with SIGKILL again and again and started
+  again at once; then what is lost, what is there twice, what is wrong, and how many texts were embedded again.
+
+Each is measured in three rounds; who begins alternates. Of times the medians count; what kills did is the sum of the
+rounds. pgai puts a vector into HNSW when it
 stores it. cdcsync does so later (`settle_after_s`), and searches compare until then what is not there yet. So it is
 measured twice: as it is by default, until every change is found with its vector; and, named `cdcsync_settled`, with
-settling that waits for nothing and takes all the time there is, until every vector is in the HNSW index too.
+settling that waits for nothing and takes all the time there is, until every vector is in the HNSW index too. SIDES
+names those that are measured.
 
-- kills, once: the same updates while it runs, and it is killed with SIGKILL again and again; then what is lost, what is
-  there twice, what is wrong, and how many texts were embedded again.
+A kill says something only of a worker that works. So changes come until the last kill, each kill comes some time after
+the first request that the worker has sent since it was started, and the figures say how many kills met documents that
+waited for their vectors. Rows change for longer where a worker takes longer to start: the updates are a figure, too.
 
 pgai keeps a queue by triggers, so the application's writes pay for it: what the updates themselves take is a figure
 too. It has an environment of its own, which `make pgai` makes; PGAI names another program. Without it the script says
 so, and measures one side; with --both, nothing.
 
-    python bench/peers.py [--both] [backfill] [catch_up] [live] [kills]      PGAI=/path/to/bin/pgai ROUNDS=3
+    python bench/peers.py [--both] [backfill] [catch_up] [live] [kills]
+                                           PGAI=/path/to/bin/pgai ROUNDS=3 SIDES=cdcsync,cdcsync_settled,pgai
 """
 
 from __future__ import annotations
@@ -36,13 +43,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
+import psycopg
 
 # A script imports from its own directory; a type checker names files by their place in the repository.
 if TYPE_CHECKING:
@@ -64,26 +74,46 @@ DIMENSIONS = 384
 LATENCY_S = 0.02
 CALLS, TEXTS = 4, 128
 """Calls at a time and texts of a call, on both sides."""
-KILLS = 5
-KILL_AFTER_S = (1.0, 3.0)
+KILLS = int(os.environ.get("KILLS", "5"))
+KILL_AFTER_S = (0.2, 2.0)
+"""After the worker's first request since its start: by then it is past what starting does."""
+KILLED_UPDATES_PER_S = 2_000
+"""Less than either side can take, so that a worker which is not killed does not fall behind for good."""
 STOPS_S = 10.0
 """pgai's worker, asked to end, sometimes does not. Its queue is empty by then."""
 PARTS = ("backfill", "catch_up", "live", "kills")
 GOALS = {"backfill": 1.5, "catch_up": 5.0, "live": 10.0}
 """How many times as fast as pgai cdcsync should be."""
+NOTES = {
+    "pgai_over_cdcsync_catch_up": "the clock begins with the worker's process, whose start is a part of it. pgai's"
+    " triggers have queued the changes by then: the application paid for that in `pgai_updates_s`, beside"
+    " `cdcsync_updates_s`",
+    "pgai_over_cdcsync_settled": "both sides put the same vectors into an HNSW index. On our side no search waits for"
+    " that: until then it compares the vectors that are not in the index, as in the ratios without `settled`",
+}
 WORDS = [f"word{number}" for number in range(500)]
 
 
 class Provider(ThreadingHTTPServer):
-    """Embeddings over OpenAI's route and Ollama's: each text's vector follows from the text. Counts what it embeds."""
+    """Embeddings over OpenAI's route and Ollama's: each text's vector follows from the text. Counts what it embeds.
+
+    :ivar embedded: how often each text was embedded.
+    :ivar asked: set by each request for vectors.
+    """
 
     daemon_threads = True
     request_queue_size = 128
 
     def __init__(self) -> None:
         self.embedded: Counter[str] = Counter()
+        self.asked = threading.Event()
         self._lock = threading.Lock()
         super().__init__(("127.0.0.1", 0), _Handler)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing of a client that was killed."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
     @property
     def url(self) -> str:
@@ -92,6 +122,7 @@ class Provider(ThreadingHTTPServer):
 
     def vectors(self, texts: list[str]) -> list[np.ndarray[Any, Any]]:
         """Return the texts' vectors after the time that a request takes."""
+        self.asked.set()
         time.sleep(LATENCY_S)
         with self._lock:
             self.embedded.update(texts)
@@ -149,10 +180,12 @@ class Side:
     """One of the two programs on a database of its own.
 
     :ivar chunks: a SELECT of each stored key, text and vector.
+    :ivar current: the same of keys and texts, without texts whose vector is of an earlier one.
     """
 
     name: str
     chunks: str
+    current: str
 
     def __init__(self, made: Pipeline, provider: Provider) -> None:
         self.made = made
@@ -179,6 +212,14 @@ class Side:
         """Wait until every change is a vector."""
         raise NotImplementedError
 
+    def waiting(self) -> int:
+        """Return how many documents are not stored as they are in the table now, each with its own vector."""
+        count: int = self.made.value(
+            "SELECT count(*) FROM articles AS a WHERE NOT EXISTS"
+            f" (SELECT FROM ({self.current}) AS c (id, text) WHERE c.id = a.id AND c.text = a.body)"
+        )
+        return count
+
     def close(self) -> None:
         """Leave nothing running."""
 
@@ -188,15 +229,13 @@ class Ours(Side):
 
     name = "cdcsync"
     chunks = "SELECT id, content, embedding::text FROM articles_index"
+    current = "SELECT id, content FROM articles_index WHERE NOT stale"
 
     def start(self) -> None:
         self.made.start()
 
     def kill(self) -> None:
-        os.kill(self.made.pid, signal.SIGKILL)
-        assert self.made._process is not None
-        self.made._process.wait()
-        self.made._process = None
+        self.made.kill()
 
     def stop(self) -> None:
         self.made.stop()
@@ -227,6 +266,7 @@ class Theirs(Side):
 
     name = "pgai"
     chunks = "SELECT id, chunk, embedding::text FROM articles_embedding_store"
+    current = "SELECT id, chunk FROM articles_embedding_store"
 
     def __init__(self, made: Pipeline, provider: Provider) -> None:
         super().__init__(made, provider)
@@ -278,8 +318,9 @@ class Theirs(Side):
             time.sleep(0.02)
 
 
-TIMED: tuple[type[Side], ...] = (Ours, Settled, Theirs) if PGAI else (Ours, Settled)
-KILLED: tuple[type[Side], ...] = (Ours, Theirs) if PGAI else (Ours,)
+WANTED = os.environ.get("SIDES", "cdcsync,cdcsync_settled,pgai").split(",")
+TIMED = [side for side in (Ours, Settled, Theirs) if side.name in WANTED and (PGAI or side is not Theirs)]
+KILLED = [side for side in TIMED if side is not Settled]
 
 
 @contextmanager
@@ -301,18 +342,36 @@ def indexed(kind: type[Side], provider: Provider, rows: int) -> Iterator[Side]:
             side.close()
 
 
+def transaction(connection: psycopg.Connection[Any], chance: random.Random, number: int) -> dict[int, str]:
+    """Update rows at random in one transaction; returns their texts by key."""
+    written = {}
+    with connection.transaction():
+        for key in sorted(chance.sample(range(1, ROWS + 1), ROWS_OF_TRANSACTION)):
+            words = " ".join(chance.choices(WORDS, k=30))
+            written[key] = f"article {key} as it was written in round {number}: {words}"
+            connection.execute("UPDATE articles SET body = %s WHERE id = %s", [written[key], key])
+    return written
+
+
 def change(made: Pipeline) -> set[str]:
     """Update rows at random; returns the texts that they have in the end."""
     chance = random.Random(1)
     last: dict[int, str] = {}
     for number in range(UPDATES // ROWS_OF_TRANSACTION):
-        with made.connection.transaction():
-            for key in sorted(chance.sample(range(1, ROWS + 1), ROWS_OF_TRANSACTION)):
-                last[key] = (
-                    f"article {key} as it was written in round {number}: {' '.join(chance.choices(WORDS, k=30))}"
-                )
-                made.connection.execute("UPDATE articles SET body = %s WHERE id = %s", [last[key], key])
+        last |= transaction(made.connection, chance, number)
     return set(last.values())
+
+
+def change_on(dsn: str, ended: threading.Event) -> int:
+    """Update rows at random at an even pace until `ended` is set; returns how many were updated."""
+    chance, number, began = random.Random(1), 0, time.perf_counter()
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        while not ended.wait(
+            max(0.0, began + number * ROWS_OF_TRANSACTION / KILLED_UPDATES_PER_S - time.perf_counter())
+        ):
+            transaction(connection, chance, number)
+            number += 1
+    return number * ROWS_OF_TRANSACTION
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -376,43 +435,66 @@ def live(kind: type[Side], provider: Provider) -> dict[str, float]:
         return {"live_s": seconds, **{f"live_{name}": value for name, value in verify(side).items()}}
 
 
-def kills(kind: type[Side], provider: Provider) -> dict[str, float]:
+def kills(kind: type[Side], provider: Provider, round_: int) -> dict[str, float]:
     """Kill the worker again and again while rows change."""
-    chance = random.Random(2)
+    chance = random.Random(round_)
+    waiting = list[int]()
     with indexed(kind, provider, ROWS) as side:
         side.begin()
         provider.embedded.clear()
-        texts: set[str] = set()
-        writer = threading.Thread(target=lambda: texts.update(change(side.made)))
-        writer.start()
-        for _ in range(KILLS):
-            time.sleep(chance.uniform(*KILL_AFTER_S))
-            side.kill()
-            side.start()
-        writer.join()
+        provider.asked.clear()
+        ended = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(change_on, side.made.dsn, ended)
+            try:
+                for _ in range(KILLS):
+                    if not provider.asked.wait(PATIENCE_S):
+                        raise SystemExit(f"{side.name} asks for nothing although rows change")
+                    time.sleep(chance.uniform(*KILL_AFTER_S))
+                    waiting.append(side.waiting())
+                    side.kill()
+                    provider.asked.clear()
+                    side.start()
+            finally:
+                ended.set()
+            updates = writing.result()
         side.wait()
         side.stop()
-        # A text that was embedded and changed afterwards was needed when it was embedded.
-        twice = sum(count - 1 for count in provider.embedded.values())
-        checked = {f"kills_{name}": value for name, value in verify(side).items()}
-        return {"kills_embedded_again_texts": twice, **checked}
+        return {
+            "kills_workers_killed": KILLS,
+            "kills_killed_with_documents_waiting": sum(map(bool, waiting)),
+            "kills_median_documents_waiting": statistics.median(waiting),
+            "kills_updates": updates,
+            "kills_embedded_texts": sum(provider.embedded.values()),
+            # A text that was embedded and changed afterwards was needed when it was embedded.
+            "kills_embedded_again_texts": sum(count - 1 for count in provider.embedded.values()),
+            **{f"kills_{name}": value for name, value in verify(side).items()},
+        }
 
 
-MEASURED = {"backfill": backfill, "catch_up": catch_up, "live": live, "kills": kills}
+MEASURED = {"backfill": backfill, "catch_up": catch_up, "live": live}
 
 
 def rounds(part: str, provider: Provider) -> dict[str, float]:
-    """Return the medians of what each side took, and the most that any round had wrong."""
+    """Return the medians of what each side took and the most that any round had wrong; of kills, the rounds' sums."""
     taken: dict[str, list[float]] = {}
-    sides = KILLED if part == "kills" else TIMED
-    for round_ in range(1 if part == "kills" else ROUNDS):
+    for round_ in range(ROUNDS):
+        sides = KILLED if part == "kills" else TIMED
+        measured = partial(kills, round_=round_) if part == "kills" else MEASURED[part]
         for kind in sides if round_ % 2 else reversed(sides):
-            found = MEASURED[part](kind, provider)
+            found = measured(kind, provider)
             said = ", ".join(f"{name} {value:,.2f}" for name, value in found.items())
             print(f"{part}, {kind.name}: {said}", flush=True)
             for name, value in found.items():
                 taken.setdefault(f"{kind.name}_{name}", []).append(value)
-    return {name: statistics.median(of) if name.endswith(("_s", "_needed")) else max(of) for name, of in taken.items()}
+    return {name: together(name)(of) for name, of in taken.items()}
+
+
+def together(name: str) -> Callable[[list[float]], float]:
+    """Return what makes one figure of those of all rounds."""
+    if name.endswith(("_s", "_needed")) or "_median_" in name:
+        return statistics.median
+    return sum if "_kills" in name else max
 
 
 def main() -> None:
@@ -432,15 +514,15 @@ def main() -> None:
         figures |= rounds(part, provider)
     ratios, goals, smaller = {}, {}, {}
     for part in parts:
-        if part not in GOALS or not PGAI:
+        if part not in GOALS or Theirs not in TIMED:
             continue
-        for side in ("cdcsync", "cdcsync_settled"):
+        for side in (kind.name for kind in TIMED if kind is not Theirs):
             ratio = f"pgai_over_{side}_{part}"
             ratios[ratio] = figures[f"pgai_{part}_s"] / max(figures[f"{side}_{part}_s"], 1e-3)
             goals[ratio] = GOALS[part]
             size = "" if part == "backfill" else of_goal(UPDATES, GOAL_UPDATES, "updates")
             smaller[ratio] = size or of_goal(ROUNDS, GOAL_ROUNDS, "rounds")
-    report("peers", figures, ratios, goals, "pgai, same run", smaller)
+    report("peers", figures, ratios, goals, "pgai, same run", smaller, notes=NOTES)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ def report(
     goals: Mapping[str, float] = _NONE,
     against: str | Mapping[str, str] = "",
     smaller: Mapping[str, str] = _FULL,
+    undecided: Mapping[str, str] = _FULL,
+    notes: Mapping[str, str] = _FULL,
 ) -> None:
     """Print a bench's table and, as the last line, its JSON object.
 
@@ -32,14 +34,19 @@ def report(
     :param goals: what each ratio should at least be, under the same names.
     :param against: the other side of all ratios, or of each, under the same names: `FIXED`, or what was measured.
     :param smaller: by ratio, how far the run was below the size that the goal is set for; empty if it was not.
+    :param undecided: by ratio, where it may be, if the run cannot tell on which side of the goal it is.
+    :param notes: by the beginning of the names of ratios, what a reader has to know of them: why a goal is missed, what
+        the clock sees. They stand on the page below the ratios.
     :raises ValueError: ratios, goals and what they are against do not have the same names, or a number is not finite.
     """
     sides = dict.fromkeys(ratios, against) if isinstance(against, str) else dict(against)
     short = {ratio: why for ratio, why in smaller.items() if why}
-    unnamed = (ratios.keys() ^ goals.keys()) | (ratios.keys() ^ sides.keys()) | (short.keys() - ratios.keys())
+    unnamed = (ratios.keys() ^ goals.keys()) | (ratios.keys() ^ sides.keys())
+    unnamed |= (short.keys() | undecided.keys()) - ratios.keys()
     if unnamed or not all(sides.values()):
         raise ValueError(f"a ratio lacks its goal or what it is against, or the other way round: {sorted(unnamed)}")
     said = {"bench": name, "figures": figures, "ratios": ratios, "goals": goals, "against": sides, "smaller": short}
+    said |= {"undecided": undecided, "notes": {of: note for of, note in notes.items() if _is_of(ratios, of)}}
     last_line = json.dumps(said, allow_nan=False)
 
     width = max(map(len, [*figures, *ratios]), default=0)
@@ -47,7 +54,9 @@ def report(
     for figure, value in figures.items():
         print(f"  {figure:<{width}}  {_number(value):>14}")
     for ratio, value in ratios.items():
-        verdict = ("met" if value >= goals[ratio] else "missed") + (f"; {short[ratio]}" if ratio in short else "")
+        verdict = "met" if value >= goals[ratio] else "missed"
+        verdict = f"undecided, {undecided[ratio]}" if ratio in undecided else verdict
+        verdict += f"; {short[ratio]}" if ratio in short else ""
         print(f"  {ratio:<{width}}  {_number(value):>14}  goal {_number(goals[ratio])}: {verdict}")
     print(last_line)
 
@@ -61,6 +70,10 @@ def not_run(name: str, why: str) -> None:
 def of_goal(done: int, goal: int, what: str) -> str:
     """Return what a run lacks to the size that a goal is set for, or nothing."""
     return f"{done:,} of {goal:,} {what}" if done < goal else ""
+
+
+def _is_of(ratios: Mapping[str, float], beginning: str) -> bool:
+    return any(ratio.startswith(beginning) for ratio in ratios)
 
 
 def _number(value: float) -> str:

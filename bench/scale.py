@@ -9,12 +9,9 @@ takes from before the first change is written until the index's text is in step:
 - with 1 to 50 indexes in the configuration, each of a table of its own, of which one changes;
 - with 1 to 1,000 tables in the publication, of which one is indexed.
 
-Then the source's own writes: transactions a second of one writer with the worker stopped, and with it following them,
-in turns. A commit without fsync, as in every other bench, takes a tenth of a millisecond, so that waking the walsender
-is a large part of it; so it is measured with fsync too, as a source runs. All of it shares one machine: a source on a
-machine of its own is slowed less, and what the writer's backend takes of a processor is a figure beside the ratio.
+Each size is built once, and its figure is the median of those ten rounds.
 
-    python bench/scale.py [rows] [indexes] [tables] [writes]      MOST_ROWS=1000000
+    python bench/scale.py [rows] [indexes] [tables]      SIZES=1000,10000,100000,1000000 INDEXES=1,10,50
 """
 
 from __future__ import annotations
@@ -23,7 +20,6 @@ import os
 import signal
 import statistics
 import sys
-import time
 from typing import TYPE_CHECKING
 
 # A script imports from its own directory; a type checker names files by their place in the repository.
@@ -36,13 +32,12 @@ else:
 
 CHANGES, TRANSACTION, ROUNDS = 1_000, 10, 10
 ROWS = 10_000
-GOAL_ROWS = 1_000_000
-MOST_ROWS = int(os.environ.get("MOST_ROWS", str(GOAL_ROWS)))
+GOAL_ROWS, GOAL_INDEXES, GOAL_BUILDS = 1_000_000, 50, 3
+SIZES = [int(size) for size in os.environ.get("SIZES", "1000,10000,100000,1000000").split(",")]
+INDEXES = [int(count) for count in os.environ.get("INDEXES", "1,10,50").split(",")]
 EMBEDDER = 'type = "hash"\ndimensions = 16\nlatency_ms = 20'
-WRITES_S, WRITES_ROUNDS = float(os.environ.get("WRITES_S", "3")), 3
 
 GOAL = 1.3
-GOAL_SLOWER = 0.97
 
 BUILD_PATIENCE_S = 1_200.0
 """A million rows are indexed first."""
@@ -119,7 +114,7 @@ def by_rows() -> dict[int, float]:
     """Return the cost by the size of the table; a graph of few neighbours is built sooner, and text does not see it."""
     graph = '[indexes.articles.hnsw]\nm = 4\nef_construction = 16\nbuild_memory = "1GB"'
     found = {}
-    for rows in [size for size in (1_000, 10_000, 100_000, 1_000_000) if size <= MOST_ROWS]:
+    for rows in SIZES:
         with pipeline(EMBEDDER, graph, shared_buffers="1GB", max_wal_size="8GB") as made:
             fill(made, rows)
             found[rows] = cost_us(made, rows)
@@ -129,7 +124,7 @@ def by_rows() -> dict[int, float]:
 def by_indexes() -> dict[int, float]:
     """Return the cost by the number of indexes."""
     found = {}
-    for count in (1, 10, 50):
+    for count in INDEXES:
         more = "".join(ANOTHER.format(number=number) for number in range(count - 1))
         with pipeline(EMBEDDER, more, shared_buffers="256MB") as made:
             fill(made, ROWS)
@@ -150,48 +145,9 @@ def by_tables() -> dict[int, float]:
     return found
 
 
-def writes(fsync: str) -> dict[str, float]:
-    """Return how many transactions a second one writer commits, with the worker stopped and with it following."""
-    taken: dict[str, list[float]] = {}
-    with pipeline(EMBEDDER, shared_buffers="256MB", fsync=fsync) as made:
-        fill(made, ROWS)
-        made.start()
-        made.live()
-        made.stop()
-        for round_ in range(WRITES_ROUNDS):
-            for side in ("alone", "followed") if round_ % 2 else ("followed", "alone"):
-                if side == "followed":
-                    made.start()
-                    made.event("streaming")
-                    made.text_in_step()
-                    made.vectors_in_step(0.05)
-                used_ms = processor_ms(made.connection.info.backend_pid)
-                each_s = written_s(made)
-                used_ms = processor_ms(made.connection.info.backend_pid) - used_ms
-                if side == "followed":
-                    made.text_in_step()
-                    made.stop()
-                made.connection.execute("CHECKPOINT")
-                taken.setdefault(f"{side}_per_s", []).append(len(each_s) / sum(each_s))
-                taken.setdefault(f"{side}_p50_ms", []).append(statistics.median(each_s) * 1000)
-                taken.setdefault(f"{side}_processor_ms", []).append(used_ms / len(each_s))
-    return {name: statistics.median(of) for name, of in taken.items()}
-
-
-def written_s(made: Pipeline) -> list[float]:
-    """Commit single-row transactions for a while, with pauses; return how long each took."""
-    began, each_s = time.perf_counter(), list[float]()
-    while time.perf_counter() - began < WRITES_S:
-        started = time.perf_counter()
-        made.connection.execute("UPDATE articles SET tenant = tenant + 1 WHERE id = %s", [len(each_s) % ROWS + 1])
-        each_s.append(time.perf_counter() - started)
-        time.sleep(0.005)
-    return each_s
-
-
 def main() -> None:
     """Measure and report."""
-    parts = sys.argv[1:] or ["rows", "indexes", "tables", "writes"]
+    parts = sys.argv[1:] or ["rows", "indexes", "tables"]
     figures: dict[str, float] = {"load_at_start": os.getloadavg()[0]}
     ratios, goals, against, smaller = {}, {}, {}, {}
     for part, measure in (("rows", by_rows), ("indexes", by_indexes), ("tables", by_tables)):
@@ -202,14 +158,8 @@ def main() -> None:
             ratio = f"{part}_{fewest}_over_{most}"
             ratios[ratio], goals[ratio] = found[fewest] / found[most], 1 / GOAL
             against[ratio] = f"our own with {fewest:,}, same run"
-            if part == "rows":
-                smaller[ratio] = of_goal(most, GOAL_ROWS, "rows")
-    for fsync in ("on", "off") if "writes" in parts else ():
-        measured = writes(fsync)
-        figures |= {f"writes_fsync_{fsync}_{name}": value for name, value in measured.items()}
-        ratio = f"writes_fsync_{fsync}_followed_over_alone"
-        ratios[ratio], goals[ratio] = measured["followed_per_s"] / measured["alone_per_s"], GOAL_SLOWER
-        against[ratio] = "the source with the worker stopped, same run"
+            size = {"rows": of_goal(most, GOAL_ROWS, "rows"), "indexes": of_goal(most, GOAL_INDEXES, "indexes")}
+            smaller[ratio] = size.get(part) or of_goal(1, GOAL_BUILDS, "builds")
     figures["load_at_end"] = os.getloadavg()[0]
     report("scale", figures, ratios, goals, against, smaller)
 

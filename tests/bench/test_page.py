@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from bench._all import GOALS, MORE, asked, kept, remembered, section, written
+from bench._all import BUDGET_S, GOALS, HERE, MORE, RUNS, asked, brought, kept, remembered, section, took, written
 
 RUN = {"at": "2026-11-28 10:04 UTC", "machine": "2 processors", "postgresql": "18", "python": "3.11.7"}
 LATER = RUN | {"at": "2026-11-29 11:00 UTC"}
@@ -91,3 +92,56 @@ def test_without_names_the_goals_are_measured() -> None:
     assert {"peers", "gpu", "native", "scale"} <= set(asked(["all"]))
     with pytest.raises(SystemExit, match="no bench is called drian"):
         asked(["drian"])
+
+
+def test_each_run_is_of_a_script_that_there_is() -> None:
+    assert all((HERE / f"{name.partition('-')[0]}.py").exists() for name in RUNS)
+
+
+def test_the_page_says_how_long_the_goals_take_and_when_that_is_over_the_budget() -> None:
+    within = {"drain": found(1.0, seconds=9.0), "native": found(1.0, seconds=300.0), "decode": found(1.0, seconds=5e3)}
+    over = within | {"scale": found(1.0, seconds=BUDGET_S)}
+
+    assert took(within) == "The benches of the goals took 309 s together; `make bench` has 1,200 s for them."
+    assert took(over).startswith("The benches of the goals took 1,509 s together, 309 s more; ")
+    assert took(over) in written({name: kept(None, one, RUN) for name, one in over.items()})
+
+
+def test_a_run_of_another_size_names_its_script() -> None:
+    assert section("native-large", kept(None, found(0.9), RUN))[0].startswith("`bench/native.py` ROUNDS=3, ")
+
+
+def test_a_bench_beside_other_work_is_marked() -> None:
+    quiet = section("drain", kept(None, found(0.9, busy_before=0.02, busy_after=0.09), RUN))
+    beside = section("drain", kept(None, found(0.9, busy_before=0.45, busy_after=0.12), RUN))
+
+    assert "quiet" not in quiet[0]
+    assert beside[0].endswith("other work took 45% of the processors before it and 12% of the processors after it.")
+
+
+def test_a_ratio_that_the_run_cannot_decide_has_no_verdict() -> None:
+    page = section("writes", kept(None, found(1.2, undecided={"ours": "between 0.91 and 1.25"}), RUN))
+
+    assert any("| undecided, between 0.91 and 1.25 |" in line for line in page)
+    assert not any("| met" in line for line in page)
+
+
+def test_what_a_reader_has_to_know_of_a_ratio_stands_below_the_ratios() -> None:
+    page = section("native", kept(None, found(0.2, notes={"ours": "the worker is one thread"}), RUN))
+
+    assert "- `ours`: the worker is one thread." in page
+    assert not any("nobody has said why" in line for line in page)
+
+
+def test_a_missed_goal_without_a_reason_is_named() -> None:
+    assert "- Missed, and nobody has said why: `ours`." in section("native", kept(None, found(0.2), RUN))
+    assert not any("nobody" in line for line in section("native", kept(None, found(1.2), RUN)))
+
+
+def test_a_bench_that_ran_on_another_machine_is_kept_by_its_last_line() -> None:
+    line = json.dumps({"bench": "gpu", "figures": {}, "ratios": {"ours": 0.5}, "goals": {"ours": 0.9}, "against": {}})
+    first = kept(None, {"not_run": "torch sees no accelerator here"}, RUN)
+    page = section("gpu", kept(first, brought(line), {"at": "2026-11-30 11:00 UTC", "machine": "1 NVIDIA H200"}))
+
+    assert page[0] == "`bench/gpu.py`, 2026-11-30 11:00 UTC, 1 NVIDIA H200."
+    assert any("| `ours` | 0.5000 | 0.9000 | missed |" in line for line in page)

@@ -46,3 +46,22 @@ def test_a_bench_that_cannot_measure_says_why(capsys: pytest.CaptureFixture[str]
         "bench": "gpu",
         "not_run": "there is no accelerator",
     }
+
+
+def test_a_run_that_cannot_tell_gives_no_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    report("writes", {}, {"a": 0.98}, {"a": 0.97}, FIXED, undecided={"a": "between 0.91 and 1.05"})
+
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("undecided, between 0.91 and 1.05")
+    assert json.loads(last)["undecided"] == {"a": "between 0.91 and 1.05"}
+
+
+def test_notes_are_said_of_the_ratios_that_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    report("native", {}, {"plain_text": 0.2}, {"plain_text": 0.6}, FIXED, notes={"plain": "why", "large": "why else"})
+
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["notes"] == {"plain": "why"}
+
+
+def test_no_verdict_is_withheld_of_a_ratio_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match="lacks its goal"):
+        report("writes", {}, {"a": 1.0}, {"a": 1.0}, FIXED, undecided={"b": "between 0.91 and 1.05"})

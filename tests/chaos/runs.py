@@ -72,10 +72,14 @@ def peers(path: Path = RUNS) -> list[str]:
                 if found:
                     sides.setdefault(what, {})[side] = value
             rows += [
-                f"| {what.replace('_', ' ')} | {' | '.join(f'{by.get(side, 0):,.0f}' for side in SIDES)} |"
+                f"| {what.replace('_', ' ')} | {' | '.join(_figure(by.get(side)) for side in SIDES)} |"
                 for what, by in sides.items()
             ]
     return rows
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:,.0f}"
 
 
 SIDES = ("cdcsync", "pgai")

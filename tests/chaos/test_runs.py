@@ -40,3 +40,10 @@ def test_the_figures_of_kills_are_a_row_each_with_both_sides(kept: Path) -> None
 
     assert peers(kept) == ["| lost documents | 0 | 1,234 |"]
     assert table(kept) == []
+
+
+def test_a_side_that_was_not_measured_is_not_said_to_have_lost_nothing(kept: Path) -> None:
+    figures = {"cdcsync_kills_lost_documents": 0, "cdcsync_kills_workers_killed": 15, "pgai_kills_workers_killed": 15}
+    keep("bench/peers.py", [json.dumps({"bench": "peers", "figures": figures})], kept)
+
+    assert peers(kept) == ["| lost documents | 0 | not measured |", "| workers killed | 15 | 15 |"]
