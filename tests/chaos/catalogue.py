@@ -560,9 +560,9 @@ def page() -> str:
         "- **Chaos** (`make chaos SEEDS=200`): histories from seeds with real worker processes, two servers that crash"
         " and fail over, a writer and a provider. It counts each fault that took effect and each crash point at which a"
         " process died. Of 200 histories, each fault must have taken effect in one, and a process must have died in one"
-        " at each crash point that histories come to; tests kill at the others (`make kills`). At the end an oracle in plain SQL"
-        " compares every index with its source. `make chaos SEED=17` runs one history again: the seed decides what"
-        " happens, the machine how fast.",
+        " at each crash point that histories come to; tests kill at the others (`make kills`). At the end an oracle in"
+        " plain SQL compares every index with its source. `make chaos SEED=17` runs one history again: the seed decides"
+        " what happens, the machine how fast.",
         "- **Simulation** (`make simulate`): the pure modules under a seeded scheduler, with a source and a target in"
         " memory that lie in the ways real ones can. It is exact: a seed always gives the same history, and a failing"
         " one is made smaller. It tests the code of the pure floors, which does no I/O: how transactions are put"

@@ -77,12 +77,9 @@ def _values(name: str, test: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator
 def _of_target(name: str, target: ast.expr, values: ast.expr) -> Iterator[ast.expr]:
     """Yield what a name takes of values, if it is the target or among several."""
     match target:
-        case ast.Name(id=one) | ast.Constant(value=str(one)) if one == name:
+        case ast.Name(id=called) | ast.Constant(value=str(called)) if called == name:
             yield values
         case ast.Tuple(elts=several) if isinstance(values, ast.Tuple | ast.List):
             for place, one in enumerate(several):
-                if isinstance(one, ast.Name | ast.Constant) and name in (
-                    getattr(one, "id", ""),
-                    getattr(one, "value", ""),
-                ):
+                if name in (getattr(one, "id", ""), getattr(one, "value", "")):
                     yield from (each.elts[place] for each in values.elts if isinstance(each, ast.Tuple))
