@@ -7,6 +7,8 @@ from pathlib import Path
 import msgspec
 
 from tests.chaos import catalogue
+from tests.chaos.faults import FAULTS
+from tests.mutants.faults import MUTANTS
 
 FIRST = catalogue.CATALOGUE[0]
 
@@ -35,12 +37,12 @@ def test_a_property_needs_a_known_fault_or_a_reason() -> None:
 
 
 def test_a_fault_without_a_property_is_told_of() -> None:
-    broken = {one.breaks for one in catalogue.MUTANTS} - {FIRST.name}
+    broken = {one.breaks for one in MUTANTS} - {FIRST.name}
 
     found = catalogue.idle((FIRST,))
 
-    assert {*catalogue.FAULTS} - {*FIRST.named} <= {*found}
-    assert {one.name for one in catalogue.MUTANTS if one.breaks in broken} <= {*found}
+    assert {*FAULTS} - {*FIRST.named} <= {*found}
+    assert {one.name for one in MUTANTS if one.breaks in broken} <= {*found}
 
 
 def test_a_test_is_a_proof_by_a_mark_of_its_own_or_of_its_file_and_not_by_one_of_its_later_cases(
