@@ -17,7 +17,7 @@ BIN := .venv/bin
 STAMP := .venv/.cdcsync-setup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs pictures test prove chaos mutants simulate soak fuzz image-test lock pin-images sbom lint audit type bench pgai clean
+.PHONY: help setup demo docs pictures test prove chaos kills mutants simulate soak fuzz image-test lock pin-images sbom lint audit type bench pgai clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ prove: setup ## run the long proofs, which `make test` leaves out
 
 chaos: setup ## run SEEDS=200 histories of faults, JOBS at a time; SEED=17 runs that one again
 	$(BIN)/python -m tests.chaos --jobs $(JOBS) $(if $(SEED),--seed $(SEED),--seeds $(SEEDS)) $(ARGS)
+
+kills: setup ## run the tests that kill at the crash points that no history comes to, and count the deaths
+	$(BIN)/python -m tests.chaos.elsewhere --jobs 2 $(ARGS)
 
 mutants: setup ## put known faults back one at a time and see that each is found: ten minutes on two processors
 	$(BIN)/python -m tests.mutants --jobs 2 $(ARGS)

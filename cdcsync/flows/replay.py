@@ -30,6 +30,7 @@ from cdcsync.postgres.queries import fetch_one
 from cdcsync.postgres.sessions import Connection
 from cdcsync.postgres.texts import is_text
 from cdcsync.preflight import build_embedders, examine
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import facts_of, read_catalog
 from cdcsync.source.conditions import Refused, try_condition
 from cdcsync.source.families import rows_sent
@@ -214,7 +215,7 @@ async def ask(target: Connection, schema: str, spec: IndexSpec, replay: Replay) 
         async with target.transaction():
             if replay.force_embed:
                 await _require_alone(target, schema, spec.name)
-            return await Requests(schema).add(
+            id_ = await Requests(schema).add(
                 target,
                 spec.name,
                 "replay",
@@ -224,6 +225,9 @@ async def ask(target: Connection, schema: str, spec: IndexSpec, replay: Replay) 
                 keys=replay.keys,
                 max_rows_per_s=replay.max_rows_per_s,
             )
+            crash_point("replay asked for")
+        crash_point("request for a replay committed")
+        return id_
 
 
 async def _require_alone(target: Connection, schema: str, index: str) -> None:

@@ -1,11 +1,14 @@
 """The teardown flow: takes away what a pipeline left on the source, and on request the index itself; or one index.
 
-    lock ─► look ─► fence ─► (purge: rows, view and tables in one transaction) ─► slot ─► publication
+    lock ─► look ─► fence ─► (purge: rows, view and tables) ─► slot ─► publication ─► (purge: commit)
+    look ─► publication without the table ─► index's rows, view and tables ─► commit on the source ─► in the target
 
 1. The pipeline's lock is held throughout: a worker that runs is never pulled the rug from under, and none can start.
    What a worker that is just ending still holds, the lock or the slot, is waited for.
 2. Everything that could refuse is asked before anything is dropped.
-3. Each step finds its work done or does it, so an interrupted teardown is finished by the next one.
+3. Each step finds its work done or does it, so an interrupted teardown is finished by the next one. Only the rows in
+   the target tell what there is on the source and which server that is, so they go last: after everything in the
+   target is dropped, so that nothing there can refuse any more, the source's part is done, and then the target commits.
 4. What is searched meanwhile is locked only briefly, and tried again: each search locks these tables in an order of its
    own, and none may fail by a deadlock with us or wait behind us for others.
 
@@ -16,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from functools import partial
 from typing import Literal, TypeVar
 
 import msgspec
@@ -32,6 +34,7 @@ from cdcsync.postgres.liveness import WatchedConnection
 from cdcsync.postgres.locking import BRIEFLY, attempt
 from cdcsync.postgres.sessions import Connection, Session, connect
 from cdcsync.preflight.identity import connect_followed
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import Slot, other_readers, read_slot, released_slot
 from cdcsync.source.families import single_names
 from cdcsync.source.publications import Publication, published_names, read_publication
@@ -116,19 +119,29 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
             publication = await read_publication(source, config.source.publication)
         if slot is not None:
             _refuse_slot(slot, elsewhere)
+        of_publication = await _of_publication(source, config, publication, belongings, sharing)
         if belongings.set_up:
             await _take_over(target, config)
-        steps = [await _purge(target, config, belongings)] if purge else []
-        with speaking_of("target"):
-            await target.execute("SELECT")  # whoever has ended this session, because it was silent, has the lock now
-        with speaking_of("source", where=f"slot {config.source.slot}"):
+
+        async def let_go() -> None:
+            with speaking_of("target"):
+                await target.execute("SELECT")  # whoever has ended this session, because it was silent, has the lock
             if slot is not None:
-                await source.execute("SELECT pg_drop_replication_slot(%s)", [slot.name])
-        steps.append(
-            Step(f"slot {config.source.slot}", "absent" if slot is None else "dropped", _left_elsewhere(elsewhere))
-        )
-        steps.append(await _drop_publication(source, config, publication, belongings, sharing))
-        return steps
+                with speaking_of("source", where=f"slot {slot_name}"):
+                    await source.execute("SELECT pg_drop_replication_slot(%s)", [slot_name])
+                    crash_point("slot dropped")
+            if of_publication.outcome == "dropped":
+                with speaking_of("source", where=of_publication.what):
+                    name = sql.Identifier(config.source.publication)
+                    await source.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(name))
+                    crash_point("publication dropped")
+
+        if purge and belongings.set_up:
+            await _purge(target, config, belongings, let_go)
+        else:
+            await let_go()
+        of_slot = Step(f"slot {slot_name}", "absent" if slot is None else "dropped", _left_elsewhere(elsewhere))
+        return [*([_of_purge(config, belongings)] if purge else []), of_slot, of_publication]
 
 
 async def drop_index(config: Config, index: str) -> list[Step]:
@@ -166,8 +179,17 @@ async def drop_index(config: Config, index: str) -> list[Step]:
             relations = await relations_of(target, schema, both)
             others = {table for name, one in entries.items() if name not in both for table in one.tables}
             own = {table for name in both if name in entries for table in entries[name].tables}
+        others |= {str(table) for name, one in config.indexes.items() if name != index for table in one.followed}
+        with speaking_of("source"):
+            others = await single_names(source, others)
+            mine = await single_names(source, own)
+            publication = await stack.enter_async_context(contextlib.AsyncExitStack())
+            await publication.enter_async_context(source.transaction())
+            steps = [await _unpublish(source, config, table, others, elsewhere) for table in sorted(mine)]
+            crash_point("table taken from its publication")
 
         async def drop() -> bool:
+            """Drop it in the caller's transaction, and at the end commit on the source."""
             await drop_relations(target, schema, both, relations)
             # Last, as the tables may have been waited for: a worker may have begun to follow it meanwhile.
             now = await Registry(schema).find(target, index, lock=True)
@@ -177,25 +199,23 @@ async def drop_index(config: Config, index: str) -> list[Step]:
             await Approvals(schema).remove(target, index)
             used = {one.embedder for name, one in config.indexes.items() if name != index}
             await forget_embedders(target, schema, config.source.slot, keep=used)
+            with speaking_of("source", where=f"publication {config.source.publication}"):
+                await publication.aclose()
+                crash_point("publication without the table committed")
             return locked
 
         if await _dropped(target, config, drop, relations, where=f"index {index}"):
             await _take_over(target, config)
-        steps = [Step(f"index {index} in the target", "dropped")]
+        dropped = [Step(f"index {index} in the target", "dropped")]
         if index in config.indexes:
-            steps.append(
+            dropped.append(
                 Step(
                     f"[indexes.{index}] in the configuration",
                     "kept",
                     "remove it, or the next `cdcsync run` builds the index anew",
                 )
             )
-        others |= {str(table) for name, one in config.indexes.items() if name != index for table in one.followed}
-        with speaking_of("source"):
-            others = await single_names(source, others)
-            mine = await single_names(source, own)
-        steps += [await _unpublish(source, config, table, others, elsewhere) for table in sorted(mine)]
-        return steps
+        return [*dropped, *steps]
 
 
 async def _dropped(
@@ -209,7 +229,10 @@ async def _dropped(
     async def change() -> T:
         async with target.transaction():
             await target.execute(BRIEFLY)
-            return await drop()
+            done = await drop()
+            crash_point("drop written")
+        crash_point("drop committed")
+        return done
 
     tables = [QualifiedName.parse(one) for one in relations.tables]
     views = [QualifiedName.parse(one) for one in relations.views]
@@ -224,6 +247,7 @@ async def _take_over(target: Connection, config: Config) -> None:
     pipelines = Pipelines(config.target.schema, config.source.slot)
     with speaking_of("target"):
         lease = await pipelines.take_over(target)
+        crash_point("fence raised to drop")
         await pipelines.end_overtaken(target, lease)
 
 
@@ -302,22 +326,32 @@ def _refuse_slot(slot: Slot, elsewhere: AnotherServer | None) -> None:
         )
 
 
-async def _purge(target: Connection, config: Config, belongings: Belongings) -> Step:
-    what = f"indexes {', '.join(belongings.indexes)}" if belongings.indexes else f"pipeline {config.source.slot}"
-    if not belongings.set_up:
-        return Step(f"{what} in the target", "absent")
+async def _purge(
+    target: Connection, config: Config, belongings: Belongings, let_go: Callable[[], Awaitable[None]]
+) -> None:
+    """Drop what a pipeline has in the target, and before that commits, let the source go."""
     schema, slot = config.target.schema, config.source.slot
-    drop = partial(drop_pipeline, target, schema, slot, belongings)
+
+    async def drop() -> None:
+        """Drop it in the caller's transaction."""
+        await drop_pipeline(target, schema, slot, belongings)
+        await let_go()
+
     await _dropped(target, config, drop, belongings.relations, where=f"slot {slot}")
-    return Step(f"{what} in the target", "dropped")
+
+
+def _of_purge(config: Config, belongings: Belongings) -> Step:
+    what = f"indexes {', '.join(belongings.indexes)}" if belongings.indexes else f"pipeline {config.source.slot}"
+    return Step(f"{what} in the target", "dropped" if belongings.set_up else "absent")
 
 
 # -- source -----------------------------------------------------------------------------------------------------
 
 
-async def _drop_publication(
+async def _of_publication(
     source: Connection, config: Config, publication: Publication | None, belongings: Belongings, sharing: list[str]
 ) -> Step:
+    """Return what is to become of the publication."""
     name = config.source.publication
     what = f"publication {name}"
     if publication is None:
@@ -334,8 +368,6 @@ async def _drop_publication(
             readers = await other_readers(source, config.source.slot)
     if (why := _not_ours(publication, others, readers)) is not None:
         return Step(what, "kept", f"it {why}; {by_hand}")
-    with speaking_of("source", where=what):
-        await source.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(name)))
     return Step(what, "dropped")
 
 
@@ -357,7 +389,7 @@ def _not_ours(publication: Publication, others: Collection[str], readers: Sequen
 async def _unpublish(
     source: Connection, config: Config, table: str, others: set[str], elsewhere: AnotherServer | None = None
 ) -> Step:
-    """Take a table out of the publication, unless something else needs it there.
+    """Take a table out of the publication, unless something else needs it there. The caller commits.
 
     :param elsewhere: why this is not the server that was followed: no slot is ours there, of whatever name.
     """
@@ -381,7 +413,8 @@ async def _unpublish(
                 why = f"{elsewhere.message}; {why}"
             return Step(what, "kept", f"{why}; if nothing needs it, as its owner: {statement.as_string(source)}")
         try:
-            await source.execute(statement)
+            async with source.transaction():
+                await source.execute(statement)
         except psycopg.errors.UndefinedObject:  # it is sent with its schema
             return Step(what, "kept", "it is sent with its schema")
     return Step(what, "dropped")

@@ -11,13 +11,24 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 VARIABLE = "CDCSYNC_CRASH_AT"
 """The environment variable that arms a point. It is read once, when this module is imported."""
 
+NOTES = "CDCSYNC_CRASHED"
+"""The environment variable that names a file, to which a process that dies at a point adds its name as a line."""
+
 
 def _pass(point: str) -> None:
     """Do nothing: no point is armed."""
+
+
+def note(point: str) -> None:
+    """Add a point to the file of those at which a process died, if there is one."""
+    if path := os.environ.get(NOTES):
+        with Path(path).open("a") as notes:
+            notes.write(f"{point}\n")
 
 
 def _armed(order: str) -> Callable[[str], None]:
@@ -30,6 +41,7 @@ def _armed(order: str) -> Callable[[str], None]:
         if point == wanted:
             left -= 1
             if left == 0:
+                note(point)
                 os.kill(os.getpid(), signal.SIGKILL)
 
     return reach

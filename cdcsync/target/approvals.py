@@ -46,7 +46,7 @@ def change_of(spec: IndexSpec) -> str:
 
 
 class Approvals:
-    """The table of a schema. Every statement commits by itself, or with the caller's transaction."""
+    """The table of a schema. A statement commits by itself unless it says otherwise, or there is a transaction."""
 
     def __init__(self, schema: str) -> None:
         self._table = sql.Identifier(schema, TABLE)
@@ -74,7 +74,7 @@ class Approvals:
         crash_point("approval given")
 
     async def spend(self, connection: Connection, index: str, change: str) -> None:
-        """Remove the approval of a change that an index has made, if there is one."""
+        """Remove the approval of a change that an index has made, if there is one. The caller commits."""
         await connection.execute(
             sql.SQL("DELETE FROM {} WHERE index_name = %s AND change = %s").format(self._table), [index, change]
         )

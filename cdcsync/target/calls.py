@@ -16,6 +16,7 @@ from psycopg import sql
 
 from cdcsync.postgres.sessions import Connection
 from cdcsync.postgres.texts import storable
+from cdcsync.process.crashpoints import crash_point
 
 TABLE = "calls"
 
@@ -102,6 +103,8 @@ async def record_calls(connection: Connection, schema: str, calls: Sequence[Call
         async with connection.cursor() as cursor, cursor.copy(statement) as copy:
             for call in calls:
                 await copy.write_row(msgspec.structs.astuple(call))
+        crash_point("calls written")
+    crash_point("calls committed")
 
 
 async def forget_calls(connection: Connection, schema: str, days: int) -> None:
@@ -109,6 +112,7 @@ async def forget_calls(connection: Connection, schema: str, days: int) -> None:
     await connection.execute(
         sql.SQL("DELETE FROM {} WHERE at < now() - %s").format(sql.Identifier(schema, TABLE)), [timedelta(days=days)]
     )
+    crash_point("old calls deleted")
 
 
 Order = Literal["latest", "slowest"]

@@ -16,6 +16,7 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.crashpoints import crash_point
 
 TABLE = "judged_runs"
 
@@ -122,6 +123,8 @@ async def store(connection: Connection, schema: str, run: Run) -> tuple[int | No
                 ).format(table),
                 [run.index, run.index, KEPT],
             )
+            crash_point("judged run written")
+        crash_point("judged run committed")
         return row[0], None
     except psycopg.errors.InsufficientPrivilege:
         return None, f"this role may not write {schema}.{TABLE}"

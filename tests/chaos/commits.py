@@ -1,4 +1,4 @@
-"""Where the worker commits or acknowledges, found by walking the syntax trees of its files.
+"""Where a worker or a command commits or acknowledges, found by walking the syntax trees of its files.
 
 A *commit site* is one of:
 
@@ -27,22 +27,11 @@ import msgspec
 from tests.chaos.statements import PACKAGE, file_of, module
 
 FOLDERS = ("source", "target", "flows", "worker", "postgres")
-"""What a worker runs, but for the files below."""
-
-COMMANDS = (
-    "target/approvals.py",
-    "target/calls.py",
-    "flows/teardown.py",
-    "target/belongings.py",
-    "flows/replay.py",
-    "flows/dry_run.py",
-    "target/failures/listing.py",
-    "target/judged_runs.py",
-)
-"""Files of commands that an operator runs, which ask for something in one transaction and end."""
+"""What workers and commands run that may write."""
 
 INSIDE = (
     "target/apply.py",
+    "target/belongings.py",
     "target/stage.py",
     "target/failures/documents.py",
     "target/ddl/chunks_view.py",
@@ -90,7 +79,6 @@ EXEMPT = {
     ("target/ddl/filters.py", "read_value"): "reads only",
     ("target/search/query.py", "_session_function"): "makes a function of its own session",
     ("target/requests/queue.py", "end_page"): "runs in the transaction of its batch",
-    ("target/requests/submission.py", "action"): "asked for by commands",
     ("source/marks.py", "emit_mark"): "its caller has the point",
     ("source/marks.py", "flush"): "writes what nobody reads",
     ("source/reads.py", "reading"): "reads only",
@@ -177,10 +165,10 @@ def points_of(text: str) -> list[str]:
 
 
 def sources(package: Path = PACKAGE) -> dict[str, str]:
-    """Return the text of each file that a worker runs, by its path in the package."""
+    """Return the text of each file whose commits are looked at, by its path in the package."""
     paths = [path for folder in FOLDERS for path in sorted((package / folder).rglob("*.py"))]
     texts = {str(path.relative_to(package)): path.read_text() for path in paths}
-    return {name: text for name, text in texts.items() if name not in COMMANDS + INSIDE}
+    return {name: text for name, text in texts.items() if name not in INSIDE}
 
 
 def lacking(files: Mapping[str, str], *, only: str | None = None) -> list[Site]:

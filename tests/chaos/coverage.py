@@ -25,8 +25,9 @@ TABLE = "coverage.tsv"
 """In how many histories each fault fired beside each crash point that was hit."""
 
 
-LEAST_COVERED = 0.5
-"""Of so many of the texts that a campaign has embedded, a second call must have been one that is found."""
+LEAST_COVERED = 0.7
+"""Of so many of the texts that a campaign has embedded, a second call must have been one that is found; campaigns reach
+some 0.8."""
 
 KINDS = ("streamed", "prepared", "truncated")
 """Kinds of transactions that are rare and must come in a campaign of `WHOLE` histories."""

@@ -15,6 +15,11 @@ from tests.chaos.statements import PACKAGE, file_of
 
 def killed_at(text: str) -> set[str]:
     """Return the crash points at which the tests of a file kill."""
+    return {point for points in killing(text).values() for point in points}
+
+
+def killing(text: str) -> dict[str, set[str]]:
+    """Return the tests of a file that kill, each with the crash points at which it does."""
     tree = ast.parse(text)
     modules = {
         one.asname or one.name: file_of(f"{node.module}.{one.name}")
@@ -22,13 +27,12 @@ def killed_at(text: str) -> set[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cdcsync")
         for one in node.names
     }
-    return {
-        point
+    found = {
+        test.name: {point for where in _kills(test) for point in _points(where, test, modules)}
         for test in ast.walk(tree)
         if isinstance(test, ast.FunctionDef | ast.AsyncFunctionDef) and test.name.startswith("test_")
-        for where in _kills(test)
-        for point in _points(where, test, modules)
     }
+    return {test: points for test, points in found.items() if points}
 
 
 def _kills(test: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[ast.expr]:
@@ -61,12 +65,21 @@ def _points(where: ast.expr, test: ast.FunctionDef | ast.AsyncFunctionDef, modul
 
 
 def _values(name: str, test: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[ast.expr]:
-    """Yield the lists of values that a name of a test takes."""
+    """Yield the lists of values that a name of a test takes, and the single ones where it has them beside others."""
     for node in ast.walk(test):
-        if isinstance(node, ast.For) and isinstance(node.target, ast.Name) and node.target.id == name:
-            yield node.iter
+        if isinstance(node, ast.For):
+            yield from _of_target(name, node.target, node.iter)
     for decorator in test.decorator_list:
         if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.parametrize":
-            named, values = decorator.args[:2]
-            if isinstance(named, ast.Constant) and named.value == name:
-                yield values
+            yield from _of_target(name, *decorator.args[:2])
+
+
+def _of_target(name: str, target: ast.expr, values: ast.expr) -> Iterator[ast.expr]:
+    """Yield what a name takes of values, if it is the target or among several."""
+    match target:
+        case ast.Name(id=called) | ast.Constant(value=str(called)) if called == name:
+            yield values
+        case ast.Tuple(elts=several) if isinstance(values, ast.Tuple | ast.List):
+            for place, one in enumerate(several):
+                if name in (getattr(one, "id", ""), getattr(one, "value", "")):
+                    yield from (each.elts[place] for each in values.elts if isinstance(each, ast.Tuple))

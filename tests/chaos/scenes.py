@@ -550,6 +550,10 @@ PLAN = "tests/server/flows/test_plan.py"
 GAPS = "tests/faults/test_gaps.py"
 START = "tests/server/flows/setup/test_start.py"
 WITHDRAWAL = "tests/server/flows/migrate/test_withdrawal.py"
+TEARDOWN = "tests/server/flows/test_teardown.py"
+REPLAY = "tests/server/flows/test_replay.py"
+CALLS = "tests/server/serve/test_calls.py"
+JUDGED_RUNS = "tests/server/target/test_judged_runs.py"
 
 ELSEWHERE: dict[str, str] = {
     "fence raised by a command": "tests/server/scenarios/test_other_chunks.py",
@@ -580,10 +584,26 @@ ELSEWHERE: dict[str, str] = {
     "source approved": GAPS,
     "slot that is made again dropped": START,
     **dict.fromkeys(("activation withdrawn", "withdrawn activation committed"), WITHDRAWAL),
+    **dict.fromkeys(
+        (
+            *("fence raised to drop", "slot dropped", "publication dropped", "drop written", "drop committed"),
+            *("table taken from its publication", "publication without the table committed"),
+        ),
+        TEARDOWN,
+    ),
+    **dict.fromkeys(
+        (
+            *("replay asked for", "request for a replay committed", "requests changed", "changed requests committed"),
+            *("texts to be tried again", "texts discarded", "discarded texts committed", "failed documents forgotten"),
+        ),
+        REPLAY,
+    ),
+    **dict.fromkeys(("calls written", "calls committed", "old calls deleted"), CALLS),
+    **dict.fromkeys(("judged run written", "judged run committed"), JUDGED_RUNS),
 }
 """Crash points that a history does not come to, and the tests that kill at them: they need thousands of rows or of
-changes, an index of an earlier version, an operator's approval or rollback, or a table that is created while the slot
-is."""
+changes, an index of an earlier version, an operator who approves, replays, gives up or drops something, a tool server,
+or a table that is created while the slot is."""
 
 
 def reachable() -> list[str]:

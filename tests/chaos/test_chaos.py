@@ -17,8 +17,12 @@ from tests.chaos.scenes import SCENES, reachable
 from tests.chaos.servers import Side
 from tests.chaos.worker import Worker
 
-SEEDS = range(2)
-"""So many run with every test: a minute or so on two processors."""
+SEED = 33409
+"""The history that runs with every test: half a minute on two processors that have nothing else to do. It was looked
+for among many: `BOUNDED` says what its plan has."""
+
+BOUNDED = ("fails over with loss", "half-open", "provider")
+"""Parts of the names of the faults that the bounded set must have, besides a death by SIGKILL at a crash point."""
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +36,23 @@ def sides() -> Iterator[tuple[Side, Side]]:
         target.close()
 
 
-@pytest.mark.proof_from(1)
 @pytest.mark.server
 @pytest.mark.faults
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", SEEDS)
-def test_an_index_equals_its_source_whatever_went_wrong(seed: int, sides: tuple[Side, Side], tmp_path: Path) -> None:
-    outcome = run_seed(seed, *sides, tmp_path)
+def test_an_index_equals_its_source_whatever_went_wrong(sides: tuple[Side, Side], tmp_path: Path) -> None:
+    outcome = run_seed(SEED, *sides, tmp_path)
 
-    assert outcome.problem is None, (tmp_path / f"seed{seed}" / "history.txt").read_text()
+    assert outcome.problem is None, (tmp_path / f"seed{SEED}" / "history.txt").read_text()
+
+
+def test_the_history_that_runs_with_every_test_has_a_kill_a_failover_with_loss_a_half_open_network_and_a_provider() -> (
+    None
+):
+    point, faults, one_server = plan(SEED, sorted(FAULTS), reachable())
+
+    assert point is not None
+    assert not one_server
+    assert [part for part in BOUNDED if not any(part in one for one in faults)] == [], "look for another seed"
 
 
 def test_every_fault_and_every_crash_point_has_its_turn_within_two_hundred_seeds() -> None:

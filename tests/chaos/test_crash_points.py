@@ -95,6 +95,17 @@ def test_a_use_of_a_point_in_a_test_is_a_kill(text: str) -> None:
     assert "batch committed" in killed_at(f"def test_it(pipeline):\n{text}\n")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "@pytest.mark.parametrize(('point', 'left'), [('slot created', 1)])\ndef test_it(point):\n",
+        "def test_it():\n  for _, point in (('a', 'slot created'),):\n",
+    ],
+)
+def test_points_may_come_beside_what_they_leave(text: str) -> None:
+    assert killed_at(f"{text}    kill_at(monkeypatch, keys, point)\n") == {"slot created"}
+
+
 def test_the_points_that_a_test_is_parametrized_by_are_killed_at() -> None:
     text = (
         "from cdcsync.target import keys\n"

@@ -29,6 +29,7 @@ DIFFERS = r"in vain for (\w+), \('live', ''\): \1:"
 class Mutant(msgspec.Struct, frozen=True):
     """A fault: what stands in a file in place of what.
 
+    :param breaks: the property that it breaks, by its name in tests/chaos/catalogue.py.
     :param found_by: what has to notice it.
     :param fault: of chaos, the fault or the crash point that brings it out; of tests, the one that fails. Tests are
         for what a second safeguard hides from histories, so that only the first one's own test can tell.
@@ -36,6 +37,7 @@ class Mutant(msgspec.Struct, frozen=True):
     """
 
     name: str
+    breaks: str
     file: str
     old: str
     new: str
@@ -58,6 +60,7 @@ class Mutant(msgspec.Struct, frozen=True):
 MUTANTS = (
     Mutant(
         "the commit record's beginning is stored instead of its end",
+        "whole transactions",
         "model/transactions.py",
         "return (Committed(message.end_lsn, message.commit_time_us),)",
         "return (Committed(message.commit_lsn, message.commit_time_us),)",
@@ -65,13 +68,21 @@ MUTANTS = (
     ),
     Mutant(
         "what was received is acknowledged, not what is committed",
+        "acknowledged ≤ kept ≤ checkpoint ≤ received",
         "model/progress.py",
         "self.acknowledged = self.kept\n        return",
         "self.acknowledged = self.received\n        return",
         words=r"^Wrong: \S+ was acknowledged, beyond the checkpoint",
     ),
     *(
-        Mutant(name, "model/progress.py", old, new, words=r"^Wrong: \S+ was acknowledged, and the standby's checkpoint")
+        Mutant(
+            name,
+            "a promoted standby has what its slot was told of",
+            "model/progress.py",
+            old,
+            new,
+            words=r"^Wrong: \S+ was acknowledged, and the standby's checkpoint",
+        )
         for name, old, new in (
             (
                 "what a standby of one server for source and target may lack is acknowledged",
@@ -92,12 +103,14 @@ MUTANTS = (
     ),
     Mutant(
         "the checkpoint moves past a transaction of which a part is applied",
+        "whole transactions",
         "model/batch.py",
         ".add(change)\n        self.partial = True\n",
         ".add(change)\n        self.end_lsn = Lsn(change.lsn + 5)\n        self.partial = True\n",
     ),
     Mutant(
         "a transaction is skipped by the end of its commit record",
+        "no loss",
         "model/transactions.py",
         "self._skipping = message.final_lsn < self._checkpoint",
         "self._skipping = message.final_lsn <= self._checkpoint + 10",
@@ -106,24 +119,28 @@ MUTANTS = (
     ),
     Mutant(
         "a page is written over a newer row",
+        "newer wins",
         "model/visibility.py",
         "return xid is not None and not snapshot.sees(xid)",
         "return False",
     ),
     Mutant(
         "a page ignores a TRUNCATE that it does not see",
+        "no resurrection",
         "model/visibility.py",
         "if self._truncated is not None and not snapshot.sees(self._truncated):\n            return True",
         "if False:\n            return True",
     ),
     Mutant(
         "visibility goes by the order of ids, not by what runs",
+        "newer wins",
         "model/visibility.py",
         "return whole < self.xmin or (whole < self.xmax and whole not in self.running)",
         "return whole < self.xmax",
     ),
     Mutant(
         "transaction ids do not wrap",
+        "newer wins",
         "model/visibility.py",
         "        distance = (xid - self.xmax) % XID_SPAN\n        if distance >= XID_SPAN // 2:\n"
         "            distance -= XID_SPAN\n        return self.xmax + distance",
@@ -131,78 +148,91 @@ MUTANTS = (
     ),
     Mutant(
         "transactions delivered before a read are not suspects",
+        "newer wins",
         "model/visibility.py",
         "unseen = [xid for xid in self._suspects if not snapshot.sees(xid)]",
         "unseen: list[int] = []",
     ),
     Mutant(
         "what is remembered is forgotten when a read ends",
+        "newer wins",
         "model/visibility.py",
         "        if self._keys is not None:\n            self.suspect(self._keys.values())\n        if self._truncated",
         "        if self._truncated",
     ),
     Mutant(
         "more keys than are remembered are forgotten",
+        "newer wins",
         "model/visibility.py",
         "            self.suspect(self._keys.values())\n            self._keys.clear()",
         "            self._keys.clear()",
     ),
     Mutant(
         "more suspects than are told apart are forgotten",
+        "newer wins",
         "model/visibility.py",
         "            self._suspect_span = (before + min(ages)) % XID_SPAN, (before + max(ages)) % XID_SPAN\n",
         "",
     ),
     Mutant(
         "an applied page forgets what other snapshots do not see",
+        "newer wins",
         "model/visibility.py",
         "self._keys = {key: xid for key, xid in self._keys.items() if xid in hidden} if hidden else {}",
         "self._keys = {}",
     ),
     Mutant(
         "a moved key leaves its old document behind",
+        "no double",
         "model/batch.py",
         "            self._put(Delete(change.shape, change.moved_from, change.xid, change.lsn))\n",
         "            pass\n",
     ),
     Mutant(
         "the first change of a key wins",
+        "no loss",
         "model/batch.py",
         "        self.filled.pop(change.key, None)\n        self.live[change.key] = change",
         "        self.filled.pop(change.key, None)\n        self.live.setdefault(change.key, change)",
     ),
     Mutant(
         "what came before a TRUNCATE in its batch stays",
+        "no resurrection",
         "model/batch.py",
         "                self.live.clear()\n",
         "",
     ),
     Mutant(
         "rows of a page that came before a TRUNCATE in its batch stay",
+        "no resurrection",
         "model/batch.py",
         "                self.live.clear()\n                self.filled.clear()\n",
         "                self.live.clear()\n",
     ),
     Mutant(
         "a large value that did not change is taken for known",
+        "large values survive",
         "model/rows.py",
         "return UNCHANGED not in row\n",
         "return True\n",
     ),
     Mutant(
         "an update that moves a key is taken for one that does not",
+        "no double",
         "model/rows.py",
         "return Upsert(self.shape, key, row, xid, lsn, before if before != key else None)",
         "return Upsert(self.shape, key, row, xid, lsn)",
     ),
     Mutant(
         "what an aborted savepoint wrote is kept",
+        "what was rolled back never was",
         "source/spool.py",
         "        start = transaction.forget(subxid)\n        if start is None:",
         "        start = transaction.forget(subxid)\n        if True:",
     ),
     Mutant(
         "a spooled transaction outlives its connection",
+        "what was rolled back never was",
         "source/spool.py",
         '        """Throw everything away."""\n        for xid in list(self._open):\n            self.drop(xid)\n',
         '        """Throw everything away."""\n',
@@ -210,6 +240,7 @@ MUTANTS = (
     ),
     Mutant(
         "a worker that was overtaken writes behind its successor's back: no fence",
+        "one writer",
         "target/pipelines.py",
         ", commits = commits + 1 WHERE slot = %s AND fence = %s",
         ", commits = commits + 1 WHERE slot = %s AND %s::bigint IS NOT NULL",
@@ -219,6 +250,7 @@ MUTANTS = (
     ),
     Mutant(
         "the slot's connection stays open until the write in hand has ended",
+        "a server may be shut down",
         "flows/follow/stream.py",
         "                async with slot:\n",
         "                if slot is not None:\n",
@@ -228,6 +260,7 @@ MUTANTS = (
     ),
     Mutant(
         "a search is answered by a session of which nobody asked whether it holds the position",
+        "wait_for keeps its word",
         "index.py",
         "if position is not None and not await self._holds(connection, spec.name, position):",
         "if position is not None and position < 0:",
@@ -237,6 +270,7 @@ MUTANTS = (
     ),
     Mutant(
         "a set-up writes over a connection that the pipeline's lock does not depend on",
+        "one writer",
         "worker/pipeline.py",
         "        target = self.session.connection\n",
         "        from cdcsync.postgres.sessions import connect\n\n"
@@ -247,6 +281,7 @@ MUTANTS = (
     ),
     Mutant(
         "the embed, settle, build and other sessions of a worker have no fence",
+        "one writer",
         "postgres/sessions.py",
         "                await admit(connection, side)\n",
         "                pass\n",
@@ -256,6 +291,7 @@ MUTANTS = (
     ),
     Mutant(
         "who takes over leaves the sessions of the worker before",
+        "one writer",
         "target/locked_session.py",
         "                    if left := await self._pipelines.end_overtaken(connection, self._held, spared()):",
         "                    if left := list[int]():",
@@ -265,6 +301,7 @@ MUTANTS = (
     ),
     Mutant(
         "a command that does a worker's work leaves the fence where it was",
+        "one writer",
         "flows/setup/exchange.py",
         "        lease = await pipelines.take_over(connection)\n"
         '        crash_point("fence raised by a command")\n'
@@ -277,6 +314,7 @@ MUTANTS = (
     ),
     Mutant(
         "a checkpoint moves from what this worker never committed: no chain",
+        "the checkpoint is a chain",
         "target/pipelines.py",
         " AND commits = %s AND checkpoint IS NOT DISTINCT FROM %s::pg_lsn RETURNING",
         " AND concat(%s::bigint, %s::pg_lsn) IS NOT NULL RETURNING",
@@ -286,6 +324,7 @@ MUTANTS = (
     ),
     Mutant(
         "a target that went back is taken for what this worker left",
+        "the checkpoint is a chain",
         "model/chain.py",
         "    if found not in (held, proposed):\n",
         "    if False:\n",
@@ -295,6 +334,7 @@ MUTANTS = (
     ),
     Mutant(
         "fingerprints are ignored",
+        "an altered table is read again",
         "source/fingerprints.py",
         '(compare="nothing is known of what its values were made of")\n    name = str(table.name)\n',
         "()\n    return Difference()\n    name = str(table.name)\n",
@@ -305,6 +345,7 @@ MUTANTS = (
     ),
     Mutant(
         "what was altered and altered back is no change",
+        "an altered table is read again",
         "source/fingerprints.py",
         "    if altered := _altered(was, is_):\n",
         "    if altered := _altered(was, was):\n",
@@ -315,6 +356,7 @@ MUTANTS = (
     ),
     Mutant(
         "a table's name tells whose rows it has, and not its OID",
+        "an altered table is read again",
         "model/transactions.py",
         "        shapes = self._tables.get(self._known.get(relation.oid, name), ())\n",
         "        shapes = self._tables.get(name) or self._tables.get(self._known.get(relation.oid, name), ())\n",
@@ -325,6 +367,7 @@ MUTANTS = (
     ),
     Mutant(
         "a slot is used though tables changed while it was created",
+        "a slot decodes what was written",
         "flows/setup/start.py",
         "            if not await definitions_changed_since(source, first):\n                break\n",
         "            if True:\n                break\n",
@@ -335,6 +378,7 @@ MUTANTS = (
     ),
     Mutant(
         "a page follows one that was given up",
+        "no loss",
         "flows/backfill/marks.py",
         "            self._lost.add(pending.request.id)\n",
         "",
@@ -345,6 +389,7 @@ MUTANTS = (
     ),
     Mutant(
         "what others made meanwhile is not looked for again",
+        "embedded once",
         "flows/embed/dispatcher.py",
         "                yield Made(recent, {})\n                continue  #",
         "                yield Made(recent, {})\n                #",
@@ -355,6 +400,7 @@ MUTANTS = (
     ),
     Mutant(
         "suspects are asked for beside each other",
+        "a refused text waits alone",
         "flows/embed/calls.py",
         "        async with self._apart:\n",
         "        async with anyio.Lock():\n",
@@ -364,6 +410,7 @@ MUTANTS = (
     ),
     Mutant(
         "rows that are gone stay after a gap",
+        "a resync heals",
         "flows/backfill/pages.py",
         "return Page(snapshot, [(key, None) for key in absent],",
         "return Page(snapshot, [],",
@@ -373,6 +420,7 @@ MUTANTS = (
     ),
     Mutant(
         "a row that leaves the condition stays",
+        "the condition decides",
         "flows/follow/prepare.py",
         "            if holds is False:\n                deleted.append(change.key)\n",
         "            if holds is False:\n",
@@ -382,6 +430,7 @@ MUTANTS = (
     ),
     Mutant(
         "a condition that only the source decides is taken to hold",
+        "the condition decides",
         "flows/follow/prepare.py",
         "if holds is None or not complete(change.row):",
         "if not complete(change.row):",
@@ -391,6 +440,7 @@ MUTANTS = (
     ),
     Mutant(
         "a load reads the rows that the condition leaves out",
+        "the condition decides",
         "model/spec.py",
         "for one in (self.row_filter, self.where and self.where.text) if one]",
         "for one in (self.row_filter,) if one]",
@@ -400,6 +450,7 @@ MUTANTS = (
     ),
     Mutant(
         "vectors of one model are stored for another one too",
+        "no mixed models",
         "target/apply.py",
         "one is self._spec else one.usable(changes.vectors) if self._same_model(one) else {}",
         "True else {}",
@@ -409,6 +460,7 @@ MUTANTS = (
     ),
     Mutant(
         "a move to the settled tier takes a vector that changed meanwhile",
+        "one vector in one tier",
         "target/settling.py",
         " AND f.xmin::text = c.version FOR UPDATE",
         " AND c.version IS NOT NULL FOR UPDATE",
@@ -418,6 +470,7 @@ MUTANTS = (
     ),
     Mutant(
         "a new vector leaves the one before it in the settled tier",
+        "one vector in one tier",
         "target/backlog.py",
         'await self._connection.execute(self._sql("DELETE FROM {settled} WHERE chunk_id = ANY(%s)"), [chunks])',
         "pass",
@@ -427,6 +480,7 @@ MUTANTS = (
     ),
     Mutant(
         "a vector that is stored ends the wait of other texts too",
+        "a vector belongs to its text",
         "target/backlog.py",
         ' AND chunk_id = ANY (ARRAY(SELECT chunk_id FROM due)))"\n',
         ' AND EXISTS (SELECT FROM due))"\n',
@@ -436,6 +490,7 @@ MUTANTS = (
     ),
     Mutant(
         "a batch reads all that waits",
+        "a batch costs what it holds",
         "target/look_ups.py",
         "        await self._connection.execute(BY_INDEX)\n",
         "",
@@ -445,6 +500,7 @@ MUTANTS = (
     ),
     Mutant(
         "a source that fell quiet is not nudged",
+        "no change waits for the next one",
         "flows/follow/receive.py",
         "                if self._nudge_due == math.inf:\n",
         "                if self._nudge_due == 0:\n",
@@ -454,6 +510,7 @@ MUTANTS = (
     ),
     Mutant(
         "generations are dropped as they were before an exchange",
+        "one set of chunks",
         "flows/setup/indexes.py",
         "            if entry is None or (entry.generation, entry.stem) != (spec.generation, spec.stem):\n",
         "            if entry is None:\n",
@@ -464,6 +521,7 @@ MUTANTS = (
     ),
     Mutant(
         "a partition is taken to log what its root promises",
+        "large values survive",
         "model/rows.py",
         '    if lacking or (root.replica_identity == "f" and part.replica_identity != "f"):\n',
         "    if False:\n",
@@ -474,6 +532,7 @@ MUTANTS = (
     ),
     Mutant(
         "a text that another generation has is asked for while its row is held",
+        "embedded once",
         "flows/embed/loop.py",
         "return waiting - taken, waiting & taken",
         "return waiting, set()",
@@ -484,6 +543,7 @@ MUTANTS = (
     ),
     Mutant(
         "a session that is left behind in the midst of a COPY keeps its snapshot",
+        "a killed worker leaves nothing behind",
         "postgres/liveness.py",
         " OR a.wait_event IN ('ClientRead', 'ClientWrite'))",
         ")",
@@ -494,6 +554,7 @@ MUTANTS = (
     ),
     Mutant(
         "a session that is on another server than the stream is used",
+        "one source",
         "postgres/followed.py",
         "        if self._server is None or self.is_on(connection):\n",
         "        if True:\n",
@@ -503,6 +564,7 @@ MUTANTS = (
     ),
     Mutant(
         "a source that was restored is taken for one that crashed",
+        "a gap is said",
         "flows/setup/proof.py",
         "        elif frame.payload[0] in _ROWS and now_us != last_us:\n            found = False\n",
         "",
@@ -513,6 +575,7 @@ MUTANTS = (
     ),
     Mutant(
         "a slot that sends nothing again is proof, wherever it begins",
+        "a gap is said",
         "flows/setup/proof.py",
         "there = state.commit_lsn is not None and state.commit_lsn <= slot.confirmed_flush",
         "there = state.commit_lsn is not None",
@@ -523,6 +586,7 @@ MUTANTS = (
     ),
     Mutant(
         "another server is read whole without an approval",
+        "a gap is said",
         "flows/setup/gaps.py",
         "return gap.approved if isinstance(gap, AnotherServer) else config",
         "return (isinstance(gap, AnotherServer) and gap.approved) or config",
@@ -532,6 +596,7 @@ MUTANTS = (
     ),
     Mutant(
         "a command writes to tables of a newer version",
+        "no mixed versions",
         "target/version.py",
         "            await _require_known(connection, target.schema)\n",
         "            pass\n",
@@ -541,6 +606,7 @@ MUTANTS = (
     ),
     Mutant(
         "a worker writes on to a target that went back",
+        "the checkpoint is a chain",
         "model/chain.py",
         "    if found not in (held, proposed):\n",
         "    if False:\n",
@@ -548,12 +614,14 @@ MUTANTS = (
     ),
     Mutant(
         "a target that went back to the same checkpoint is taken for what this worker left",
+        "the checkpoint is a chain",
         "model/chain.py",
         "    if found not in (held, proposed):\n",
         "    if found.checkpoint not in (held.checkpoint, proposed and proposed.checkpoint):\n",
     ),
     Mutant(
         "a commit whose answer was lost counts as one that was not made",
+        "the checkpoint is a chain",
         "model/chain.py",
         "    if found not in (held, proposed):\n",
         "    if found != held:\n",
@@ -561,6 +629,7 @@ MUTANTS = (
     ),
     Mutant(
         "a worker that was overtaken takes what its successor wrote for a target that went back",
+        "one writer",
         "model/chain.py",
         "    if fence > held.fence:\n",
         "    if False:\n",
@@ -568,6 +637,7 @@ MUTANTS = (
     ),
     Mutant(
         "a slot that is ahead of a target that went back is no gap",
+        "a gap is said",
         "flows/setup/gaps.py",
         "    if slot.confirmed_flush is not None and slot.confirmed_flush > state.checkpoint:\n",
         "    if False:\n",

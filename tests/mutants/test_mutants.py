@@ -61,7 +61,7 @@ def test_a_fault_whose_place_is_gone_cannot_be_put_back(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("nothing of it\n")
 
     with pytest.raises(LookupError, match=r"a\.py has 0 times"):
-        Mutant("a fault", "a.py", "what was there", "").apply(tmp_path)
+        Mutant("a fault", "no loss", "a.py", "what was there", "").apply(tmp_path)
 
 
 MOVED = next(one for one in MUTANTS if one.name == "a moved key leaves its old document behind")

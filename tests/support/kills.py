@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from cdcsync.process import crashpoints
+
 
 class Killed(Exception):
     """Stands for the end of the process: the server rolls back what its session had not committed."""
@@ -23,6 +25,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, module: ModuleType, point: str | No
 
     def reach(reached: str) -> None:
         if reached == point:
+            crashpoints.note(reached)
             raise Killed
 
     monkeypatch.setattr(module, "crash_point", reach)

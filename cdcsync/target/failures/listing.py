@@ -19,6 +19,7 @@ from psycopg import sql
 from cdcsync.model.rows import Key
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.ddl.names import DISCARDED_ATTEMPTS, MAX_ATTEMPTS, Names
 from cdcsync.target.failures.documents import TABLE, Listed, count_failed, forget_failed, has_list
 
@@ -141,6 +142,7 @@ class Failures:
             ),
             [discarded],
         )
+        crash_point("texts to be tried again")
         return done.rowcount
 
     async def discard(self) -> int:
@@ -172,9 +174,12 @@ class Failures:
                     await self._connection.execute(
                         sql.SQL("DELETE FROM {} WHERE chunk_id = ANY(%s)").format(table), [chunks]
                     )
+            crash_point("texts discarded")
+        crash_point("discarded texts committed")
         documents = 0
         if await has_list(self._connection, self._schema):
             documents = await forget_failed(self._connection, self._schema, self._index)
+            crash_point("failed documents forgotten")
         return len(discarded) + documents
 
     def _sql(self, statement: str) -> sql.Composed:

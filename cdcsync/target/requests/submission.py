@@ -11,6 +11,7 @@ from cdcsync.model.requests import OPEN, Kind, Phase, RequestAction
 from cdcsync.model.rows import Key
 from cdcsync.postgres.queries import fetch_one, fetch_row
 from cdcsync.postgres.sessions import Connection
+from cdcsync.process.crashpoints import crash_point
 from cdcsync.target.requests.tables import Tables
 
 _ACTIONS: Mapping[RequestAction, tuple[str, tuple[str, ...]]] = {
@@ -26,7 +27,7 @@ replay, the column `owed` says it."""
 
 
 class Requests:
-    """Requests to the worker; they take effect when the caller commits."""
+    """Requests to the worker; they take effect when the caller commits. `action` commits by itself."""
 
     def __init__(self, schema: str) -> None:
         self._schema = schema
@@ -189,17 +190,20 @@ class Requests:
         What the index is owed is not cancelled. A verification is not paused: it is short, and somebody waits for it.
         """
         state, before = _ACTIONS[action]
-        cursor = await connection.execute(
-            sql.SQL(
-                "UPDATE {} SET state = %s, finished_at = CASE WHEN %s = 'cancelled' THEN now() END"
-                " WHERE index_name = %s AND state = ANY(%s) AND (%s::bigint IS NULL OR id = %s)"
-                " AND NOT (%s = 'cancelled' AND (owed OR kind = ANY(%s)))"
-                " AND NOT (%s = 'paused' AND kind = 'verify') RETURNING id"
-            ).format(self._table),
-            [state, state, index, list(before), id_, id_, state, list(OWED), state],
-        )
-        changed = sorted(cast(int, row[0]) for row in await cursor.fetchall())
-        await self._wake(connection, index)
+        async with connection.transaction():
+            cursor = await connection.execute(
+                sql.SQL(
+                    "UPDATE {} SET state = %s, finished_at = CASE WHEN %s = 'cancelled' THEN now() END"
+                    " WHERE index_name = %s AND state = ANY(%s) AND (%s::bigint IS NULL OR id = %s)"
+                    " AND NOT (%s = 'cancelled' AND (owed OR kind = ANY(%s)))"
+                    " AND NOT (%s = 'paused' AND kind = 'verify') RETURNING id"
+                ).format(self._table),
+                [state, state, index, list(before), id_, id_, state, list(OWED), state],
+            )
+            changed = sorted(cast(int, row[0]) for row in await cursor.fetchall())
+            await self._wake(connection, index)
+            crash_point("requests changed")
+        crash_point("changed requests committed")
         return changed
 
     async def owed(self, connection: Connection, index: str) -> list[int]:

@@ -200,6 +200,78 @@ def test_requests_are_queued_paused_resumed_and_cancelled(live: Pipeline) -> Non
     assert live.target.execute(states, [first]).fetchone() == (["cancelled", "cancelled", "done"],)
 
 
+def test_a_command_that_is_killed_as_it_asks_for_something_can_be_typed_again_and_the_other_index_goes_on(
+    both: Pipeline,
+) -> None:
+    both.target.execute("UPDATE cdcsync.articles_chunks SET document_hash = '\\x00' WHERE id % 7 = 0")
+    asked = []
+    for point in ("replay asked for", "request for a replay committed"):
+        died = both.command("replay", "articles", "--detach", "--max-rows-per-s", "1", CDCSYNC_CRASH_AT=point)
+        assert died.returncode == -signal.SIGKILL, died.stderr + died.stdout
+        asked.append(both.target.execute("SELECT state FROM cdcsync.backfills WHERE kind = 'replay'").fetchall())
+    states = []
+    for action, wanted in (("--pause", "paused"), ("--cancel", "cancelled")):
+        for point in ("requests changed", "changed requests committed"):
+            died = both.command("replay", "articles", action, CDCSYNC_CRASH_AT=point)
+            assert died.returncode == -signal.SIGKILL, died.stderr + died.stdout
+            found = both.target.execute("SELECT state FROM cdcsync.backfills WHERE kind = 'replay'").fetchone()
+            states.append(found == (wanted,))
+    again = refused(both, "replay", "articles", "--cancel")
+    done = both.answer("replay", "articles")
+
+    assert [len(requests) for requests in asked] == [0, 1]
+    assert states == [False, True, False, True]
+    assert "there is nothing to cancel" in again
+    assert done["state"] == "done"
+    both.source.execute("UPDATE notes SET title = title || ', too'")
+    both.in_step()
+
+
+def test_a_command_about_failures_that_is_killed_can_be_typed_again_and_the_other_index_keeps_its_own(
+    database: Database, make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    short = {"chunking": {"max_tokens": 8, "overlap_tokens": 0, "max_chunks": 3}}
+    indexes: dict[str, dict[str, Any]] = {"articles": short, "notes": short}
+    both = make_pipeline(configuration(database.dsn, worker_lines=NO_AUDIT, indexes=indexes))
+    loaded(both, "articles", "notes", rows=20)
+    for index in indexes:
+        both.source.execute(f"UPDATE {index} SET title = repeat('long ', 60) WHERE id = 8".encode())
+    both.in_step()
+    refuse(both)
+    left = []
+    for action, point in (
+        ("retry", "texts to be tried again"),
+        ("discard", "texts discarded"),
+        ("discard", "discarded texts committed"),
+        ("discard", "failed documents forgotten"),
+    ):
+        died = both.command("failures", "articles", action, CDCSYNC_CRASH_AT=point)
+        assert died.returncode == -signal.SIGKILL, died.stderr + died.stdout
+        kinds = [one["kind"] for one in both.answer("failures", "articles", "list")]
+        left.append((kinds.count("text"), kinds.count("document")))
+        if action == "retry":
+            again = both.answer("failures", "articles", "retry")
+            assert (again["retry"], again["documents"]["rows"], again["documents"]["failed"]) == (1, 1, 1)
+            both.in_step()
+            refuse(both)
+    assert both.answer("failures", "articles", "discard") == {"discard": 0}
+
+    assert left == [(0, 1), (1, 1), (0, 1), (0, 0)]
+    assert [one["kind"] for one in both.answer("failures", "notes", "list")] == ["document"]
+    both.answer("failures", "articles", "retry", "--discarded")
+    for index in indexes:
+        both.source.execute(f"UPDATE {index} SET title = 'short' WHERE id = 8".encode())
+    both.in_step()
+
+
+def refuse(pipeline: Pipeline) -> None:
+    """Have a text wait for an operator, as if an embedder had refused it."""
+    pipeline.target.execute(
+        "INSERT INTO cdcsync.articles_backlog (generation, chunk_id, content_hash, lane, attempts, error)"
+        " SELECT 1, chunk_id, content_hash, 0, 8, 'refused' FROM cdcsync.articles_chunks WHERE id = 7"
+    )
+
+
 @pytest.mark.proof_from(1)
 @pytest.mark.parametrize("kind", ["related", "compare"])
 def test_a_request_that_the_index_is_owed_is_not_cancelled_with_the_others(live: Pipeline, kind: str) -> None:

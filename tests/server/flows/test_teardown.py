@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -332,6 +333,71 @@ def test_a_slot_that_may_not_be_the_pipelines_is_refused_with_the_statement_that
     assert teardown(pipeline).returncode == 0
 
 
+def test_a_purge_that_is_killed_at_any_point_is_finished_by_the_next_one_and_the_other_pipeline_goes_on(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database, elsewhere = make_database(), make_database()
+    fill(database)
+    fill(elsewhere)
+    database.execute("CREATE TABLE notes (id bigint PRIMARY KEY, title text)")
+    both: dict[str, Section] = {"articles": {}, "notes": {}}
+    killed = make_pipeline(configuration(database.dsn, indexes=both))
+    run_and_stop(killed)
+    # It lets go of an index of a table that nothing but its rows in the target tells to be its own by now.
+    killed.configure(configuration(database.dsn))
+    let_go = killed.start()
+    killed.event("index_unfollowed")
+    assert killed.stop(let_go) == 0
+    other = make_pipeline(
+        configuration(
+            elsewhere.dsn,
+            target=database.dsn,
+            source_lines='publication = "others"',
+            indexes={"others": {"table": "articles"}},
+        )
+    )
+    worker = other.start()
+    other.event("index_live")
+
+    killed.released()
+    left = []
+    for point in ("fence raised to drop", "slot dropped", "publication dropped", "drop written", "drop committed"):
+        died = killed.command("teardown", "--purge", "--yes", CDCSYNC_CRASH_AT=point)
+        assert died.returncode == -signal.SIGKILL, died.stderr + died.stdout
+        left.append((len(slots(database)), len(publications(database)), len(indexes(database))))
+    done = outcomes(teardown(killed, "--purge", "--yes", "--json"))
+
+    assert left == [(1, 1, 3), (0, 1, 3), (0, 0, 3), (0, 0, 3), (0, 0, 1)]
+    assert set(done.values()) == {"absent"}
+    assert not [name for name in relations(database) if "articles_" in name or "notes_" in name]
+    elsewhere.execute("INSERT INTO articles VALUES (100, 'still followed')")
+    other.in_step()
+    assert other.stop(worker) == 0
+
+
+def indexes(database: Database) -> list[str]:
+    """Return the indexes of all pipelines."""
+    return [name for (name,) in database.execute("SELECT name FROM cdcsync.indexes")]
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("point", ["slot dropped", "publication dropped"])
+def test_a_teardown_that_is_killed_is_finished_by_the_next_one_and_the_index_stays_searchable(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], point: str
+) -> None:
+    database, pipeline = set_up(make_database, make_pipeline)
+    pipeline.released()
+
+    died = pipeline.command("teardown", CDCSYNC_CRASH_AT=point)
+    done = outcomes(teardown(pipeline, "--json"))
+
+    assert died.returncode == -signal.SIGKILL, died.stderr + died.stdout
+    was = "dropped" if point == "slot dropped" else "absent"
+    assert done == {f"slot s_{database.name}": "absent", "publication cdcsync": was}
+    assert slots(database) == publications(database) == []
+    assert database.execute("SELECT count(*) FROM articles_index") == [(20,)]
+
+
 # -- one index -------------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +455,84 @@ def test_an_index_that_left_the_configuration_is_unfollowed_says_so_and_can_be_d
     # The other index goes on.
     source.execute("UPDATE articles SET title = 'after'")
     pipeline.in_step("articles")
+
+
+def test_a_drop_that_is_killed_at_any_point_is_finished_by_the_next_one_and_the_other_index_goes_on(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    fill(database)
+    database.execute("CREATE TABLE notes (id bigint PRIMARY KEY, title text)")
+    database.execute("INSERT INTO notes VALUES (1, 'one')")
+    both: dict[str, Section] = {"articles": {}, "notes": {}}
+    pipeline = make_pipeline(configuration(database.dsn, indexes=both))
+    run_and_stop(pipeline)
+    died = pipeline.command("drop", "notes", "--yes", CDCSYNC_CRASH_AT="fence raised to drop")
+    assert died.returncode == -signal.SIGKILL, died.stderr + died.stdout
+    pipeline.configure(configuration(database.dsn))
+    worker = pipeline.start()
+    pipeline.event("index_unfollowed")
+
+    left = []
+    for point in ("table taken from its publication", "publication without the table committed", "drop written"):
+        died = pipeline.command("drop", "notes", "--yes", CDCSYNC_CRASH_AT=point)
+        assert died.returncode == -signal.SIGKILL, died.stderr + died.stdout
+        left.append((sent(database), database.execute("SELECT count(*) FROM notes_index")))
+    last = pipeline.command("drop", "notes", "--yes", CDCSYNC_CRASH_AT="drop committed")
+    again = drop(pipeline, "notes", "--yes")
+
+    assert left == [(["articles", "notes"], [(1,)]), (["articles"], [(1,)]), (["articles"], [(1,)])]
+    assert last.returncode == -signal.SIGKILL, last.stderr + last.stdout
+    assert (again.returncode, "there is no index notes" in again.stderr) == (2, True)
+    assert sent(database) == ["articles"]
+    assert not [name for name in relations(database) if "notes_" in name]
+    database.execute("UPDATE articles SET title = 'after'")
+    pipeline.in_step("articles")
+    assert pipeline.stop(worker) == 0
+
+
+def sent(database: Database) -> list[str]:
+    """Return the tables in the publication."""
+    return [name for (name,) in database.execute("SELECT tablename::text FROM pg_publication_tables ORDER BY 1")]
+
+
+@pytest.mark.proof
+def test_an_index_that_a_killed_drop_has_left_is_followed_again_if_a_worker_begins_first(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    fill(database)
+    database.execute("CREATE TABLE notes (id bigint PRIMARY KEY, title text)")
+    both: dict[str, Section] = {"articles": {}, "notes": {}}
+    pipeline = make_pipeline(configuration(database.dsn, indexes=both))
+    run_and_stop(pipeline)
+
+    died = pipeline.command("drop", "articles", "--yes", CDCSYNC_CRASH_AT="publication without the table committed")
+    database.execute("UPDATE articles SET title = 'while it was not sent' WHERE id = 7")
+    database.execute("DELETE FROM articles WHERE id = 8")
+    worker = pipeline.start()
+
+    assert died.returncode == -signal.SIGKILL, died.stderr + died.stdout
+    until(lambda: pipeline.in_step_now("articles"), pipeline.tail)
+    assert sent(database) == ["articles", "notes"]
+    assert pipeline.stop(worker) == 0
+
+
+def test_an_index_that_something_depends_on_keeps_its_table_in_the_publication(
+    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    fill(database)
+    database.execute("CREATE TABLE notes (id bigint PRIMARY KEY, title text)")
+    both: dict[str, Section] = {"articles": {}, "notes": {}}
+    pipeline = make_pipeline(configuration(database.dsn, indexes=both))
+    run_and_stop(pipeline)
+    database.execute("CREATE VIEW mine AS SELECT id FROM notes_index")
+
+    refused = drop(pipeline, "notes", "--yes")
+
+    assert (refused.returncode, "depends on the index" in refused.stderr) == (2, True)
+    assert sent(database) == ["articles", "notes"]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ from structlog.testing import capture_logs
 
 from cdcsync.serve import calls
 from cdcsync.serve.calls import Recorder
+from cdcsync.target import calls as table
 from cdcsync.target.calls import DDL, Call
+from tests.support.kills import Killed, kill_at
 from tests.support.servers import Database
 from tests.support.serving import SEARCH, Office, ask, served, tenant
 from tests.support.workers import until
@@ -283,3 +285,31 @@ async def test_a_target_that_stores_nothing_is_told_of_once_and_calls_wait(
     assert [(one["event"], one["waiting"]) for one in logged] == [("calls_not_recorded", 1)]
     assert [one.subject for one in made._waiting] == ["ana"]
     assert made._dropped._value.get() == 0
+
+
+@pytest.mark.parametrize(("point", "stored"), [("calls written", []), ("calls committed", ["ana", "ben"])])
+async def test_a_kill_leaves_all_calls_of_a_batch_or_none(
+    tickets: Office, monkeypatch: pytest.MonkeyPatch, point: str, stored: list[str]
+) -> None:
+    made = recorder(tickets)
+    kill_at(monkeypatch, table, point)
+
+    with pytest.raises(Killed):
+        await made._store_batch([call("ana"), call("ben")])
+
+    await made._session.aclose()
+    assert subjects(tickets) == stored
+
+
+async def test_old_calls_that_were_deleted_before_a_kill_are_gone(
+    tickets: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_old(tickets)
+    made = recorder(tickets)
+    kill_at(monkeypatch, table, "old calls deleted")
+
+    with pytest.raises(Killed):
+        await made._forget()
+
+    await made._session.aclose()
+    assert subjects(tickets) == []

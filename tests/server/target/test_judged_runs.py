@@ -15,6 +15,7 @@ from cdcsync.target import judged_runs
 from cdcsync.target.judged_runs import Figure, ModeRun, Run, Weighed
 from tests.support import relations
 from tests.support.indexes import SCHEMA
+from tests.support.kills import Killed, kill_at
 from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -112,3 +113,19 @@ async def test_where_nothing_can_be_written_the_reason_is_told(registered: Conne
     assert "a worker of this version creates it" in str(problem)
     assert await last(registered) is None
     assert await judged_runs.read(registered, SCHEMA, "articles", "cisi", 1) is None
+
+
+@pytest.mark.parametrize("point", ["judged run written", "judged run committed"])
+async def test_a_kill_leaves_a_whole_run_or_none_and_no_run_too_many(
+    registered: Connection, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    monkeypatch.setattr(judged_runs, "KEPT", 1)
+    await judged_runs.store(registered, SCHEMA, run(mean=0.3))
+    kill_at(monkeypatch, judged_runs, point)
+
+    with pytest.raises(Killed):
+        await judged_runs.store(registered, SCHEMA, run(mean=0.4))
+
+    assert await last(registered) == run(mean=0.4 if point == "judged run committed" else 0.3)
+    cursor = await registered.execute("SELECT count(*) FROM cdcsync.judged_runs")
+    assert await cursor.fetchall() == [(1,)]
