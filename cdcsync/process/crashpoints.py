@@ -27,7 +27,7 @@ def _pass(point: str) -> None:
 def note(point: str) -> None:
     """Add a point to the file of those at which a process died, if there is one."""
     if path := os.environ.get(NOTES):
-        with Path(path).open("a") as notes:
+        with Path(path).open("a", encoding="utf-8") as notes:
             notes.write(f"{point}\n")
 
 
