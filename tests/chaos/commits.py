@@ -24,7 +24,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.chaos.statements import PACKAGE, file_of, module
+from tests.chaos.statements import PACKAGE, file_of, module, nodes
 
 FOLDERS = ("source", "target", "flows", "worker", "postgres")
 """What workers and commands run that may write."""
@@ -142,8 +142,8 @@ class Leaving(msgspec.Struct, frozen=True):
         if _called(call) in self.functions or _called(call) in self.inside:
             return True
         if isinstance(call.func, ast.Attribute) and _called(call) in self.methods:
-            receiver = {one.id for one in ast.walk(call.func.value) if isinstance(one, ast.Name)}
-            receiver |= {one.attr for one in ast.walk(call.func.value) if isinstance(one, ast.Attribute)}
+            receiver = {one.id for one in nodes(call.func.value) if isinstance(one, ast.Name)}
+            receiver |= {one.attr for one in nodes(call.func.value) if isinstance(one, ast.Attribute)}
             if receiver & self.holders:
                 return True
         named = ast.unparse(call.func)
@@ -200,7 +200,7 @@ def _senders(text: str) -> frozenset[str]:
     senders = set(SENDING)
     for one in (QUERIES.read_text(), text):
         tree = module(one).tree
-        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        functions = [node for node in nodes(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
         while True:
             more = {function.name for function in functions if _passes_on(function, senders)}
             if more <= senders:
@@ -214,24 +214,24 @@ def _passes_on(function: ast.FunctionDef | ast.AsyncFunctionDef, senders: set[st
     parameters = {one.arg for one in function.args.args + function.args.kwonlyargs} - {"self", "connection"}
     return any(
         isinstance(named, ast.Name) and named.id in parameters
-        for node in ast.walk(function)
+        for node in nodes(function)
         if isinstance(node, ast.Call) and _called(node) in senders
         for argument in node.args[:2]
         if not isinstance(argument, ast.List | ast.Tuple | ast.Dict)
-        for named in ast.walk(argument)
+        for named in nodes(argument)
     )
 
 
 @cache
 def _writing(text: str, others: frozenset[str] = frozenset()) -> frozenset[str]:
     """Return the functions of a file that write, by themselves or by another one of them, or of `others`."""
-    functions = [node for node in ast.walk(_parsed(text)) if isinstance(node, ast.AsyncFunctionDef)]
+    functions = [node for node in nodes(_parsed(text)) if isinstance(node, ast.AsyncFunctionDef)]
     writing: set[str] = set()
     while True:
         more = {
             one.name
             for one in functions
-            for node in ast.walk(one)
+            for node in nodes(one)
             if isinstance(node, ast.Call) and (_called(node) in writing | others or _writes(node, text))
         }
         if more <= writing:
@@ -242,7 +242,7 @@ def _writing(text: str, others: frozenset[str] = frozenset()) -> frozenset[str]:
 @cache
 def _callers(text: str) -> frozenset[str]:
     """Return the functions of a file that leave the commit to their callers."""
-    functions = [node for node in ast.walk(_parsed(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    functions = [node for node in nodes(_parsed(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     return frozenset(one.name for one in functions if _by_caller(one))
 
 
@@ -254,7 +254,7 @@ def _parsed(text: str) -> ast.Module:
 def _sites(file: str, text: str, callers: Leaving) -> Iterator[Site]:
     tree = _parsed(text)
     inside = _inside(tree)
-    for function in ast.walk(tree):
+    for function in nodes(tree):
         if not isinstance(function, ast.AsyncFunctionDef) or function.name in inside or _by_caller(function):
             continue
         if (file, function.name) not in EXEMPT:
@@ -264,7 +264,7 @@ def _sites(file: str, text: str, callers: Leaving) -> Iterator[Site]:
 
 def _inside(tree: ast.Module) -> set[str]:
     """Return the private functions of a file that are called only inside a transaction."""
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.AsyncFunctionDef)]
+    functions = [node for node in nodes(tree) if isinstance(node, ast.AsyncFunctionDef)]
     inside = {one.name for one in functions if one.name.startswith("_") and not one.name.startswith("__")}
     while True:
         outside = {
@@ -289,7 +289,7 @@ def _header(statement: ast.stmt) -> Iterator[ast.AST]:
     """Yield what a statement holds besides the statements in it."""
     for child in ast.iter_child_nodes(statement):
         if not isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
-            yield from ast.walk(child)
+            yield from nodes(child)
 
 
 def _of_block(

@@ -16,22 +16,28 @@ PACKAGE = Path(__file__).parents[2] / "cdcsync"
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+@cache
+def nodes(root: ast.AST) -> tuple[ast.AST, ...]:
+    """Return a node and all below it, as `ast.walk` does; kept, because the same trees are walked over and over."""
+    return tuple(ast.walk(root))
+
+
 class Module:
     """A file of the package with its names."""
 
     def __init__(self, text: str) -> None:
         self.tree = ast.parse(text)
-        self._parents = {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
+        self._parents = {child: node for node in nodes(self.tree) for child in ast.iter_child_nodes(node)}
         self._assigned: dict[ast.AST, dict[str, list[ast.AST]]] = {}
         self._returned: dict[str, list[ast.AST]] = {}
         self.imported: dict[str, tuple[str, str]] = {}
         """The module and the name there of each name that comes from the package; no name if it is the module."""
-        for node in ast.walk(self.tree):
+        for node in nodes(self.tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cdcsync"):
                 for one in node.names:
                     self.imported[one.asname or one.name] = (str(node.module), one.name)
             elif isinstance(node, Function):
-                returned = [one.value for one in ast.walk(node) if isinstance(one, ast.Return) and one.value]
+                returned = [one.value for one in nodes(node) if isinstance(one, ast.Return) and one.value]
                 self._returned.setdefault(node.name, []).extend(returned)
             for name, value in _assignments(node):
                 self._assigned.setdefault(self._scope(node), {}).setdefault(name, []).append(value)
@@ -42,7 +48,7 @@ class Module:
         seen: set[ast.AST] = set()
         for one in call.args:
             if isinstance(one, ast.List | ast.Tuple | ast.Dict):  # values, or statements that are written here
-                found |= {str(text.value) for text in ast.walk(one) if isinstance(text, ast.Constant)}
+                found |= {str(text.value) for text in nodes(one) if isinstance(text, ast.Constant)}
             else:
                 self._gather(one, found, seen)
         return found
@@ -51,7 +57,7 @@ class Module:
         """Return the names that stand for an object of these classes, or for something that holds such objects."""
         held = set(classes)
         places = [pair for names in self._assigned.values() for pair in names.items()]
-        for node in ast.walk(self.tree):
+        for node in nodes(self.tree):
             if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
                 name = node.arg if isinstance(node, ast.arg) else _identifier(node.target)
                 places.append((name, [node.annotation]))
@@ -71,7 +77,7 @@ class Module:
         return self.tree
 
     def _gather(self, node: ast.AST, found: set[str], seen: set[ast.AST]) -> None:
-        for one in ast.walk(node):
+        for one in nodes(node):
             if one in seen:
                 continue
             seen.add(one)
@@ -152,7 +158,7 @@ def _assignments(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
         case _:
             return
     for target, value in pairs:
-        for one in ast.walk(target):
+        for one in nodes(target):
             if isinstance(one, ast.Name):
                 yield one.id, value
             elif isinstance(one, ast.Attribute) and isinstance(one.value, ast.Name) and one.value.id == "self":
@@ -168,5 +174,5 @@ def _identifier(node: ast.AST) -> str:
 
 def _identifiers(node: ast.AST) -> set[str]:
     """Return the names in an expression; annotations may be texts."""
-    names = {_identifier(one) for one in ast.walk(node)} - {""}
+    names = {_identifier(one) for one in nodes(node)} - {""}
     return names | {f"self.{one}" for one in names}

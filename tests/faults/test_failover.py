@@ -196,6 +196,7 @@ def test_a_standby_without_the_last_checkpoint_has_no_acknowledgement_of_it_if_t
     assert worker.poll() is None
 
 
+@pytest.mark.proof
 def test_a_promoted_standby_without_the_slot_is_a_gap(
     make_pair: MakePair, database: Database, make_simple: MakeSimple
 ) -> None:
@@ -239,6 +240,7 @@ def test_a_promoted_standby_that_lacks_what_is_indexed_is_a_gap(
     stops_at_the_gap_and_heals(pipeline, "branched off at")
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("put_back", [True, False], ids=["and put back", "for good"])
 def test_a_promoted_standby_whose_history_is_gone_is_a_gap(
     make_pair: MakePair, database: Database, make_simple: MakeSimple, put_back: bool
@@ -346,6 +348,7 @@ def test_the_stream_follows_its_address_to_another_primary_although_the_one_befo
         assert pipeline.stop(worker) == 0
 
 
+@pytest.mark.proof
 def test_no_row_is_read_from_a_former_primary_that_is_back_while_the_stream_is_on_its_successor(
     make_pair: MakePair, make_beside: Callable[[str], Pipeline]
 ) -> None:

@@ -305,7 +305,7 @@ def test_a_source_restored_from_an_older_backup_is_a_gap(
     stops_at_the_gap_and_heals(pipeline, "branched off at" if recovered else "restored from a backup")
 
 
-@pytest.mark.proof_from(1)
+@pytest.mark.proof
 @pytest.mark.parametrize("recovered", [False, True], ids=["files put back", "recovered twice to one timeline"])
 def test_a_restored_source_that_has_written_beyond_the_checkpoint_is_compared(
     make_cluster: Callable[..., Cluster],
@@ -382,6 +382,7 @@ def test_a_crash_that_sets_the_slot_back_costs_no_comparison(
     assert worker.poll() is None
 
 
+@pytest.mark.proof
 def test_a_start_whose_slot_waits_for_a_standby_says_what_it_waits_for(
     make_cluster: Callable[..., Cluster], database: Database, make_simple: MakeSimple
 ) -> None:

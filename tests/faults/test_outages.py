@@ -360,6 +360,7 @@ def test_a_target_that_takes_only_reads_for_a_while_is_waited_for_and_the_reason
     assert worker.poll() is None
 
 
+@pytest.mark.proof
 def test_a_target_whose_disk_is_full_is_waited_for_and_the_reason_is_told(
     make_cluster: Callable[..., Cluster], make_simple: MakeSimple
 ) -> None:

@@ -148,6 +148,7 @@ def impatient(make_database: Callable[[], Database], make_pipeline: Callable[[st
     return pipeline
 
 
+@pytest.mark.proof
 def test_a_command_ends_the_session_of_a_frozen_worker_that_has_the_lock(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
@@ -263,6 +264,7 @@ def test_a_set_up_that_loses_the_pipelines_lock_writes_nothing_more(
     assert pipeline.times("index_paused") == 0
 
 
+@pytest.mark.proof
 def test_a_worker_whose_pipeline_begins_anew_is_no_standby_of_its_own_last_session(
     make_database: Callable[[], Database], make_simple: MakeSimple
 ) -> None:

@@ -57,6 +57,7 @@ def under_way(pipeline: Pipeline, rows: int) -> bool:
     return done(pipeline) >= rows
 
 
+@pytest.mark.proof
 def test_a_rebuild_goes_on_where_it_was_after_kill_9_and_live_changes_do_not_wait_for_it(tickets: Pipeline) -> None:
     worker = tickets.start()
     tickets.live()

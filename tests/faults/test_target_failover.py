@@ -101,6 +101,7 @@ def test_a_target_that_lost_confirmed_changes_under_a_worker_is_a_gap(
         assert worker.poll() is None
 
 
+@pytest.mark.proof
 def test_a_former_primary_of_the_target_that_is_back_and_named_first_is_passed_over(
     make_database: Callable[[], Database],
     make_cluster: Callable[..., Cluster],

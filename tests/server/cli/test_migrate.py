@@ -130,6 +130,7 @@ def test_the_walk_to_other_chunks_works_as_it_is_written(
     until(lambda: pipeline.target.execute(seventh).fetchone() == ("article 7\n\nof new",), pipeline.tail)
 
 
+@pytest.mark.proof
 def test_what_cannot_begin_is_refused_with_what_to_do(
     database: Database, make_pipeline: Callable[[str], Pipeline], tmp_path: Path
 ) -> None:

@@ -126,6 +126,7 @@ def test_force_embed_makes_vectors_again_of_what_it_touches_and_of_nothing_else(
     live.in_step()
 
 
+@pytest.mark.proof
 def test_without_a_worker_the_command_takes_its_place_until_all_vectors_are_there(live: Pipeline) -> None:
     live.stop(live.processes[-1])
     damage(live)

@@ -405,6 +405,7 @@ def drop(pipeline: Pipeline, index: str, *arguments: str, answer: str = "") -> s
     return pipeline.command("drop", index, *arguments, answer=answer)
 
 
+@pytest.mark.proof
 def test_an_index_that_left_the_configuration_is_unfollowed_says_so_and_can_be_dropped(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
@@ -626,6 +627,7 @@ def test_without_its_source_what_is_in_the_target_goes_by_any_server(
     assert relations(target) == []
 
 
+@pytest.mark.proof
 def test_an_index_that_comes_back_into_the_configuration_is_read_again(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
@@ -696,7 +698,7 @@ async def test_an_index_that_a_worker_begins_to_follow_meanwhile_is_not_dropped(
 
 
 @pytest.mark.anyio
-@pytest.mark.proof_from(1)
+@pytest.mark.proof
 @pytest.mark.parametrize("model", [turned(NEW), hashed(12)], ids=["the same dimensions", "other dimensions"])
 async def test_vectors_of_a_dropped_index_are_never_taken_for_those_of_the_index_that_gets_its_name(
     database: Database, make_pipeline: Callable[[str], Pipeline], model: Section

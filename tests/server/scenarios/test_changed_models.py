@@ -55,6 +55,7 @@ def test_a_changed_embedder_leaves_its_index_as_it_is_and_names_the_migration(
     assert entry(pipeline, "articles") == ("live", None)
 
 
+@pytest.mark.proof
 def test_a_changed_embedder_without_the_one_before_pauses_its_index_alone(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

@@ -95,7 +95,7 @@ def insert(pipeline: Pipeline, *rows: tuple[int, str, str | None]) -> None:
 
 
 @pytest.mark.parametrize("pairs", [pytest.param(pairs, id=one) for one, pairs in PAIRS.items()])
-@pytest.mark.proof_from(1)
+@pytest.mark.proof
 def test_keyword_search_stays_what_it_is_until_its_column_is_made_again_and_plan_says_so(
     pipeline: Pipeline, database: Database, pairs: Mapping[str, tuple[str, str]]
 ) -> None:

@@ -176,6 +176,7 @@ def undisturbed(scene: Scene) -> None:
     assert not [event for event in paused if event["index"] == "beside"]
 
 
+@pytest.mark.proof
 @HOW
 def test_an_index_equals_its_many_tables_whatever_happens_to_one(families: Scene, how: str) -> None:
     worker = families.pipeline.processes[-1]

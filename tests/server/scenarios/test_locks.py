@@ -204,7 +204,7 @@ NEW = {
 """Which table is held how, and the index that is new."""
 
 
-@pytest.mark.proof_from(1)
+@pytest.mark.proof
 @pytest.mark.parametrize("why", NEW)
 def test_a_new_index_whose_table_is_locked_waits_alone_and_the_reason_is_the_lock(
     make_scene: MakeScene, why: str

@@ -92,6 +92,7 @@ def test_replay_and_verify_know_the_named_key(keyless: Scene) -> None:
     assert verified["equal"], verified
 
 
+@pytest.mark.proof
 def test_an_index_is_paused_while_nothing_proves_its_key(keyless: Scene) -> None:
     keyless.execute("DROP INDEX wider_key")
     assert "(station, taken) is not known to identify a row" in keyless.paused("wider")

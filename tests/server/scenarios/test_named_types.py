@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.server]
 MOOD, SHADE = '"mo{od} %s \'s"', '"public"."sha{}de {name}"'
 
 
+@pytest.mark.proof
 def test_an_index_whose_key_and_columns_have_types_of_odd_names_follows_its_table(make_scene: MakeScene) -> None:
     scene = make_scene(
         [

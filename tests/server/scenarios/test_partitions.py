@@ -99,6 +99,7 @@ def test_rows_come_with_a_partition_that_is_attached_and_go_with_one_that_is_det
     parted.heals("attached")
 
 
+@pytest.mark.proof
 def test_a_transaction_of_another_database_keeps_no_partition_from_being_read(
     make_scene: MakeScene, server: Server
 ) -> None:
@@ -281,6 +282,7 @@ def passing(make_scene: MakeScene) -> Scene:
     return made
 
 
+@pytest.mark.proof
 def test_a_partition_that_comes_and_goes_between_two_looks_leaves_nothing_behind(passing: Scene) -> None:
     for table, statements in PASSING.items():
         passing.execute(*(statement.format(t=table) for statement in statements))

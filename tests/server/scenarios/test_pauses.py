@@ -354,6 +354,7 @@ IF EXISTS (SELECT FROM pg_event_trigger_ddl_commands() WHERE object_identity ~ '
 THEN RAISE 'no more tables here'; END IF; END $$"""
 
 
+@pytest.mark.proof
 def test_new_indexes_that_the_target_refuses_are_paused_in_one_pass_and_everybody_is_told(
     make_scene: MakeScene,
 ) -> None:
@@ -442,6 +443,7 @@ def test_the_others_are_followed_while_a_paused_index_is_examined(make_scene: Ma
     assert len(pipeline.processes) == 1
 
 
+@pytest.mark.proof
 def test_a_paused_index_whose_vectors_are_to_be_others_is_built_anew_as_its_fix_says(make_scene: MakeScene) -> None:
     tables = ("other", "sound")
     made = make_scene(

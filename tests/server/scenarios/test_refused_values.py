@@ -131,6 +131,7 @@ def test_an_index_resumes_by_itself_once_the_value_is_another_type(make_scene: M
     assert len(scene.pipeline.processes) == 1
 
 
+@pytest.mark.proof
 def test_an_index_whose_value_stays_refused_is_not_read_again_and_again(make_scene: MakeScene) -> None:
     """What an attempt examined is what the looks after it find, however the index is made: none sees a change."""
     tables = ("staying", "chosen", "many_one", "many_two")
@@ -155,6 +156,7 @@ def test_an_index_whose_value_stays_refused_is_not_read_again_and_again(make_sce
     assert all(times <= noted[name] + 1 for name, times in attempts().items())
 
 
+@pytest.mark.proof
 def test_an_index_gives_up_a_domain_of_the_target_that_refuses_a_value(make_scene: MakeScene) -> None:
     scene = make_scene(
         [

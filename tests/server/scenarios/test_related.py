@@ -214,6 +214,7 @@ def test_documents_are_compared_if_one_partition_of_a_related_table_is_truncated
     restore(orders, before)
 
 
+@pytest.mark.proof
 def test_partitions_of_a_related_table_come_and_go_with_their_rows(orders: Scene) -> None:
     before = rows(orders)
     orders.execute(
@@ -340,6 +341,7 @@ def test_a_replay_of_documents_by_their_related_rows_asks_for_them_by_a_query(
     settled(tickets)
 
 
+@pytest.mark.proof
 def test_a_row_that_takes_part_in_more_documents_than_a_batch_takes_is_a_request(tickets: Scene) -> None:
     before = rows(tickets)
     tickets.execute("INSERT INTO tickets SELECT i, 'many ' || i, 4 FROM generate_series(10001, 11500) i")
@@ -415,7 +417,7 @@ separator = " "
 """
 
 
-@pytest.mark.proof_from(1)
+@pytest.mark.proof
 @pytest.mark.parametrize(
     "later",
     [

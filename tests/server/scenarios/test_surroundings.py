@@ -20,6 +20,7 @@ def told(scene: Scene, *words: str) -> list[str]:
     return sorted(one["where"] for one in logged if any(word in one["problem"] for word in words))
 
 
+@pytest.mark.proof
 def test_another_version_of_a_collation_is_logged_once_while_it_lasts(make_scene: MakeScene) -> None:
     scene = make_scene(
         [

@@ -207,6 +207,7 @@ def test_an_index_equals_its_table_after_what_was_altered_and_altered_back(undon
     undone.heals(name)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("name", ["beside", *(f"unused_{how}" for how in HOW)])
 def test_an_index_that_it_does_not_concern_is_neither_compared_nor_read_again_nor_paused(
     undone: Scene, name: str

@@ -95,6 +95,7 @@ def test_a_worker_that_dies_as_it_reads_a_table_in_place_of_comparing_it_leaves_
     assert pipeline.target.execute("SELECT count(*) FROM cdcsync.backfills WHERE kind = 'resync'").fetchone() == (1,)
 
 
+@pytest.mark.proof
 def test_a_repair_of_most_of_an_index_reads_it_as_one(
     make_database: Callable[[], Database], make_simple: MakeSimple
 ) -> None:

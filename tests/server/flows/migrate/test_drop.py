@@ -86,7 +86,7 @@ OBSTACLES: dict[str, tuple[Obstacle, str]] = {
 }
 
 
-@pytest.mark.proof_from(1)
+@pytest.mark.proof
 @pytest.mark.parametrize("follows", [True, False], ids=["by the worker", "by the command"])
 @pytest.mark.parametrize("what", OBSTACLES)
 def test_unused_vectors_that_cannot_be_dropped_stay_say_why_and_stop_nobody(

@@ -55,6 +55,7 @@ def test_a_generation_that_the_workers_file_has_no_embedder_for_becomes_live_wit
     assert migrate(pipeline, "rollback")["live"] == 1
 
 
+@pytest.mark.proof
 def test_a_paused_index_is_rolled_back_to_the_generation_that_the_worker_has_an_embedder_for(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

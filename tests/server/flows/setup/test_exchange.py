@@ -45,6 +45,7 @@ def begun(pipeline: Pipeline) -> None:
     ready(pipeline, 2)
 
 
+@pytest.mark.proof
 def test_what_is_built_on_the_tables_is_in_the_way_and_nothing_else_changes(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:
@@ -134,6 +135,7 @@ def test_what_is_wrong_with_the_table_of_both_sides_is_said_once(
     until(lambda: pipeline.target.execute(paused).fetchone() == (0,), pipeline.tail)
 
 
+@pytest.mark.proof
 def test_nobody_waits_for_a_worker_whose_file_lacks_the_index(
     database: Database, make_pipeline: Callable[[str], Pipeline]
 ) -> None:

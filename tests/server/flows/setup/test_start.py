@@ -55,7 +55,7 @@ async def test_a_table_that_somebody_has_locked_is_published_once_it_is_free_and
         await connection.close()
 
 
-@pytest.mark.proof_from(1)
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("name", "locked"),
     [("plain", "public.plain"), ("values", 'public."values"'), ("a$b", "public.a$b"), ("parent", "public.child")],
