@@ -453,6 +453,7 @@ def kills(kind: type[Side], provider: Provider, round_: int) -> dict[str, float]
                     time.sleep(chance.uniform(*KILL_AFTER_S))
                     waiting.append(side.waiting())
                     side.kill()
+                    time.sleep(2 * LATENCY_S)  # what it had asked for has come in and been answered
                     provider.asked.clear()
                     side.start()
             finally:

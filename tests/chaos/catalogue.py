@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -480,8 +481,19 @@ PROOF = re.compile(r"pytest\.mark\.proof\b(?!_)")
 
 @cache
 def tests() -> Mapping[str, Test]:
-    """Return every test, by its name."""
-    return {name: one for path in sorted((ROOT / "tests").rglob("test_*.py")) for name, one in tests_of(path).items()}
+    """Return every test, by its name; of two of one name the last, see `doubtful`."""
+    return {name: one for found in _by_file() for name, one in found.items()}
+
+
+@cache
+def doubtful() -> Collection[str]:
+    """Return the names that several tests have."""
+    return {name for name, count in Counter(name for found in _by_file() for name in found).items() if count > 1}
+
+
+@cache
+def _by_file() -> Sequence[Mapping[str, Test]]:
+    return [tests_of(path) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
 
 
 def tests_of(path: Path) -> dict[str, Test]:
@@ -508,6 +520,7 @@ def faults(properties: Sequence[Property] = CATALOGUE) -> list[str]:
     found = []
     for one in properties:
         found += [f"{one.name}: there is no {name}" for name in one.attackers if name not in known.keys() | others]
+        found += [f"{one.name}: several tests are named {name}" for name in one.attackers if name in doubtful()]
         if all(name not in known or known[name].proof for name in one.attackers):
             found.append(f"{one.name} has no attacker among the tests of `make test`")
         if bool(one.mutants) == bool(one.unbroken):
