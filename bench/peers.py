@@ -143,7 +143,10 @@ class _Handler(BaseHTTPRequestHandler):
     server: Provider
 
     def do_POST(self) -> None:
-        asked = msgspec.json.decode(self.rfile.read(int(self.headers["Content-Length"])))
+        sent = self.rfile.read(size := int(self.headers["Content-Length"]))
+        if len(sent) < size:
+            raise ConnectionResetError("the client was killed while it was asking")
+        asked = msgspec.json.decode(sent)
         if self.path.endswith("/api/show"):
             return self._answer({"model_info": {"general.architecture": "bench", "bench.context_length": 8192}})
         texts = asked["input"] if isinstance(asked["input"], list) else [asked["input"]]
