@@ -15,7 +15,8 @@
 --
 -- If a variable lacks the role that it is about, or no role is given, the script ends with an error and grants nothing.
 -- Running it again is harmless: it adds what is missing, and takes nothing away but what reader_role and serve_role do not
--- need on cdcsync's tables, which earlier versions of it granted. It sets no passwords:
+-- need on cdcsync's tables, which earlier versions of it granted. If one of these roles was given that WITH GRANT OPTION and
+-- passed it on, those to whom it did lose it, too. It sets no passwords:
 -- \password cdcsync_source, in psql, does that without one ever being in a file or a log.
 --
 -- Variables, with their defaults:
@@ -236,7 +237,11 @@ JOIN pg_roles AS r ON r.oid = a.grantee AND r.oid <> o.oid
 WHERE d.defaclnamespace = to_regnamespace(quote_ident(:'schema'))
     AND (d.defaclobjtype = 'r' AND r.rolname IN (:'reader', :'server') OR d.defaclobjtype = 'f' AND r.rolname = :'server')
 \gexec
-SELECT format('REVOKE SELECT, INSERT, DELETE ON %I.%I FROM %I', n.nspname, c.relname, r.rolname)
+-- SELECT on what searches read is theirs, and stays as it is, with an option to grant it. What is taken back is taken from
+-- those, too, to whom they passed it on (CASCADE): without that, PostgreSQL refuses to revoke it.
+SELECT format('REVOKE %s ON %I.%I FROM %I CASCADE',
+              CASE WHEN c.relname ~ :'searched' THEN 'INSERT, DELETE' ELSE 'SELECT, INSERT, DELETE' END,
+              n.nspname, c.relname, r.rolname)
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
 JOIN pg_roles AS r ON r.rolname IN (:'reader', :'server') AND r.oid <> c.relowner
 WHERE n.nspname = :'schema' AND c.relkind IN ('r', 'p') AND starts_with(obj_description(c.oid, 'pg_class'), 'cdcsync') \gexec

@@ -165,7 +165,10 @@ def failing_writes(
     alter = "" if name is None else f"ALTER PUBLICATION {quote(name)}"
     own = [(table.name, table.identity_mode, table.identity)]
     leaves = [(leaf.name, leaf.identity_mode, leaf.identity) for leaf in table.leaves if leaf.kind == "r"]
-    for one, mode, identity in leaves if table.kind == "p" else own:
+    tables = leaves if table.kind == "p" else own
+    # A column list holds for all partitions, so one that is to cover the identity of one has to cover that of each.
+    logged = [column for _, mode, identity in tables if mode != "f" for column in identity]
+    for one, mode, identity in tables:
         default = f"ALTER TABLE {one} REPLICA IDENTITY DEFAULT"
         if not identity and mode != "f":
             # A table that is yet to be added is refused for that anyway: nothing would tell its rows apart.
@@ -186,7 +189,11 @@ def failing_writes(
         if version < FILTERS_VERSION or sent is None:
             continue
         if sent.listed and (mode == "f" or not set(identity) <= set(sent.columns)):
-            fix = f"{_listed_anew(alter, table, sent, ())}, or {default}"
+            if mode == "f":
+                fix = f"{default}; or, to send every column: {_listed_anew(alter, table, sent, ())}"
+            else:
+                fix = _listed_anew(alter, table, sent, tuple(dict.fromkeys((*sent.columns, *logged))))
+                fix += f"; or: {default}" if mode == "i" else ""
             yield f"the column list for {table.name} does not cover the replica identity of {one}", fix
         if mode != "f" and (outside := [column for column in sent.filter_columns if column not in identity]):
             fix = f"ALTER TABLE {one} REPLICA IDENTITY FULL, or a row filter by columns of the replica identity"
@@ -197,7 +204,7 @@ def failing_writes(
 def _listed_anew(alter: str, table: Table, sent: Published, columns: Sequence[str]) -> str:
     """Return the statements that give one table of a publication another column list, or none.
 
-    SET TABLE would have to name all of its tables.
+    They can be pasted as they are. SET TABLE would have to name all of the publication's tables.
     """
     listed = f" ({', '.join(map(quote, columns))})" if columns else ""
     rows = f" WHERE ({sent.row_filter})" if sent.row_filter else ""

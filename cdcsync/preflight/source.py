@@ -20,6 +20,7 @@ from cdcsync.preflight.administration import allow_writes
 from cdcsync.preflight.findings import Finding, noting, or_ok
 from cdcsync.source.catalog import (
     SENDS_PREPARED,
+    UNREAD,
     Catalog,
     Server,
     Slot,
@@ -161,15 +162,34 @@ def server_faults(server: Server, slot: Slot | None) -> Iterator[Finding]:
 def standby_faults(server: Server) -> Iterator[Finding]:
     """Say which standbys keep the server from sending changes of failover slots: it sends what these have received."""
     late = {name: why for name, why in sorted(server.standby_slots.items()) if why is not None}
-    if not late or server.in_recovery:
+    if server.in_recovery:
         return
-    rest = ", ".join(name for name in sorted(server.standby_slots) if name not in late)
-    yield Finding.warning(
-        "source",
-        f"synchronized_standby_slots names {named(f'{name} ({why})' for name, why in late.items())}: until a"
-        " standby reads it, the server sends a worker nothing of a slot with failover",
-        f"ALTER SYSTEM SET synchronized_standby_slots = '{rest}'; SELECT pg_reload_conf(); or start the standby, with"
-        " its primary_slot_name",
+    stopped = [name for name, why in late.items() if why == UNREAD]
+    hopeless = {name: why for name, why in late.items() if why != UNREAD}
+    if hopeless:
+        yield Finding.warning(
+            "source",
+            f"synchronized_standby_slots names {named(f'{name} ({why})' for name, why in hopeless.items())}: the server"
+            " sends a worker nothing of a slot with failover",
+            _without(server, hopeless),
+        )
+    if stopped:
+        # It may be restarting. Without it in the setting, a failover to it could lose what a worker has been sent.
+        standbys = " and ".join(f"the standby with primary_slot_name = '{name}'" for name in stopped)
+        yield Finding.warning(
+            "source",
+            f"synchronized_standby_slots names {named(f'{name} ({UNREAD})' for name in stopped)}: until a standby reads"
+            " it, the server sends a worker nothing of a slot with failover",
+            f"start {standbys}; only if it stays away, {_without(server, late)}",
+        )
+
+
+def _without(server: Server, names: Collection[str]) -> str:
+    """Return how to leave slots out of synchronized_standby_slots."""
+    rest = ", ".join(name for name in sorted(server.standby_slots) if name not in names)
+    return (
+        "take its name out, by the service's parameter where ALTER SYSTEM is refused:"
+        f" ALTER SYSTEM SET synchronized_standby_slots = '{rest}'; SELECT pg_reload_conf()"
     )
 
 

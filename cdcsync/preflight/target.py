@@ -327,5 +327,7 @@ def _handing_over(owner: str, server: Server, config: Config) -> str:
     granted = {config.target.schema, variables.get("view_schema", "public")}
     if more := [schema for schema in schemas if schema not in granted]:
         grant = f"GRANT USAGE, CREATE ON SCHEMA {', '.join(map(quote, more))} TO {quote(server.role)}"
-        command += f" && {shlex.join(['psql', '-d', server.database, '-c', grant])}"
+        # Before the views are handed over: an administrator who is no superuser may hand one only to a role that could
+        # create it in its schema.
+        command = f"{shlex.join(['psql', '-d', server.database, '-c', grant])} && {command}"
     return command

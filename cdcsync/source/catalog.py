@@ -52,6 +52,10 @@ SENDS_PREPARED = "sends prepared transactions before they are committed (two_pha
 """Why a slot is refused that is otherwise as ours."""
 
 
+UNREAD = "has no reader now"
+"""The state of a standby's slot that a standby has read, or is to read, and that none reads now."""
+
+
 class Server(msgspec.Struct, frozen=True):
     """The settings and privileges that replication depends on. The target's are of interest too.
 
@@ -294,14 +298,14 @@ async def read_server(connection: Connection) -> Server:
                current_setting('session_replication_role') = 'replica',
                (SELECT coalesce(jsonb_object_agg(n.name, CASE
                        WHEN s.slot_name IS NULL THEN 'does not exist' WHEN s.slot_type <> 'physical' THEN 'is logical'
-                       WHEN s.wal_status = 'lost' THEN 'has lost its WAL' WHEN NOT s.active THEN 'has no reader now'
+                       WHEN s.wal_status = 'lost' THEN 'has lost its WAL' WHEN NOT s.active THEN %s
                    END), '{}')
                 FROM (SELECT lower(btrim(one, E' \t\r\n"'))
                       FROM unnest(string_to_array(current_setting('synchronized_standby_slots', true), ',')) AS one)
                      AS n (name)
                 LEFT JOIN pg_replication_slots AS s ON s.slot_name = n.name)
         """,
-        [list(REPLICATION_ROLES)],
+        [list(REPLICATION_ROLES), UNREAD],
     )
     return Server(*row)
 

@@ -164,7 +164,7 @@ def test_what_a_first_try_as_superuser_made_is_handed_over_by_the_command_that_c
     findings = pipeline.answer("check", status=2)["findings"]
     commands = {one["hint"].partition("target: ")[2] for one in findings if "does not own" in one["message"]}
     (command,) = commands
-    administrator(database, command)
+    administrator(command, database.dsn)
     assert (run := pipeline.command("check")).returncode == 0, run.stdout
     assert database.execute("SELECT tableowner FROM pg_tables WHERE tablename = 'mine'") == [("postgres",)]
     assert database.execute("SELECT nspowner::regrole::text FROM pg_namespace WHERE nspname = 'cdcsync'") == [
@@ -182,6 +182,39 @@ def test_what_a_first_try_as_superuser_made_is_handed_over_by_the_command_that_c
     assert pipeline.command("teardown", "--purge", "--yes").returncode == 0
     left = "SELECT count(*) FROM pg_class WHERE relnamespace IN ('cdcsync'::regnamespace, 'search'::regnamespace)"
     assert database.execute(left) == [(1,)]
+
+
+def test_an_administrator_who_is_no_superuser_hands_over_views_in_several_schemas_by_the_same_command(
+    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    former, role, admin = roles.name("former"), roles.create("target"), roles.create("admin")
+    database.execute(f'{TABLE}; CREATE SCHEMA search; CREATE SCHEMA "Shown"')
+    grant(database, target_role=former, view_schema="search")
+    database.execute(
+        f'GRANT USAGE, CREATE ON SCHEMA "Shown" TO {former}; ALTER ROLE {admin} CREATEROLE;'
+        f" GRANT {former} TO {admin}; GRANT {role} TO {admin} WITH ADMIN OPTION;"
+        f' ALTER SCHEMA search OWNER TO {admin}; ALTER SCHEMA "Shown" OWNER TO {admin};'
+        f" ALTER DATABASE {database.name} OWNER TO {admin}"
+    )
+    second = SECRETS.replace('"search.secrets"', "'\"Shown\".secrets'")
+    slot = f"s_{database.name}"
+    pipeline = make_pipeline(config(database.dsn, roles.dsn(database, former), slot, view="search.articles") + second)
+    worker = pipeline.start()
+    pipeline.live()
+    assert pipeline.stop(worker) == 0
+    pipeline.configure(config(database.dsn, roles.dsn(database, role), slot, view="search.articles") + second)
+    pipeline.connect_target()
+    findings = pipeline.answer("check", status=2)["findings"]
+    (command,) = {one["hint"].partition("target: ")[2] for one in findings if "does not own" in one["message"]}
+
+    administrator(command, roles.dsn(database, admin))
+
+    assert (run := pipeline.command("check")).returncode == 0, run.stdout
+    worker = pipeline.start()
+    database.execute("INSERT INTO shop.articles VALUES (100, 1, 'a new one')")
+    pipeline.in_step()
+    assert pipeline.stop(worker) == 0
 
 
 def test_what_is_handed_over_is_cdcsyncs_and_not_the_schema_that_others_have_tables_in(
@@ -207,10 +240,10 @@ def test_what_is_handed_over_is_cdcsyncs_and_not_the_schema_that_others_have_tab
         assert allowed(owner, statement), statement
 
 
-def administrator(database: Database, command: str) -> None:
-    """Run a command as it is typed, in a shell whose psql connects to the database's server as its superuser."""
+def administrator(command: str, dsn: str) -> None:
+    """Run a command as it is typed, in a shell whose psql connects to a server as an administrator."""
     names = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "password": "PGPASSWORD"}
-    parts = conninfo.conninfo_to_dict(database.dsn)
+    parts = conninfo.conninfo_to_dict(dsn)
     environment = {names[name]: str(value) for name, value in parts.items() if name in names}
     path = f"{Path(psql()).parent}:{os.environ['PATH']}"
     typed = f'cdcsync() {{ {shlex.quote(sys.executable)} -m cdcsync "$@"; }}; {command}'
@@ -313,6 +346,58 @@ def test_a_reader_reads_what_searches_need_and_writes_nothing(
     assert pipeline.stop(worker) == 0
     pipeline.configure(text.replace(roles.dsn(target, writer), read))
     assert "title 7" in [hit["content"] for hit in answered(pipeline, "search", "articles", "title 7", "--json")]
+
+
+def test_what_readers_passed_on_of_other_tables_is_taken_back_with_it_and_of_searched_tables_it_stays(
+    roles: Roles, make_database: Callable[[], Database]
+) -> None:
+    database = make_database()
+    role, reader, server, other = roles.name("target"), *map(roles.create, ("reader", "serve", "other"))
+    granted = {"target_role": role, "reader_role": reader, "serve_role": server}
+    grant(database, **granted)
+    for name, columns in (("articles_chunks", "id int"), ("calls", "at timestamptz"), ("audits", "id int")):
+        table = f"cdcsync.{name}"
+        database.execute(f"CREATE TABLE {table} ({columns}); COMMENT ON TABLE {table} IS 'cdcsync: ours.'")
+        for one in (reader, server):
+            database.execute(f"GRANT SELECT, INSERT, DELETE ON {table} TO {one} WITH GRANT OPTION")
+            database.execute(f"SET ROLE {one}; GRANT SELECT, INSERT, DELETE ON {table} TO {other}; RESET ROLE")
+
+    for _ in range(2):
+        grant(database, **granted)
+
+    assert readable(database, reader) == readable(database, other) == {"articles_chunks"}
+    assert readable(database, server) == {"articles_chunks", "calls"}
+    assert writable(database, reader) == writable(database, other) == set()
+    passing = "SELECT has_table_privilege(%s, 'cdcsync.articles_chunks', 'SELECT WITH GRANT OPTION')"
+    assert [database.execute(passing, [one]) for one in (reader, server)] == [[(True,)]] * 2
+
+
+def test_a_reader_searches_an_index_from_when_its_words_are_there(
+    roles: Roles, make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
+) -> None:
+    database = make_database()
+    database.execute(TABLE)
+    both, reader = roles.name("both"), roles.create("reader")
+    granted = {"source_role": both, "target_role": both, "tables": "shop.articles", "reader_role": reader}
+    grant(database, **granted)
+    dsn = roles.dsn(database, both)
+    text = config(dsn, dsn, f"s_{database.name}", view="public.articles_index")
+    pipeline = make_pipeline(text + 'search = ""\n')
+    worker = pipeline.start()
+    pipeline.live()
+    pipeline.in_step()
+    grant(database, **granted)
+    read, by_vector = roles.dsn(database, reader), SEARCHES[1].replace("'title'", "NULL")
+    assert allowed(read, by_vector)
+    assert pipeline.stop(worker) == 0
+
+    pipeline.configure(text)
+    worker = pipeline.start()
+    pipeline.live()
+    until(lambda: database.execute("SELECT to_regclass('cdcsync.articles_words')") != [(None,)], pipeline.tail)
+
+    assert [allowed(read, search) for search in (by_vector, *SEARCHES[:2])] == [True] * 3
+    assert pipeline.stop(worker) == 0
 
 
 def test_a_role_that_owns_the_tables_keeps_them_as_a_reader_and_as_the_tool_servers(

@@ -19,7 +19,7 @@ from cdcsync.postgres.locking import BRIEFLY
 from cdcsync.postgres.queries import fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.chunks_view import put_chunks_view
-from cdcsync.target.ddl.grants import grants_of, opens, set_again, settings_kept, succeed
+from cdcsync.target.ddl.grants import grants_of, opens, read_alike, set_again, settings_kept, succeed
 from cdcsync.target.ddl.marked import describe_again, drop_all, drop_functions, marker, tables_of
 from cdcsync.target.ddl.names import Names, words_name
 from cdcsync.target.ddl.rebuilding import Rebuild
@@ -178,11 +178,12 @@ async def _copy_all(connection: Connection, schema: str, one: IndexSpec, other: 
     """Grant on the tables of an index what is granted on those of the one that stands beside it."""
     mine, its = Names(schema, one.relations), Names(schema, other.relations)
     closed = await opens(connection, its.chunks, old=mine.chunks)
+    words, its_words = words_name(schema, one.relations), words_name(schema, other.relations)
     pairs = [
         (mine.chunks, its.chunks),
         (mine.backlog, its.backlog),
         *zip(mine.all_vectors(one.generation), its.all_vectors(other.generation), strict=True),
-        (words_name(schema, one.relations), words_name(schema, other.relations)),
+        (words, its_words),
     ]
     for old, new in pairs:
         if await _exists(connection, new):
@@ -190,6 +191,8 @@ async def _copy_all(connection: Connection, schema: str, one: IndexSpec, other: 
                 await _copy_grants(connection, old, new, others_too=others_too)
             elif not others_too:
                 await succeed(connection, new, [])
+    if not closed and not await _exists(connection, words) and await _exists(connection, its_words):
+        await read_alike(connection, its_words, chunks=mine.chunks, index=one.name)
 
 
 async def _exists(connection: Connection, relation: sql.Identifier) -> bool:

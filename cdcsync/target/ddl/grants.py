@@ -203,6 +203,20 @@ async def succeed(connection: Connection, relation: sql.Identifier, grants: Sequ
     await set_again(connection, instead(await grants_of(connection, relation), grants, relation))
 
 
+async def read_alike(connection: Connection, new: sql.Identifier, *, chunks: sql.Identifier, index: str) -> None:
+    """Let whoever may read all chunks of an index read a table that the index did not have before.
+
+    A search reads all of its index's tables with its caller's privileges: without this, a new one would take every
+    search away from them. Who may read only columns of the chunks was not granted what their words give away.
+    """
+    readers = [one for one in await grants_of(connection, chunks) if one.privilege == "SELECT" and one.column is None]
+    if readers and await opens(connection, new, old=chunks):
+        fix = "if roles under policies on the chunks may read the table, which has none, grant them SELECT on it"
+        log.error("grants_left_out", index=index, relation=new.as_string(connection), fix=fix)
+        return
+    await set_again(connection, [one.on(new) for one in readers])
+
+
 async def set_again(connection: Connection, statements: Iterable[sql.Composed]) -> None:
     """Run what gives a relation its settings, in the transaction that replaced it.
 

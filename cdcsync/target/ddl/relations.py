@@ -19,7 +19,7 @@ from psycopg import sql
 from cdcsync.errors import SetupError
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.errors import LOCKED_OUT
-from cdcsync.postgres.queries import fetch_row, fetch_value
+from cdcsync.postgres.queries import fetch_row, fetch_rows, fetch_value
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.chunks_view import (
     chunks_marker,
@@ -28,14 +28,14 @@ from cdcsync.target.ddl.chunks_view import (
     put_chunks_view,
     release_chunks_view,
 )
-from cdcsync.target.ddl.grants import settings_kept
+from cdcsync.target.ddl.grants import read_alike, settings_kept
 from cdcsync.target.ddl.hits import wanted_attributes
 from cdcsync.target.ddl.languages import search_expression
 from cdcsync.target.ddl.names import MAX_ATTEMPTS as MAX_ATTEMPTS
 from cdcsync.target.ddl.names import OPCLASSES as OPCLASSES
 from cdcsync.target.ddl.names import OPERATORS as OPERATORS
 from cdcsync.target.ddl.names import Names as Names
-from cdcsync.target.ddl.names import b_tree_name
+from cdcsync.target.ddl.names import b_tree_name, words_name
 from cdcsync.target.ddl.names import vector_schema as vector_schema
 from cdcsync.target.ddl.policies import release_policy
 from cdcsync.target.ddl.searching import create_words, put_search
@@ -101,7 +101,24 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
     await follow_name(connection, chunks, chunks_marker(spec), chunks_view_name(view))
     # Settings are kept by name: a view that is made again has its new one already.
     async with settings_kept(connection, schema, spec.name):
+        lacking = await _searched_tables(connection, schema, spec, there=False)
         await _create(connection, schema, spec)
+        for table in await _searched_tables(connection, schema, spec, there=True):
+            if table in lacking:
+                await read_alike(connection, table, chunks=chunks, index=spec.name)
+
+
+async def _searched_tables(
+    connection: Connection, schema: str, spec: IndexSpec, *, there: bool
+) -> list[sql.Identifier]:
+    """Return those tables, besides the chunks, which searches of an index read, that are there or are not."""
+    tables = [*Names(schema, spec.relations).all_vectors(spec.generation), words_name(schema, spec.relations)]
+    rows = await fetch_rows(
+        connection,
+        "SELECT to_regclass(name) IS NOT NULL FROM unnest(%s::text[]) WITH ORDINALITY AS one (name, n) ORDER BY n",
+        [[table.as_string(connection) for table in tables]],
+    )
+    return [table for table, (present,) in zip(tables, rows, strict=True) if present is there]
 
 
 async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:

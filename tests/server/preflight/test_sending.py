@@ -340,7 +340,8 @@ async def test_the_remedy_for_a_column_list_that_fails_writes_leaves_the_other_t
     others = "SELECT attnames::text[], rowfilter FROM pg_publication_tables WHERE tablename = 'other'"
     before, config = database.execute(others), configured(database.dsn, t=T)
     (fix,) = [str(one.hint) for one in (await examined(config)).findings if "does not cover" in one.message]
-    remedy, _, _ = fix.partition(", or ")
+    alternative, _, remedy = fix.partition("; or, to send every column: ")
+    assert alternative == "ALTER TABLE public.t REPLICA IDENTITY DEFAULT"
 
     database.execute(remedy)
 
@@ -350,6 +351,39 @@ async def test_the_remedy_for_a_column_list_that_fails_writes_leaves_the_other_t
     report = await examined(config)
     assert not [one for one in report.findings if one.level != "ok"]
     assert report.specs[0].row_filter == (rows.removeprefix(" WHERE ") or None)
+
+
+@pytest.mark.parametrize("partitioned", [False, True], ids=["plain", "partitioned"])
+async def test_the_remedy_for_a_column_list_without_the_identity_sends_no_column_besides(
+    old_and_new: str, database: Database, partitioned: bool
+) -> None:
+    with psycopg.connect(old_and_new, autocommit=True) as connection:
+        connection.execute("DROP TABLE IF EXISTS t; DROP PUBLICATION IF EXISTS cdcsync")
+        parts = ("low", "high") if partitioned else ("t",)
+        connection.execute(
+            "CREATE TABLE t (id int PRIMARY KEY, body text, n int NOT NULL, m int NOT NULL, hidden text)"
+            f" {PARTS if partitioned else ''}"
+        )
+        if partitioned:
+            connection.execute("CREATE TABLE low PARTITION OF t FOR VALUES FROM (0) TO (9)")
+            connection.execute("CREATE TABLE high PARTITION OF t FOR VALUES FROM (9) TO (2000)")
+        for part, column in zip(parts, ("n", "m"), strict=False):
+            connection.execute(f"CREATE UNIQUE INDEX {part}_u ON {part} (id, {column})".encode())
+            connection.execute(f"ALTER TABLE {part} REPLICA IDENTITY USING INDEX {part}_u".encode())
+        connection.execute("INSERT INTO t VALUES (1, 'a', 1, 1, 'a'), (1000, 'a', 1, 1, 'a')")
+        connection.execute("CREATE PUBLICATION cdcsync FOR TABLE t (id, body) WITH (publish_via_partition_root)")
+        config = configured(old_and_new, database.dsn, t=T)
+        fixes = [str(one.hint) for one in (await examined(config)).findings if "does not cover" in one.message]
+        assert len(fixes) == len(parts)
+        remedies = {fix.partition("; or: ALTER TABLE ")[0] for fix in fixes}
+        (remedy,) = remedies  # the same for each partition: a list holds for all
+
+        connection.execute(remedy.encode())
+
+        connection.execute("UPDATE t SET body = 'b'")
+        assert not [one for one in (await examined(config)).findings if "UPDATE and DELETE" in one.message]
+        listed = connection.execute("SELECT attnames::text[] FROM pg_publication_tables").fetchall()
+        assert listed == [(["id", "body", "n", *(["m"] if partitioned else [])],)]
 
 
 async def test_a_table_whose_writes_would_fail_is_refused_before_it_is_published_and_warned_of_afterwards(

@@ -68,3 +68,17 @@ async def test_other_chunks_open_no_vectors_that_an_operator_guards(database: Da
             async with live.connection.transaction():
                 await exchange_relations(live.connection, SCHEMA, pair[1])
         assert await other.rows(readable) == [(False,)]
+
+
+async def test_chunks_that_stand_beside_open_their_words_to_readers_of_an_index_that_has_none(
+    database: Database,
+) -> None:
+    searched, hidden = make_spec(search=None), make_spec(name="articles~other")
+    pair = (msgspec.structs.replace(searched, beside=hidden), msgspec.structs.replace(hidden, beside=searched))
+    async with live_index(database, pair[0]) as live, live_index(database, pair[1]) as other:
+        await live.connection.execute(b"GRANT SELECT ON cdcsync.articles_chunks TO PUBLIC")
+
+        await open_beside(live.connection, SCHEMA, pair[0], created=True)
+
+        readable = "SELECT has_table_privilege('pg_monitor', 'cdcsync.\"articles~other_words\"', 'SELECT')"
+        assert await other.rows(readable) == [(True,)]

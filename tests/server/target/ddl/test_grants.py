@@ -222,6 +222,50 @@ async def test_a_view_that_gets_another_name_and_another_type_at_once_keeps_its_
     ]
 
 
+TABLES = ["articles_words", "articles_vectors_1", "articles_vectors_1_fresh", "articles_vectors_1_settled"]
+
+
+@pytest.mark.parametrize("table", TABLES)
+async def test_whoever_may_read_the_chunks_may_read_what_searches_read_besides_once_that_is_there(
+    index: LiveIndex, role: str, table: str
+) -> None:
+    await run(
+        index,
+        f"DROP TABLE cdcsync.{table} CASCADE",  # nobody has noted what was granted on it
+        f"GRANT SELECT, UPDATE ON cdcsync.articles_chunks TO {role} WITH GRANT OPTION",
+        "GRANT SELECT (id) ON cdcsync.articles_chunks TO PUBLIC",
+    )
+
+    await start(index)
+
+    assert await index.rows(
+        "SELECT r.rolname::text, a.privilege_type, a.is_grantable FROM pg_class AS c, aclexplode(c.relacl) AS a"
+        " LEFT JOIN pg_roles AS r ON r.oid = a.grantee WHERE c.oid = %s::regclass AND a.grantee <> c.relowner",
+        f"cdcsync.{table}",
+    ) == [(role, "SELECT", True)]
+    await run(index, f"REVOKE SELECT ON cdcsync.{table} FROM {role}")
+    await start(index)
+    assert not await may(index, role, f"cdcsync.{table}")
+
+
+async def test_whoever_reads_the_chunks_under_policies_of_the_operators_own_gets_no_new_table(
+    index: LiveIndex, role: str
+) -> None:
+    await run(
+        index,
+        "DROP TABLE cdcsync.articles_words",
+        f"GRANT SELECT ON cdcsync.articles_chunks TO {role}",
+        "ALTER TABLE cdcsync.articles_chunks ENABLE ROW LEVEL SECURITY",
+        f"CREATE POLICY own ON cdcsync.articles_chunks TO {role} USING (tenant = 1)",
+    )
+
+    with structlog.testing.capture_logs() as logged:
+        await start(index)
+
+    assert not await may(index, role, "cdcsync.articles_words")
+    assert [(one["event"], one["relation"]) for one in logged] == [("grants_left_out", '"cdcsync"."articles_words"')]
+
+
 async def test_a_role_that_is_gone_keeps_nothing_from_coming_back(index: LiveIndex, role: str) -> None:
     await run(index, f"GRANT SELECT ON public.articles_index TO {role}, PUBLIC")
     await note(index)
