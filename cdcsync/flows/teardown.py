@@ -1,7 +1,7 @@
 """The teardown flow: takes away what a pipeline left on the source, and on request the index itself; or one index.
 
-    lock ─► look ─► fence ─► (purge: rows, view and tables) ─► slot ─► publication ─► (purge: commit)
-    look ─► publication without the table ─► index's rows, view and tables ─► commit on the source ─► in the target
+    ask ─► see that the source's locks are free ─► in the target: rows, view, tables
+        ─► on the source: publication, then slot ─► commit in the target
 
 1. The pipeline's lock is held throughout: a worker that runs is never pulled the rug from under, and none can start.
    What a worker that is just ending still holds, the lock or the slot, is waited for.
@@ -11,6 +11,10 @@
    target is dropped, so that nothing there can refuse any more, the source's part is done, and then the target commits.
 4. What is searched meanwhile is locked only briefly, and tried again: each search locks these tables in an order of its
    own, and none may fail by a deadlock with us or wait behind us for others.
+5. While we wait on one server we hold no lock on the other. So the statement on the publication is first tried and
+   rolled back, which waits for who is in its way. Once the target's tables are locked, the source has `LET_GO_S`.
+6. The publication goes before the slot: only for the former may a lock be in the way, and an index whose slot is gone
+   has to be read again.
 
 Source: PostgreSQL, "Replication Management Functions", "DROP PUBLICATION", "Dependency Tracking".
 """
@@ -18,26 +22,25 @@ Source: PostgreSQL, "Replication Management Functions", "DROP PUBLICATION", "Dep
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Literal, TypeVar
 
 import msgspec
-import psycopg
 from psycopg import sql
 
 from cdcsync.config import Config, QualifiedName
 from cdcsync.config.names import beside_name, quote
-from cdcsync.errors import AnotherServer, SetupError, SlotInUse
+from cdcsync.errors import AnotherServer, CdcsyncError, SetupError, SlotInUse
 from cdcsync.postgres.autovacuums import Vacuumed
-from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.errors import LOCKED_OUT, speaking_of
 from cdcsync.postgres.liveness import WatchedConnection
-from cdcsync.postgres.locking import BRIEFLY, attempt
+from cdcsync.postgres.locking import ATTEMPTS, BRIEFLY, PUBLISHING_WAITS, attempt, exclusive_locks, until_locked
 from cdcsync.postgres.sessions import Connection, Session, connect
 from cdcsync.preflight.identity import connect_followed
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import Slot, other_readers, read_slot, released_slot
 from cdcsync.source.families import single_names
-from cdcsync.source.publications import Publication, published_names, read_publication
+from cdcsync.source.publications import Publication, named_tables, published_names, read_publication
 from cdcsync.target.approvals import Approvals
 from cdcsync.target.belongings import (
     Belongings,
@@ -60,6 +63,10 @@ T = TypeVar("T")
 ENDING_S = 5.0
 """How long to wait for what a worker that has just ended holds: a server notices that within a moment, or a busy one
 within some seconds."""
+
+LET_GO_S = 3.0
+"""How long the source may take for its part while the target's tables are locked: searches wait as long. It takes some
+milliseconds, and waits for a lock no longer than `BRIEFLY`."""
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -123,22 +130,36 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
         if belongings.set_up:
             await _take_over(target, config)
 
+        drop_publication = None
+        if of_publication.outcome == "dropped":
+            name = sql.Identifier(config.source.publication)
+            drop_publication = sql.SQL("DROP PUBLICATION IF EXISTS {}").format(name)
+        part = _SourcePart(source, of_publication.what, drop_publication)
+
         async def let_go() -> None:
             with speaking_of("target"):
                 await target.execute("SELECT")  # whoever has ended this session, because it was silent, has the lock
+            if drop_publication is not None:
+                with speaking_of("source", where=of_publication.what):
+                    await source.execute(drop_publication)
+                    crash_point("publication dropped")
+                part.done.append(of_publication.what)
             if slot is not None:
                 with speaking_of("source", where=f"slot {slot_name}"):
                     await source.execute("SELECT pg_drop_replication_slot(%s)", [slot_name])
                     crash_point("slot dropped")
-            if of_publication.outcome == "dropped":
-                with speaking_of("source", where=of_publication.what):
-                    name = sql.Identifier(config.source.publication)
-                    await source.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(name))
-                    crash_point("publication dropped")
+                part.done.append(f"slot {slot_name}")
+
+        async def drop() -> None:
+            """Drop it in the caller's transaction."""
+            await drop_pipeline(target, schema, slot_name, belongings)
 
         if purge and belongings.set_up:
-            await _purge(target, config, belongings, let_go)
+            await _dropped(
+                target, config, drop, let_go, part, relations=belongings.relations, where=f"slot {slot_name}"
+            )
         else:
+            await part.make_room()
             await let_go()
         of_slot = Step(f"slot {slot_name}", "absent" if slot is None else "dropped", _left_elsewhere(elsewhere))
         return [*([_of_purge(config, belongings)] if purge else []), of_slot, of_publication]
@@ -183,13 +204,20 @@ async def drop_index(config: Config, index: str) -> list[Step]:
         with speaking_of("source"):
             others = await single_names(source, others)
             mine = await single_names(source, own)
-            publication = await stack.enter_async_context(contextlib.AsyncExitStack())
-            await publication.enter_async_context(source.transaction())
-            steps = [await _unpublish(source, config, table, others, elsewhere) for table in sorted(mine)]
-            crash_point("table taken from its publication")
+            steps, leaving = await _of_tables(source, config, mine, others, elsewhere)
+        unpublish = _without(config.source.publication, leaving) if leaving else None
+        part = _SourcePart(source, f"publication {config.source.publication}", unpublish, leaving)
+
+        async def let_go() -> None:
+            if unpublish is not None:
+                with speaking_of("source", where=part.where):
+                    async with source.transaction():
+                        await source.execute(unpublish)
+                        crash_point("table taken from its publication")
+                    crash_point("publication without the table committed")
 
         async def drop() -> bool:
-            """Drop it in the caller's transaction, and at the end commit on the source."""
+            """Drop it in the caller's transaction."""
             await drop_relations(target, schema, both, relations)
             # Last, as the tables may have been waited for: a worker may have begun to follow it meanwhile.
             now = await Registry(schema).find(target, index, lock=True)
@@ -199,12 +227,9 @@ async def drop_index(config: Config, index: str) -> list[Step]:
             await Approvals(schema).remove(target, index)
             used = {one.embedder for name, one in config.indexes.items() if name != index}
             await forget_embedders(target, schema, config.source.slot, keep=used)
-            with speaking_of("source", where=f"publication {config.source.publication}"):
-                await publication.aclose()
-                crash_point("publication without the table committed")
             return locked
 
-        if await _dropped(target, config, drop, relations, where=f"index {index}"):
+        if await _dropped(target, config, drop, let_go, part, relations=relations, where=f"index {index}"):
             await _take_over(target, config)
         dropped = [Step(f"index {index} in the target", "dropped")]
         if index in config.indexes:
@@ -218,18 +243,99 @@ async def drop_index(config: Config, index: str) -> list[Step]:
         return [*dropped, *steps]
 
 
+class _SourcePart:
+    """What a command does on the source: a statement about the publication, if any, and what came of it.
+
+    :ivar where: what the statement is about.
+    :ivar done: what the source has said to be dropped.
+    """
+
+    def __init__(
+        self,
+        source: WatchedConnection,
+        where: str,
+        statement: sql.Composed | None,
+        tables: Sequence[QualifiedName] = (),
+    ) -> None:
+        """Hold a statement that locks these tables."""
+        self.where = where
+        self.done: list[str] = []
+        self._source = source
+        self._statement = statement
+        self._tables = tables
+
+    async def make_room(self) -> None:
+        """Wait until the statement gets its locks, and hold none of them: an autovacuum has given way by then.
+
+        :raises SetupError: somebody has held a table, or the publication, for some seconds.
+        """
+        source, statement = self._source, self._statement
+        if statement is None:
+            return
+
+        async def rehearse() -> None:
+            async with source.transaction(force_rollback=True):
+                await source.execute(statement)
+
+        vacuumed = Vacuumed(source, [(one.schema, one.name) for one in self._tables]) if self._tables else None
+        with speaking_of("source", where=self.where):
+            try:
+                await until_locked(rehearse, table=self.where, attempts=ATTEMPTS, vacuumed=vacuumed)
+            except LOCKED_OUT as error:
+                locks = await exclusive_locks(source, self._tables, modes=PUBLISHING_WAITS) if self._tables else []
+                raise SetupError(
+                    "another session has held a lock for some seconds that keeps the publication from being changed"
+                    + "".join(f": {lock.table} is held by pid {lock.pid} ({lock.session})" for lock in locks[:1])
+                    + "; nothing was dropped",
+                    where=self.where,
+                    hint=f"{locks[0].remedy if locks else 'wait for that session: pg_locks names it'}; then try again",
+                ) from error
+
+    @contextlib.contextmanager
+    def limited(self) -> Iterator[None]:
+        """Give the source `LET_GO_S` for what it drops in this block, while the target's tables are locked.
+
+        :raises CdcsyncError: it failed. The error says what was dropped.
+        """
+        try:
+            with self._source.cut_after(LET_GO_S):
+                yield
+        except CdcsyncError as error:
+            if self._source.was_cut:
+                error.message = f"the server has not answered for {LET_GO_S:g} s"
+            error.message += (
+                f"; dropped on the source, as far as it has answered: {', '.join(self.done) or 'nothing'};"
+                " in the target: nothing"
+            )
+            again = "then run the command again, which drops what is left"
+            error.hint = f"{error.hint}; {again}" if error.hint else again
+            raise
+
+
 async def _dropped(
-    target: Connection, config: Config, drop: Callable[[], Awaitable[T]], relations: Relations, *, where: str
+    target: Connection,
+    config: Config,
+    drop: Callable[[], Awaitable[T]],
+    let_go: Callable[[], Awaitable[None]],
+    part: _SourcePart,
+    *,
+    relations: Relations,
+    where: str,
 ) -> T:
     """Drop something in one transaction, when nobody uses these relations; returns what `drop` does.
 
+    :param let_go: drops what there is on the source, directly before that commits.
     :raises SetupError: others use them for some seconds, or something that is not ours depends on them.
+    :raises SourceUnavailable: the source does not do its part in time.
     """
 
     async def change() -> T:
+        await part.make_room()
         async with target.transaction():
             await target.execute(BRIEFLY)
             done = await drop()
+            with part.limited():
+                await let_go()
             crash_point("drop written")
         crash_point("drop committed")
         return done
@@ -326,20 +432,6 @@ def _refuse_slot(slot: Slot, elsewhere: AnotherServer | None) -> None:
         )
 
 
-async def _purge(
-    target: Connection, config: Config, belongings: Belongings, let_go: Callable[[], Awaitable[None]]
-) -> None:
-    """Drop what a pipeline has in the target, and before that commits, let the source go."""
-    schema, slot = config.target.schema, config.source.slot
-
-    async def drop() -> None:
-        """Drop it in the caller's transaction."""
-        await drop_pipeline(target, schema, slot, belongings)
-        await let_go()
-
-    await _dropped(target, config, drop, belongings.relations, where=f"slot {slot}")
-
-
 def _of_purge(config: Config, belongings: Belongings) -> Step:
     what = f"indexes {', '.join(belongings.indexes)}" if belongings.indexes else f"pipeline {config.source.slot}"
     return Step(f"{what} in the target", "dropped" if belongings.set_up else "absent")
@@ -386,35 +478,50 @@ def _not_ours(publication: Publication, others: Collection[str], readers: Sequen
     return None if publication.owned else "belongs to another role"
 
 
-async def _unpublish(
-    source: Connection, config: Config, table: str, others: set[str], elsewhere: AnotherServer | None = None
-) -> Step:
-    """Take a table out of the publication, unless something else needs it there. The caller commits.
+async def _of_tables(
+    source: Connection,
+    config: Config,
+    tables: set[str],
+    others: set[str],
+    elsewhere: AnotherServer | None = None,
+) -> tuple[list[Step], list[QualifiedName]]:
+    """Return what is to become of an index's tables in the publication, and those that are to leave it.
 
+    :param others: the tables that other indexes need there.
     :param elsewhere: why this is not the server that was followed: no slot is ours there, of whatever name.
     """
     name = config.source.publication
-    what = f"{table} in the publication {name}"
-    with speaking_of("source", where=what):
+    with speaking_of("source", where=f"publication {name}"):
         publication = await read_publication(source, name)
         listed = {} if publication is None else {str(one): one for one in await published_names(source, name)}
+        named = {str(one) for one in await named_tables(source, name)}
         readers = await other_readers(source, config.source.slot if elsewhere is None else None)
-        if publication is None or table not in listed:
-            return Step(what, "absent")
-        if table in others:
-            return Step(what, "kept", "another index is of the same table")
-        statement = sql.SQL("ALTER PUBLICATION {} DROP TABLE {}").format(
-            sql.Identifier(name), sql.Identifier(listed[table].schema, listed[table].name)
-        )
-        foreign = _not_ours(publication, listed.keys() - others - {table}, readers)
-        if foreign is not None or len(listed) == 1:
-            why = "it is the last one there" if foreign is None else f"the publication {foreign}"
+    unneeded = listed.keys() & tables - others
+    foreign = None if publication is None else _not_ours(publication, listed.keys() - others - unneeded, readers)
+    steps, leaving = list[Step](), list[QualifiedName]()
+    for table in sorted(tables):
+        what = f"{table} in the publication {name}"
+        if table not in listed:
+            steps.append(Step(what, "absent"))
+        elif table in others:
+            steps.append(Step(what, "kept", "another index is of the same table"))
+        elif foreign is not None or len(listed) == len(unneeded):
+            why = "it is the last one there" if len(listed) == 1 else "no table would be left there"
+            if foreign is not None:
+                why = f"the publication {foreign}"
             if elsewhere is not None:
                 why = f"{elsewhere.message}; {why}"
-            return Step(what, "kept", f"{why}; if nothing needs it, as its owner: {statement.as_string(source)}")
-        try:
-            async with source.transaction():
-                await source.execute(statement)
-        except psycopg.errors.UndefinedObject:  # it is sent with its schema
-            return Step(what, "kept", "it is sent with its schema")
-    return Step(what, "dropped")
+            by_hand = _without(name, [listed[table]]).as_string(source)
+            steps.append(Step(what, "kept", f"{why}; if nothing needs it, as its owner: {by_hand}"))
+        elif table not in named:
+            steps.append(Step(what, "kept", "it is sent with its schema"))
+        else:
+            leaving.append(listed[table])
+            steps.append(Step(what, "dropped"))
+    return steps, leaving
+
+
+def _without(publication: str, tables: Sequence[QualifiedName]) -> sql.Composed:
+    """Return the statement that takes tables out of a publication."""
+    names = sql.SQL(", ").join(sql.Identifier(one.schema, one.name) for one in tables)
+    return sql.SQL("ALTER PUBLICATION {} DROP TABLE {}").format(sql.Identifier(publication), names)

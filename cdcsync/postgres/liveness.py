@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, LiteralString, TypeVar
 
@@ -295,6 +295,20 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         self._cut = True
         with contextlib.suppress(psycopg.Error, OSError):
             hang_up(self.pgconn.socket)
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether the session was ended from here."""
+        return self._cut
+
+    @contextlib.contextmanager
+    def cut_after(self, seconds: float) -> Iterator[None]:
+        """End the session if a block takes longer: for when others wait for what the server does, or that it fails."""
+        timer = asyncio.get_running_loop().call_later(seconds, self.cut)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _end_later(self) -> None:
         """Have the server end this session, if it still has it after the time in which it should notice by itself."""

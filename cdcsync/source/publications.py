@@ -265,6 +265,16 @@ async def published_names(connection: Connection, name: str) -> list[QualifiedNa
     return [QualifiedName(schema, table) for schema, table in await cursor.fetchall()]
 
 
+async def named_tables(connection: Connection, name: str) -> list[QualifiedName]:
+    """Return the names of the tables that a publication names itself: not those that come with a schema or parent."""
+    cursor = await connection.execute(
+        "SELECT n.nspname, c.relname FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid"
+        " JOIN pg_class c ON c.oid = r.prrelid JOIN pg_namespace n ON n.oid = c.relnamespace WHERE p.pubname = %s",
+        [name],
+    )
+    return [QualifiedName(schema, table) for schema, table in await cursor.fetchall()]
+
+
 def create_publication_statement(name: str, tables: Sequence[QualifiedName], *, version: int) -> sql.Composed:
     """Return the statement that creates a publication of `tables`, or of none yet.
 
