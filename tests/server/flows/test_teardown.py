@@ -338,12 +338,8 @@ def test_a_purge_that_is_killed_at_any_point_is_finished_by_the_next_one_and_the
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     database, elsewhere = make_database(), make_database()
-    fill(database)
     fill(elsewhere)
-    database.execute("CREATE TABLE notes (id bigint PRIMARY KEY, title text)")
-    both: dict[str, Section] = {"articles": {}, "notes": {}}
-    killed = make_pipeline(configuration(database.dsn, indexes=both))
-    run_and_stop(killed)
+    killed = two_indexes(database, database, make_pipeline)
     # It lets go of an index of a table that nothing but its rows in the target tells to be its own by now.
     killed.configure(configuration(database.dsn))
     let_go = killed.start()
@@ -463,12 +459,7 @@ def test_a_drop_that_is_killed_at_any_point_is_finished_by_the_next_one_and_the_
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     database = make_database()
-    fill(database)
-    database.execute("CREATE TABLE notes (id bigint PRIMARY KEY, title text)")
-    database.execute("INSERT INTO notes VALUES (1, 'one')")
-    both: dict[str, Section] = {"articles": {}, "notes": {}}
-    pipeline = make_pipeline(configuration(database.dsn, indexes=both))
-    run_and_stop(pipeline)
+    pipeline = two_indexes(database, database, make_pipeline)
     died = pipeline.command("drop", "notes", "--yes", CDCSYNC_CRASH_AT="fence raised to drop")
     assert died.returncode == -signal.SIGKILL, died.stderr + died.stdout
     pipeline.configure(configuration(database.dsn))
@@ -503,11 +494,7 @@ def test_an_index_that_a_killed_drop_has_left_is_followed_again_if_a_worker_begi
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     database = make_database()
-    fill(database)
-    database.execute("CREATE TABLE notes (id bigint PRIMARY KEY, title text)")
-    both: dict[str, Section] = {"articles": {}, "notes": {}}
-    pipeline = make_pipeline(configuration(database.dsn, indexes=both))
-    run_and_stop(pipeline)
+    pipeline = two_indexes(database, database, make_pipeline)
 
     died = pipeline.command("drop", "articles", "--yes", CDCSYNC_CRASH_AT="publication without the table committed")
     database.execute("UPDATE articles SET title = 'while it was not sent' WHERE id = 7")
@@ -524,11 +511,7 @@ def test_an_index_that_something_depends_on_keeps_its_table_in_the_publication(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
     database = make_database()
-    fill(database)
-    database.execute("CREATE TABLE notes (id bigint PRIMARY KEY, title text)")
-    both: dict[str, Section] = {"articles": {}, "notes": {}}
-    pipeline = make_pipeline(configuration(database.dsn, indexes=both))
-    run_and_stop(pipeline)
+    pipeline = two_indexes(database, database, make_pipeline)
     database.execute("CREATE VIEW mine AS SELECT id FROM notes_index")
 
     refused = drop(pipeline, "notes", "--yes")
@@ -595,8 +578,7 @@ def test_on_a_server_that_was_not_followed_a_slot_of_our_name_is_anothers_and_it
     }
     assert "another cluster" in done.stdout
     assert f"may be read through {pipeline.config.source.slot}" in done.stdout
-    sent = database.execute("SELECT tablename::text FROM pg_publication_tables ORDER BY 1")
-    assert sent == [("articles",), ("notes",)]
+    assert sent(database) == ["articles", "notes"]
 
 
 def test_without_its_source_what_is_in_the_target_goes_by_any_server(
