@@ -101,24 +101,23 @@ async def create_index_relations(connection: Connection, schema: str, spec: Inde
     await follow_name(connection, chunks, chunks_marker(spec), chunks_view_name(view))
     # Settings are kept by name: a view that is made again has its new one already.
     async with settings_kept(connection, schema, spec.name):
-        lacking = await _searched_tables(connection, schema, spec, there=False)
+        searched = [*Names(schema, spec.relations).all_vectors(spec.generation), words_name(schema, spec.relations)]
+        absent = await _absent(connection, searched)
         await _create(connection, schema, spec)
-        for table in await _searched_tables(connection, schema, spec, there=True):
-            if table in lacking:
+        not_made = await _absent(connection, absent)
+        for table in absent:
+            if table not in not_made:
                 await read_alike(connection, table, chunks=chunks, index=spec.name)
 
 
-async def _searched_tables(
-    connection: Connection, schema: str, spec: IndexSpec, *, there: bool
-) -> list[sql.Identifier]:
-    """Return those tables, besides the chunks, which searches of an index read, that are there or are not."""
-    tables = [*Names(schema, spec.relations).all_vectors(spec.generation), words_name(schema, spec.relations)]
+async def _absent(connection: Connection, tables: Sequence[sql.Identifier]) -> list[sql.Identifier]:
+    """Return those of these tables that are not there."""
     rows = await fetch_rows(
         connection,
-        "SELECT to_regclass(name) IS NOT NULL FROM unnest(%s::text[]) WITH ORDINALITY AS one (name, n) ORDER BY n",
+        "SELECT to_regclass(name) IS NULL FROM unnest(%s::text[]) WITH ORDINALITY AS one (name, n) ORDER BY n",
         [[table.as_string(connection) for table in tables]],
     )
-    return [table for table, (present,) in zip(tables, rows, strict=True) if present is there]
+    return [table for table, (absent,) in zip(tables, rows, strict=True) if absent]
 
 
 async def _create(connection: Connection, schema: str, spec: IndexSpec) -> None:
