@@ -1,7 +1,8 @@
 """Interrupts: how what waits is ended, on this side and on the server.
 
 A wait for a server is not just left: psycopg's own would leave a session behind that waits for its lock, and a
-transaction of which nobody knows whether it commits. So the server is asked to cancel, and the statement fails.
+transaction of which nobody knows whether it commits. So the server is asked to cancel, and the statement fails. And a
+login that is given up is closed at once (`connected`).
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import psycopg
 
 from cdcsync.errors import leading
+
+C = TypeVar("C", bound=psycopg.AsyncConnection[Any])
 
 CANCEL_S = 2.0
 """How long a cancel request may take: it is one small message to a server that was just reached."""
@@ -26,6 +30,21 @@ INTERRUPT_EVERY_S = 0.25
 
 HANG_UP_AFTER = 8
 """Requests after which the server is not listening, and the connection is cut."""
+
+
+async def connected(kind: type[C], settings: str) -> C:
+    """Return a new connection in autocommit; cancelled before that, close it at once.
+
+    The driver closes it once nothing refers to the attempt any more, and the error of the cancellation does. The server
+    would wait for the rest of the login (`authentication_timeout`), and a DROP DATABASE for the server.
+
+    :raises psycopg.Error: there is no connection.
+    """
+    try:
+        return await kind.connect(settings, autocommit=True)
+    except anyio.get_cancelled_exc_class() as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 async def interrupt(connection: psycopg.AsyncConnection[Any]) -> None:

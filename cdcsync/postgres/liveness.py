@@ -37,7 +37,7 @@ from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 
 from cdcsync.logs import get_logger
-from cdcsync.postgres.interrupts import hang_up
+from cdcsync.postgres.interrupts import connected, hang_up
 
 log = get_logger()
 
@@ -323,7 +323,7 @@ class WatchedConnection(psycopg.AsyncConnection[tuple[Any, ...]]):
         asking = None
         try:
             with anyio.move_on_after(self._patience_s):
-                asking = await psycopg.AsyncConnection.connect(self._watched, autocommit=True)
+                asking = await connected(psycopg.AsyncConnection, self._watched)
             if asking is None:
                 return True
             with anyio.move_on_after(self._patience_s):
@@ -346,7 +346,7 @@ async def _end_left_behind(dsn: str, name: str, backend: Backend, patience_s: fl
         asking, found = None, None
         try:
             with anyio.move_on_after(patience_s):
-                asking = await psycopg.AsyncConnection.connect(dsn, autocommit=True)
+                asking = await connected(psycopg.AsyncConnection, dsn)
                 await asking.execute("SET ROLE NONE")
                 age_s = anyio.current_time() - began
                 found = await (await asking.execute(_END, [backend.pid, backend.started, name, age_s])).fetchone()

@@ -36,6 +36,7 @@ from psycopg import conninfo
 from cdcsync.config.values import is_address
 from cdcsync.errors import AnotherServer, SetupError, Unavailable
 from cdcsync.postgres.errors import Attempt, fence, none_of, refused, unavailable
+from cdcsync.postgres.interrupts import connected
 from cdcsync.postgres.liveness import Backend, backend_of, left_behind
 from cdcsync.postgres.settings import Side, options_with
 
@@ -111,7 +112,7 @@ async def log_in(kind: type[C], settings: str, side: Side, where: str, fits: Fit
     now = anyio.current_time()
     for one in sorted(hosts, key=lambda it: _aside.get((where, it.place), now) > now):
         try:
-            connection = await kind.connect(one.settings, autocommit=True)
+            connection = await connected(kind, one.settings)
         except psycopg.Error as error:
             cause = error
             found = refused(str(error), side, where, host=one.label if several else None)
@@ -184,7 +185,7 @@ async def server_at(settings: str) -> Backend | None:
     own |= {"connect_timeout": ANSWER_S, "target_session_attrs": "any", "replication": ""}
     try:
         with anyio.fail_after(ANSWER_S):
-            connection = await psycopg.AsyncConnection.connect(conninfo.make_conninfo("", **own), autocommit=True)
+            connection = await connected(psycopg.AsyncConnection, conninfo.make_conninfo("", **own))
             try:
                 return await backend_of(connection)
             finally:

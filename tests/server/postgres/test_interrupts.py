@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+
 import anyio
+import anyio.to_thread
 import psycopg
 import pytest
 
-from cdcsync.postgres.interrupts import cancelled_by, hang_up, interrupted_by
+from cdcsync.postgres.interrupts import cancelled_by, connected, hang_up, interrupted_by
 from cdcsync.postgres.sessions import connect
 from tests.support.servers import Database
 
@@ -64,3 +67,27 @@ async def test_a_block_is_left_where_it_is_once_the_event_is_set() -> None:
         await anyio.sleep_forever()
         reached.append("after")
     assert reached == ["before"]
+
+
+async def test_a_login_that_is_given_up_is_closed_at_once_although_its_error_is_kept() -> None:
+    kept = []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(30)
+        settings = f"host=127.0.0.1 port={silent.getsockname()[1]} dbname=any user=any"
+
+        async def attempt() -> None:
+            try:
+                await connected(psycopg.AsyncConnection, settings)
+            except anyio.get_cancelled_exc_class() as error:
+                kept.append(error)
+                raise
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(attempt)
+            far, _ = await anyio.to_thread.run_sync(silent.accept)
+            tasks.cancel_scope.cancel()
+        with far:
+            far.settimeout(30)
+            while await anyio.to_thread.run_sync(far.recv, 1024):
+                pass  # what a login begins with
+    assert len(kept) == 1
