@@ -5,9 +5,11 @@ Ending at once is safe at any moment, as a crash is: what is committed stays, an
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn, TypeVar, TypeVarTuple, Unpack
 
@@ -18,6 +20,8 @@ T = TypeVar("T")
 SHOW_CURSOR = b"\x1b[?25h"
 """The escape sequence that shows a terminal's cursor again, which bars and spinners hide."""
 Arguments = TypeVarTuple("Arguments")
+Handler = Callable[[int, FrameType | None], object] | signal.Handlers
+"""What `signal.signal` takes."""
 
 
 def end_at_once(number: int, frame: FrameType | None) -> NoReturn:
@@ -66,6 +70,23 @@ def end_before_the_start(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(0)
 
 
+@contextmanager
+def handled(number: int, handler: Handler, *, afterwards: Handler) -> Iterator[None]:
+    """Have a signal handled wherever this process is, also while its event loop waits.
+
+    The loop has a handler, too, so that it wakes up. Otherwise a signal that comes just before the loop begins to wait,
+    or to another thread, is acted on only when the loop has something else to do.
+    """
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(number, lambda: None)
+    signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(number)
+        signal.signal(number, afterwards)
+
+
 async def interruptible(function: Callable[[Unpack[Arguments]], Awaitable[T]], *arguments: *Arguments) -> T:
     """Run a command's function; the first SIGINT says so and cancels it, the second ends the process.
 
@@ -80,9 +101,7 @@ async def interruptible(function: Callable[[Unpack[Arguments]], Awaitable[T]], *
             cancel(number, frame)
 
     leave_name_servers_behind()
-    if callable(cancel):
-        signal.signal(signal.SIGINT, interrupted)
-    try:
+    if not callable(cancel):
         return await function(*arguments)
-    finally:
-        signal.signal(signal.SIGINT, cancel)
+    with handled(signal.SIGINT, interrupted, afterwards=cancel):
+        return await function(*arguments)

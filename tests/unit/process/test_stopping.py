@@ -55,6 +55,36 @@ def test_the_first_interrupt_says_so_and_ends_in_an_orderly_way() -> None:
     assert said.strip() == "stopping; Ctrl-C again ends at once"
 
 
+TO_ANOTHER_THREAD = """
+import signal, threading, time
+import anyio
+from cdcsync.process.stopping import interruptible
+
+def interrupt():
+    time.sleep(0.5)
+    signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+async def command():
+    threading.Thread(target=interrupt).start()
+    await anyio.sleep_forever()
+
+anyio.run(interruptible, command)
+"""
+
+
+def test_an_interrupt_that_does_not_reach_the_loop_s_wait_ends_it_too() -> None:
+    """As if it had come between the last look for signals and the wait, which a test cannot hit."""
+    done = subprocess.run(
+        [sys.executable, "-c", TO_ANOTHER_THREAD],
+        env={**os.environ, "PYTHONPATH": str(Path(cdcsync.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert "stopping; Ctrl-C again ends at once" in done.stderr
+    assert "KeyboardInterrupt" in done.stderr
+
+
 def test_the_second_interrupt_ends_at_once_what_does_not_stop() -> None:
     with start(stuck=True) as process:
         assert process.stdout is not None
