@@ -4,7 +4,7 @@ Without names come those that the goals of speed are about, at the goals' sizes 
 takes longer says so. `more` stands for the others that the page has, among them the goals' sizes that take too long.
 What was found is kept in docs/benchmarks.json, each bench with the date and the machine of its run: a bench that is not
 run again, or fails, keeps all that. A run is compared with the last one of the same bench on the same machine, if that
-was of the same size.
+was of the same size. Of each other machine the page has the ratios of its last run, which may be of an earlier version.
 
 A bench that ran on another machine, such as one with an accelerator, is kept by its last line:
 
@@ -80,6 +80,9 @@ RUNS = GOALS | MORE
 
 PATIENCE_S = 900
 
+KEPT = ("at", "arguments", "ratios", "goals", "figures")
+"""What is kept of a run when another one takes its place."""
+
 BUDGET_S = 20 * 60
 """For the goals, together, on two processors."""
 
@@ -141,7 +144,7 @@ def measure(name: str) -> Found:
 
 
 def kept(earlier: Found | None, found: Found, run: Found) -> Found:
-    """Return what is kept of a bench after it ran.
+    """Return what is kept of a bench after it ran: this run, the one that it is compared with, and other machines'.
 
     :param earlier: what is kept of it so far.
     :param found: what it says now; `not_run` instead of figures if it measured nothing.
@@ -149,16 +152,13 @@ def kept(earlier: Found | None, found: Found, run: Found) -> Found:
     """
     if why := found.get("not_run"):
         return {**(earlier or {}), "unmeasured": f"Not run on {run['at']}: {why}."}
-    before = None
-    if earlier and all(earlier.get(one) == (found | run)[one] for one in ("machine", "arguments")):
-        before = {name: earlier[name] for name in ("at", "ratios", "figures")}
-    return {**found, **run, "before": before}
-
-
-def remembered(last: Found) -> dict[str, Found]:
-    """Return the benches of an earlier run; before each had a date and a machine of its own, one was that of all."""
-    all_at = {key: last[key] for key in ("at", "machine", "postgresql", "python") if key in last}
-    return {name: all_at | found for name, found in last.get("benches", {}).items()}
+    runs = dict((earlier or {}).get("elsewhere", {}))
+    if earlier and "machine" in earlier:
+        runs[earlier["machine"]] = {name: earlier[name] for name in KEPT}
+    before = runs.pop(run["machine"], None)
+    if before and before["arguments"] != found["arguments"]:
+        before = None
+    return {**found, **run, "before": before, "elsewhere": runs}
 
 
 def number(value: float) -> str:
@@ -198,6 +198,16 @@ def noted(found: Found) -> list[str]:
     return lines + ([f"- Missed, and nobody has said why: {', '.join(without)}."] if without else [])
 
 
+def on_another_machine(named: tuple[str, Found]) -> str:
+    """Return the line about the last run on another machine."""
+    where, found = named
+    ratios = (
+        f"`{ratio}` {number(value)}{'' if value >= found['goals'][ratio] else ' (missed)'}"
+        for ratio, value in found["ratios"].items()
+    )
+    return f"- On {where}, {found['at']}: {', '.join(ratios) or 'figures without a ratio'}."
+
+
 def section(name: str, found: Found) -> list[str]:
     """Return what the page says of one bench."""
     lines = [found["unmeasured"], ""] if "unmeasured" in found else []
@@ -221,8 +231,8 @@ def section(name: str, found: Found) -> list[str]:
         against = found.get("against", {}).get(ratio, "")
         last_time = _maybe(earlier["ratios"].get(ratio))
         lines.append(f"| `{ratio}` | {number(value)} | {number(goal)} | {verdict} | {against} | {last_time} |")
-    if notes := noted(found):
-        lines += ["", *notes]
+    if below := [*noted(found), *map(on_another_machine, found.get("elsewhere", {}).items())]:
+        lines += ["", *below]
     lines += ["", "| figure | found | last time |", "|---|---|---|"]
     for figure, value in found["figures"].items():
         lines.append(f"| `{figure}` | {number(value)} | {_maybe(earlier['figures'].get(figure))} |")
@@ -264,7 +274,7 @@ def main() -> None:
     """Run what is named, or what the goals are about; or keep what ran elsewhere."""
     store = DOCS / "benchmarks.json"
     last = json.loads(store.read_text()) if store.exists() else {}
-    benches = remembered(last)
+    benches: dict[str, Found] = last.get("benches", {})
     if sys.argv[1:2] == ["keep"]:
         if len(sys.argv) != 4:
             raise SystemExit("keep needs a bench and the machine on which it ran, and reads its last line")

@@ -2,7 +2,8 @@
 
 - light: rows change one at a time, each after the one before it was found. Ours is timed until a query of the view
   finds the new text with its own vector; native replication until a query of the subscriber's table finds the new text.
-  Both look every half millisecond; a round of one side follows a round of the other.
+  Both look every half millisecond; a round of one side follows a round of the other. What the worker and the backend
+  that writes for it take of a processor for a change is measured with it: one waits for the other.
 - load: for some seconds so many single-row transactions a second change the text of 20,000 rows, and forty markers a
   second come on top. Both sides are timed by the same markers (`_markers.py`): read in the index's table of chunks, and
   in the subscriber's table. The figures are the medians of three rounds, and who begins alternates. What the worker's
@@ -48,6 +49,12 @@ SENTENCE = "Change number {} says something new about replication slots, vectors
 
 P50_MORE_MS, P99_MORE_MS = 6.0, 15.0
 """What documents, hashes and a vector may take more than a row."""
+NOTES = {
+    "light": "a change is two look-ups and a transaction of nine messages to the target, each answered before the next"
+    " is sent. The worker works `light_worker_processor_ms` at it, its backend `light_backend_processor_ms`",
+    "at": "worker, backend, writer, reader and the source's own processes share this machine's processors, of which the"
+    " first two take `processors`",
+}
 TEXT_P99_S = {100: 0.05, 500: 0.05, 1000: 0.1, 2000: 0.25}
 
 
@@ -106,8 +113,9 @@ def one_by_one(made: Pipeline, reader: psycopg.Connection[Any], statement: str, 
 
 
 def light(made: Pipeline, peer: psycopg.Connection[Any]) -> dict[str, float]:
-    """Return the percentiles of both sides under light load."""
+    """Return the percentiles of both sides under light load, and what of a processor ours takes for a change."""
     taken: dict[str, list[float]] = {"native": [], "ours": []}
+    used: dict[str, list[float]] = {"worker": [], "backend": []}
     first = 0
     with psycopg.connect(made.dsn, autocommit=True) as reader:
         for _ in range(ROUNDS):
@@ -120,14 +128,19 @@ def light(made: Pipeline, peer: psycopg.Connection[Any]) -> dict[str, float]:
             made.text_in_step()
             made.vectors_in_step()
             statement = "SELECT FROM articles_index WHERE id = %s AND content = %s AND NOT stale"
+            pids = {"worker": made.pid, "backend": made.backend()}
+            before = {name: processor_ms(pid) for name, pid in pids.items()}
             taken["ours"] += one_by_one(made, reader, statement, first)
+            for name, pid in pids.items():
+                used[name].append((processor_ms(pid) - before[name]) / (CHANGES + WARM_UP))
             made.stop()
             first += CHANGES + WARM_UP
-    return {
+    percentiles = {
         f"light_{side}_{name}_ms": percentile(one, share)
         for side, one in taken.items()
         for name, share in (("p50", 0.5), ("p99", 0.99))
     }
+    return percentiles | {f"light_{name}_processor_ms": statistics.median(of) for name, of in used.items()}
 
 
 def changing(dsn: str, per_s: int) -> int:
@@ -225,7 +238,7 @@ def main() -> None:
                 smaller[ratio] = seconds or of_goal(ROUNDS, GOAL_ROUNDS, "rounds")
         peer.close()
     figures["load_at_end"] = os.getloadavg()[0]
-    report("latency", figures, ratios, goals, against, smaller)
+    report("latency", figures, ratios, goals, against, smaller, notes=NOTES)
 
 
 if __name__ == "__main__":

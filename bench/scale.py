@@ -9,17 +9,20 @@ takes from before the first change is written until the index's text is in step:
 - with 1 to 50 indexes in the configuration, each of a table of its own, of which one changes;
 - with 1 to 1,000 tables in the publication, of which one is indexed.
 
-Each size is built once, and its figure is the median of those ten rounds.
+Each size is built once, on a server of its own. All of them stand at the same time and take turns in each round, since
+a machine's pace changes from minute to minute: a figure is the median of ten rounds, a ratio that of ten ratios.
 
     python bench/scale.py [rows] [indexes] [tables]      SIZES=1000,10000,100000,1000000 INDEXES=1,10,50
 """
 
 from __future__ import annotations
 
+import operator
 import os
 import signal
 import statistics
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 # A script imports from its own directory; a type checker names files by their place in the repository.
@@ -68,8 +71,8 @@ def others(made: Pipeline, count: int) -> None:
         )
 
 
-def cost_us(made: Pipeline, rows: int) -> float:
-    """Change rows, and return what a changed row takes of a processor until the index's text is in step."""
+def begin(made: Pipeline) -> None:
+    """Have a worker follow, and all be indexed."""
     made.start()
     made.until(
         lambda: (
@@ -83,9 +86,17 @@ def cost_us(made: Pipeline, rows: int) -> float:
     made.text_in_step()
     made.vectors_in_step(0.05, BUILD_PATIENCE_S)
     made.connection.execute("VACUUM ANALYZE")
-    taken = [round_us(made, rows, round_) for round_ in range(ROUNDS)]
-    made.stop()
-    return statistics.median(taken)
+
+
+def in_turns(sizes: dict[int, tuple[Pipeline, int]]) -> dict[int, list[float]]:
+    """Return what a changed row takes of a processor, round by round; a size has its rows beside it."""
+    taken: dict[int, list[float]] = {size: [] for size in sizes}
+    for round_ in range(ROUNDS):
+        for size in sorted(sizes, reverse=round_ % 2 == 1):
+            taken[size].append(round_us(*sizes[size], round_))
+    for made, _ in sizes.values():
+        made.stop()
+    return taken
 
 
 def round_us(made: Pipeline, rows: int, round_: int) -> float:
@@ -110,39 +121,39 @@ def round_us(made: Pipeline, rows: int, round_: int) -> float:
     return used_ms / CHANGES * 1000
 
 
-def by_rows() -> dict[int, float]:
-    """Return the cost by the size of the table; a graph of few neighbours is built sooner, and text does not see it."""
+def by_rows(stack: ExitStack) -> dict[int, tuple[Pipeline, int]]:
+    """Make tables of each size; a graph of few neighbours is built sooner, and text does not see it."""
     graph = '[indexes.articles.hnsw]\nm = 4\nef_construction = 16\nbuild_memory = "1GB"'
-    found = {}
+    made = {}
     for rows in SIZES:
-        with pipeline(EMBEDDER, graph, shared_buffers="1GB", max_wal_size="8GB") as made:
-            fill(made, rows)
-            found[rows] = cost_us(made, rows)
-    return found
+        made[rows] = stack.enter_context(pipeline(EMBEDDER, graph, shared_buffers="1GB", max_wal_size="8GB")), rows
+        fill(*made[rows])
+        begin(made[rows][0])
+    return made
 
 
-def by_indexes() -> dict[int, float]:
-    """Return the cost by the number of indexes."""
-    found = {}
+def by_indexes(stack: ExitStack) -> dict[int, tuple[Pipeline, int]]:
+    """Make configurations of so many indexes each."""
+    made = {}
     for count in INDEXES:
         more = "".join(ANOTHER.format(number=number) for number in range(count - 1))
-        with pipeline(EMBEDDER, more, shared_buffers="256MB") as made:
-            fill(made, ROWS)
-            others(made, count - 1)
-            found[count] = cost_us(made, ROWS)
-    return found
+        made[count] = stack.enter_context(pipeline(EMBEDDER, more, shared_buffers="256MB")), ROWS
+        fill(*made[count])
+        others(made[count][0], count - 1)
+        begin(made[count][0])
+    return made
 
 
-def by_tables() -> dict[int, float]:
-    """Return the cost by the number of published tables."""
-    found = {}
+def by_tables(stack: ExitStack) -> dict[int, tuple[Pipeline, int]]:
+    """Make publications of so many tables each."""
+    made = {}
     for count in (1, 1_000):
-        with pipeline(EMBEDDER, shared_buffers="256MB") as made:
-            fill(made, ROWS)
-            others(made, count - 1)
-            made.connection.execute("CREATE PUBLICATION cdcsync FOR ALL TABLES")
-            found[count] = cost_us(made, ROWS)
-    return found
+        made[count] = stack.enter_context(pipeline(EMBEDDER, shared_buffers="256MB")), ROWS
+        fill(*made[count])
+        others(made[count][0], count - 1)
+        made[count][0].connection.execute("CREATE PUBLICATION cdcsync FOR ALL TABLES")
+        begin(made[count][0])
+    return made
 
 
 def main() -> None:
@@ -150,13 +161,15 @@ def main() -> None:
     parts = sys.argv[1:] or ["rows", "indexes", "tables"]
     figures: dict[str, float] = {"load_at_start": os.getloadavg()[0]}
     ratios, goals, against, smaller = {}, {}, {}, {}
-    for part, measure in (("rows", by_rows), ("indexes", by_indexes), ("tables", by_tables)):
+    for part, make in (("rows", by_rows), ("indexes", by_indexes), ("tables", by_tables)):
         if part in parts:
-            found = measure()
-            figures |= {f"{part}_{count}_us_per_row": cost for count, cost in found.items()}
+            with ExitStack() as stack:
+                found = in_turns(make(stack))
+            figures |= {f"{part}_{count}_us_per_row": statistics.median(costs) for count, costs in found.items()}
             fewest, most = min(found), max(found)
             ratio = f"{part}_{fewest}_over_{most}"
-            ratios[ratio], goals[ratio] = found[fewest] / found[most], 1 / GOAL
+            ratios[ratio] = statistics.median(map(operator.truediv, found[fewest], found[most]))
+            goals[ratio] = 1 / GOAL
             against[ratio] = f"our own with {fewest:,}, same run"
             size = {"rows": of_goal(most, GOAL_ROWS, "rows"), "indexes": of_goal(most, GOAL_INDEXES, "indexes")}
             smaller[ratio] = size.get(part) or of_goal(1, GOAL_BUILDS, "builds")

@@ -1,27 +1,35 @@
 """How much does a worker that follows slow the source's own writes?
 
-One writer commits single-row transactions for a second, with the worker stopped and with it following, in pairs: each
-pair has both sides, and who begins alternates. What counts is the median of the pairs' ratios of the median commit. A
-machine's pace changes more from second to second than the few hundredths that are looked for, so the ratio's interval
-is found too (`_median.py`). If that is wider than three hundredths on either side and has the goal in it, the run
-decides nothing, and says so.
+One writer commits single-row transactions for half a second, alone, with a worker that follows, and with pg_recvlogical
+in the worker's place, which throws away what it receives: what any consumer of the same changes costs. Each round has
+all three, in turns. What counts is the median of the rounds' ratios of the median commit. A machine's pace changes more
+from second to second than the few hundredths that are looked for, so the ratio's interval is found too (`_median.py`).
+If that is wider than three hundredths on either side and has the goal in it, the run decides nothing, and says so.
+
+A source has a machine of its own as a rule. Here it has the first processor, with the writer; the target, the worker
+and pg_recvlogical have the others, if there are any. What is left is the walsender, which decodes on the source.
 
 A commit without fsync, as in every other bench, takes a tenth of a millisecond, so that waking the walsender is a large
-part of it. A source runs with fsync, and that is what the goal is about. All of it shares one machine: a source on a
-machine of its own is slowed less, and what the writer's backend takes of a processor is a figure beside the ratio.
+part of it. A source runs with fsync, and that is what the goal is about. What the writer's backend takes of a processor
+is a figure beside the ratio.
 
-    python bench/writes.py [on] [off]      PAIRS=24 SECONDS=1
+    python bench/writes.py [on] [off]      ROUNDS=20 SECONDS=0.5
 
 `on` and `off` are the server's `fsync`; without a name, both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from cdcsync.demo.programs import embedded_bin_dir
 
 # A script imports from its own directory; a type checker names files by their place in the repository.
 if TYPE_CHECKING:
@@ -34,40 +42,81 @@ else:
     from report import of_goal, report
 
 ROWS = 10_000
-GOAL_PAIRS = 20
-PAIRS = int(os.environ.get("PAIRS", "24"))
-SECONDS = float(os.environ.get("SECONDS", "1"))
+GOAL_ROUNDS = 20
+ROUNDS = int(os.environ.get("ROUNDS", str(GOAL_ROUNDS)))
+SECONDS = float(os.environ.get("SECONDS", "0.5"))
 PAUSE_S = 0.002
 """Between two commits: a writer that never pauses measures how many processors the machine has."""
 EMBEDDER = 'type = "hash"\ndimensions = 16\nlatency_ms = 20'
+SIDES = ("alone", "followed", "drained")
 
 GOAL = 0.97
+NOTE = (
+    "what any consumer of these changes costs is `drained`: the server wakes a process at each commit, and that decodes"
+    " the commit on a processor of the source, which the writer has too here"
+)
+
+PROCESSES = "SELECT pid FROM pg_stat_activity UNION SELECT split_part(pg_read_file('postmaster.pid'), E'\\n', 1)::int"
+"""Those of the server; what it starts later is confined as its first process is."""
 
 
-def measure(fsync: str) -> tuple[list[float], dict[str, float]]:
-    """Return the ratio of each pair, and the medians of what both sides took."""
+def measure(fsync: str) -> dict[str, list[float]]:
+    """Return what was measured, by side and unit, a value for each round."""
     taken: dict[str, list[float]] = {}
-    with pipeline(EMBEDDER, shared_buffers="256MB", fsync=fsync) as made:
+    own = {min(os.sched_getaffinity(0))}
+    others = os.sched_getaffinity(0) - own or own
+    with pipeline(EMBEDDER, apart=True, shared_buffers="256MB", fsync=fsync) as made:
         made.load(ROWS)
         made.stop()
-        for pair in range(PAIRS):
-            for side in ("alone", "followed") if pair % 2 else ("followed", "alone"):
-                if side == "followed":
-                    made.start()
-                    made.event("streaming")
-                    made.text_in_step()
-                    made.vectors_in_step(0.05)
-                used_ms = processor_ms(made.connection.info.backend_pid)
-                each_s = written_s(made)
-                used_ms = processor_ms(made.connection.info.backend_pid) - used_ms
-                if side == "followed":
-                    made.text_in_step()
-                    made.stop()
+        made.connection.execute("SELECT pg_create_logical_replication_slot('drained', 'pgoutput')")
+        for connection, processors in ((made.connection, own), (made.target, others)):
+            for (pid,) in connection.execute(PROCESSES).fetchall():
+                os.sched_setaffinity(pid, processors)
+        for round_ in range(ROUNDS):
+            first = round_ % len(SIDES)
+            for side in SIDES[first:] + SIDES[:first]:
+                os.sched_setaffinity(0, others)
+                with consumer(made, side):
+                    os.sched_setaffinity(0, own)
+                    used_ms = processor_ms(made.connection.info.backend_pid)
+                    each_s = written_s(made)
+                    used_ms = processor_ms(made.connection.info.backend_pid) - used_ms
                 taken.setdefault(f"{side}_p50_ms", []).append(statistics.median(each_s) * 1000)
                 taken.setdefault(f"{side}_processor_ms", []).append(used_ms / len(each_s))
                 taken.setdefault(f"{side}_commits", []).append(len(each_s))
-    pairs = zip(taken["alone_p50_ms"], taken["followed_p50_ms"], strict=True)
-    return [alone / followed for alone, followed in pairs], {name: statistics.median(of) for name, of in taken.items()}
+    return taken
+
+
+@contextlib.contextmanager
+def consumer(made: Pipeline, side: str) -> Iterator[None]:
+    """Have the changes followed by the worker, by pg_recvlogical or by nobody; whoever it is has nothing left to do."""
+    match side:
+        case "followed":
+            made.start()
+            made.event("streaming")
+            made.text_in_step()
+            made.vectors_in_step(0.05)
+            yield
+            made.text_in_step()
+            made.stop()
+        case "drained":
+            made.connection.execute("SELECT pg_replication_slot_advance('drained', pg_current_wal_insert_lsn())")
+            with subprocess.Popen(
+                [
+                    str(embedded_bin_dir() / "pg_recvlogical"),
+                    *("--dbname", made.dsn, "--slot", "drained", "--start", "--file", "/dev/null"),
+                    *("--option", "proto_version=4", "--option", "publication_names=cdcsync"),
+                ],
+                stdin=subprocess.DEVNULL,
+            ) as process:
+                try:
+                    made.slot_is(True, "drained")
+                    yield
+                finally:
+                    process.terminate()
+            made.slot_is(False, "drained")
+        case _:
+            yield
 
 
 def written_s(made: Pipeline) -> list[float]:
@@ -83,21 +132,23 @@ def written_s(made: Pipeline) -> list[float]:
 
 def main() -> None:
     """Measure and report."""
-    figures: dict[str, float] = {"pairs": PAIRS}
-    ratios, smaller, undecided = {}, {}, {}
+    figures: dict[str, float] = {"rounds": ROUNDS}
+    ratios, against, smaller, undecided = {}, {}, {}, {}
     for fsync in sys.argv[1:] or ("on", "off"):
-        each, medians = measure(fsync)
-        low, high = interval(each)
-        name = f"fsync_{fsync}"
-        ratio = f"{name}_alone_over_followed"
-        ratios[ratio] = statistics.median(each)
-        figures |= {f"{name}_least_likely_ratio": low, f"{name}_most_likely_ratio": high}
-        figures |= {f"{name}_{what}": value for what, value in medians.items()}
-        smaller[ratio] = of_goal(PAIRS, GOAL_PAIRS, "pairs")
-        if (high - low) / 2 > 1 - GOAL and low < GOAL <= high:
-            undecided[ratio] = f"between {low:.3f} and {high:.3f}"
+        taken = measure(fsync)
+        figures |= {f"fsync_{fsync}_{what}": statistics.median(of) for what, of in taken.items()}
+        for other, what in (("alone", "the source with nobody who follows"), ("drained", "pg_recvlogical")):
+            ratio = f"fsync_{fsync}_{other}_over_followed"
+            pairs = zip(taken[f"{other}_p50_ms"], taken["followed_p50_ms"], strict=True)
+            each = [one / followed for one, followed in pairs]
+            low, high = interval(each)
+            ratios[ratio], against[ratio] = statistics.median(each), f"{what}, same run"
+            figures |= {f"{ratio}_at_least": low, f"{ratio}_at_most": high}
+            smaller[ratio] = of_goal(ROUNDS, GOAL_ROUNDS, "rounds")
+            if (high - low) / 2 > 1 - GOAL and low < GOAL <= high:
+                undecided[ratio] = f"between {low:.3f} and {high:.3f}"
     goals = dict.fromkeys(ratios, GOAL)
-    report("writes", figures, ratios, goals, "the source with the worker stopped, same run", smaller, undecided)
+    report("writes", figures, ratios, goals, against, smaller, undecided, notes={"fsync": NOTE})
 
 
 if __name__ == "__main__":

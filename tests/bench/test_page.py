@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench._all import BUDGET_S, GOALS, HERE, MORE, RUNS, asked, brought, kept, remembered, section, took, written
+from bench._all import BUDGET_S, GOALS, HERE, MORE, RUNS, asked, brought, kept, section, took, written
 
 RUN = {"at": "2026-11-28 10:04 UTC", "machine": "2 processors", "postgresql": "18", "python": "3.11.7"}
 LATER = RUN | {"at": "2026-11-29 11:00 UTC"}
@@ -36,12 +36,24 @@ def test_a_run_of_another_size_is_not_what_a_run_is_compared_with() -> None:
 
 
 def test_a_run_on_another_machine_is_not_what_a_run_is_compared_with() -> None:
-    first = kept(None, found(0.9), RUN)
-    elsewhere = kept(first, found(1.2), LATER | {"machine": "64 processors"})
+    elsewhere = kept(kept(None, found(0.9), RUN), found(1.2), LATER | {"machine": "64 processors"})
 
     assert elsewhere["before"] is None
     assert "64 processors" in section("drain", elsewhere)[0]
     assert kept(elsewhere, {"not_run": "it failed"}, LATER)["machine"] == "64 processors"
+
+
+def test_the_last_run_of_each_other_machine_is_shown_and_each_is_compared_with_its_own() -> None:
+    large = LATER | {"machine": "64 processors"}
+    here = kept(kept(kept(None, found(0.9), RUN), found(1.2), large), found(0.8), LATER)
+    page = section("drain", here)
+
+    assert "| `ours` | 0.8000 | 1.00 | missed | psycopg2, same run | 0.9000 |" in page
+    assert "- On 64 processors, 2026-11-29 11:00 UTC: `ours` 1.20." in page
+    again = section("drain", kept(here, found(1.3), large))
+    assert "| `ours` | 1.30 | 1.00 | met | psycopg2, same run | 1.20 |" in again
+    assert "- On 2 processors, 2026-11-29 11:00 UTC: `ours` 0.8000 (missed)." in again
+    assert not any(line.startswith("- On 64") for line in again)
 
 
 def test_a_run_below_the_goals_size_says_so_beside_the_verdict() -> None:
@@ -73,17 +85,6 @@ def test_a_bench_that_never_ran_is_named_with_the_reason() -> None:
 
 def test_the_head_says_what_the_servers_do_without() -> None:
     assert "`fsync = off`" in written({})
-
-
-def test_benches_that_shared_one_date_keep_it() -> None:
-    assert remembered({**RUN, "benches": {"drain": {"figures": {}}}}) == {"drain": {"figures": {}, **RUN}}
-    assert remembered({**LATER, "benches": {"drain": dict(RUN)}}) == {"drain": RUN}
-    assert remembered({}) == {}
-
-
-def test_benches_that_shared_one_machine_keep_it() -> None:
-    drain = {"figures": {}, "at": RUN["at"]}
-    assert remembered({"machine": "m", "benches": {"drain": drain}}) == {"drain": drain | {"machine": "m"}}
 
 
 def test_without_names_the_goals_are_measured() -> None:

@@ -590,7 +590,11 @@ def page() -> str:
         "- **Soak** (`make soak MINUTES=30`): a worker under an even load, with searches, replays, comparisons and"
         " ended sessions beside it; some of its transactions are large enough to be streamed. Memory, files, threads,"
         " sessions, the WAL that the slot holds, the spool, temporary files, dead rows and sizes are measured, and none"
-        " may grow: a line is fitted through each, with its error, and `build/soak.svg` shows them.",
+        " may grow: a line is fitted through each, with its error, and `build/soak.svg` shows them. This is the picture"
+        " of the run named below:",
+        "",
+        "  ![What a soak measured, with a line through each series](pictures/soak.svg)",
+        "",
         "- **Known faults put back** (`make mutants`): each of the faults listed at the end is put into a copy of the"
         " code, one at a time, and has to be found, in the words of the property that it breaks.",
         "- **Fuzzing** (`make fuzz MINUTES=5`): arbitrary bytes for every parser, guided by the code that they reach.",

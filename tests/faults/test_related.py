@@ -82,6 +82,7 @@ def test_a_rebuild_goes_on_where_it_was_after_kill_9_and_live_changes_do_not_wai
     assert min(resumed[1:]) >= rows
 
 
+@pytest.mark.proof
 def test_a_second_change_of_the_same_row_joins_the_request_that_has_not_begun(tickets: Pipeline) -> None:
     worker = tickets.start()
     tickets.live()

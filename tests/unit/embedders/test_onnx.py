@@ -78,7 +78,7 @@ async def test_vectors_are_those_of_torch(minilm: OnnxEmbedder) -> None:
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
-@pytest.mark.proof_from(1)
+@pytest.mark.proof
 @pytest.mark.model
 @pytest.mark.parametrize(
     ("mode", "settings"),
