@@ -80,7 +80,7 @@ RUNS = GOALS | MORE
 
 PATIENCE_S = 900
 
-KEPT = ("at", "arguments", "ratios", "goals", "figures")
+KEPT = ("at", "arguments", "ratios", "goals", "smaller", "undecided", "figures")
 """What is kept of a run when another one takes its place."""
 
 BUDGET_S = 20 * 60
@@ -153,8 +153,8 @@ def kept(earlier: Found | None, found: Found, run: Found) -> Found:
     if why := found.get("not_run"):
         return {**(earlier or {}), "unmeasured": f"Not run on {run['at']}: {why}."}
     runs = dict((earlier or {}).get("elsewhere", {}))
-    if earlier and "machine" in earlier:
-        runs[earlier["machine"]] = {name: earlier[name] for name in KEPT}
+    if earlier and "at" in earlier:
+        runs[earlier["machine"]] = {name: earlier.get(name, {}) for name in KEPT}
     before = runs.pop(run["machine"], None)
     if before and before["arguments"] != found["arguments"]:
         before = None
@@ -198,14 +198,25 @@ def noted(found: Found) -> list[str]:
     return lines + ([f"- Missed, and nobody has said why: {', '.join(without)}."] if without else [])
 
 
-def on_another_machine(named: tuple[str, Found]) -> str:
-    """Return the line about the last run on another machine."""
-    where, found = named
-    ratios = (
-        f"`{ratio}` {number(value)}{'' if value >= found['goals'][ratio] else ' (missed)'}"
+def on_another_machine(where: str, found: Found, now: Found) -> str:
+    """Return the line about the last run on another machine: what is measured now, as it was there."""
+    said = [
+        f"`{ratio}` {number(value)}, {verdict(found, ratio)}"
         for ratio, value in found["ratios"].items()
-    )
-    return f"- On {where}, {found['at']}: {', '.join(ratios) or 'figures without a ratio'}."
+        if ratio in now["ratios"]
+    ]
+    run = f"{found['arguments']}, {found['at']}".removeprefix(", ")
+    return f"- On {where} ({run}): {'; '.join(said) or 'nothing of what is measured now'}."
+
+
+def verdict(found: Found, ratio: str) -> str:
+    """Return what a ratio is, held against its goal."""
+    if why := found.get("undecided", {}).get(ratio):
+        said = f"undecided, {why}"
+    else:
+        said = "met" if found["ratios"][ratio] >= found["goals"][ratio] else "missed"
+    smaller = found.get("smaller", {}).get(ratio)
+    return f"{said}; not of the goal's size: {smaller}" if smaller else said
 
 
 def section(name: str, found: Found) -> list[str]:
@@ -224,14 +235,12 @@ def section(name: str, found: Found) -> list[str]:
     if found["ratios"]:
         lines += ["| ratio | found | goal | | against | last time |", "|---|---|---|---|---|---|"]
     for ratio, value in found["ratios"].items():
-        goal, smaller = found["goals"][ratio], found.get("smaller", {}).get(ratio)
-        verdict = "met" if value >= goal else "missed"
-        verdict = f"undecided, {found['undecided'][ratio]}" if ratio in found.get("undecided", {}) else verdict
-        verdict += f"; not of the goal's size: {smaller}" if smaller else ""
+        goal, said = found["goals"][ratio], verdict(found, ratio)
         against = found.get("against", {}).get(ratio, "")
         last_time = _maybe(earlier["ratios"].get(ratio))
-        lines.append(f"| `{ratio}` | {number(value)} | {number(goal)} | {verdict} | {against} | {last_time} |")
-    if below := [*noted(found), *map(on_another_machine, found.get("elsewhere", {}).items())]:
+        lines.append(f"| `{ratio}` | {number(value)} | {number(goal)} | {said} | {against} | {last_time} |")
+    elsewhere = [on_another_machine(where, run_, found) for where, run_ in found.get("elsewhere", {}).items()]
+    if below := [*noted(found), *elsewhere]:
         lines += ["", *below]
     lines += ["", "| figure | found | last time |", "|---|---|---|"]
     for figure, value in found["figures"].items():

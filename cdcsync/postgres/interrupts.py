@@ -33,16 +33,16 @@ HANG_UP_AFTER = 8
 
 
 async def connected(kind: type[C], settings: str) -> C:
-    """Return a new connection in autocommit; cancelled before that, close it at once.
+    """Return a new connection in autocommit; a login that is cancelled, or takes too long, is closed at once.
 
-    The driver closes it once nothing refers to the attempt any more, and the error of the cancellation does. The server
-    would wait for the rest of the login (`authentication_timeout`), and a DROP DATABASE for the server.
+    The driver closes it once nothing refers to the attempt any more, and the error does. The server would wait for the
+    rest of the login (`authentication_timeout`), and a DROP DATABASE for the server.
 
     :raises psycopg.Error: there is no connection.
     """
     try:
         return await kind.connect(settings, autocommit=True)
-    except anyio.get_cancelled_exc_class() as error:
+    except (psycopg.Error, anyio.get_cancelled_exc_class()) as error:
         traceback.clear_frames(error.__traceback__)
         raise
 

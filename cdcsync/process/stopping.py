@@ -20,8 +20,6 @@ T = TypeVar("T")
 SHOW_CURSOR = b"\x1b[?25h"
 """The escape sequence that shows a terminal's cursor again, which bars and spinners hide."""
 Arguments = TypeVarTuple("Arguments")
-Handler = Callable[[int, FrameType | None], object] | signal.Handlers
-"""What `signal.signal` takes."""
 
 
 def end_at_once(number: int, frame: FrameType | None) -> NoReturn:
@@ -71,20 +69,18 @@ def end_before_the_start(number: int, frame: FrameType | None) -> NoReturn:
 
 
 @contextmanager
-def handled(number: int, handler: Handler, *, afterwards: Handler) -> Iterator[None]:
-    """Have a signal handled wherever this process is, also while its event loop waits.
+def woken_by_signals() -> Iterator[None]:
+    """Have any signal wake the running event loop, whose handlers run as soon as it is awake. In the main thread only.
 
-    The loop has a handler, too, so that it wakes up. Otherwise a signal that comes just before the loop begins to wait,
-    or to another thread, is acted on only when the loop has something else to do.
+    Otherwise one that comes just before the loop begins to wait, or to another thread, is acted on only when the loop
+    has something else to do. A loop that handles a signal itself wakes up for all: here one that nobody sends.
     """
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(number, lambda: None)
-    signal.signal(number, handler)
+    loop.add_signal_handler(signal.SIGURG, lambda: None)
     try:
         yield
     finally:
-        loop.remove_signal_handler(number)
-        signal.signal(number, afterwards)
+        loop.remove_signal_handler(signal.SIGURG)
 
 
 async def interruptible(function: Callable[[Unpack[Arguments]], Awaitable[T]], *arguments: *Arguments) -> T:
@@ -101,7 +97,10 @@ async def interruptible(function: Callable[[Unpack[Arguments]], Awaitable[T]], *
             cancel(number, frame)
 
     leave_name_servers_behind()
-    if not callable(cancel):
-        return await function(*arguments)
-    with handled(signal.SIGINT, interrupted, afterwards=cancel):
-        return await function(*arguments)
+    with woken_by_signals():
+        if callable(cancel):
+            signal.signal(signal.SIGINT, interrupted)
+        try:
+            return await function(*arguments)
+        finally:
+            signal.signal(signal.SIGINT, cancel)

@@ -38,7 +38,7 @@ from cdcsync.model.pauses import Pause, Pauses
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.interrupts import cancelled_by
 from cdcsync.preflight import Finding, Report, build_embedders, examine, refuse
-from cdcsync.process.stopping import end_at_once, handled
+from cdcsync.process.stopping import end_at_once
 from cdcsync.target.locked_session import worker_name
 from cdcsync.worker import http
 from cdcsync.worker.descriptors import raise_descriptor_limit
@@ -341,11 +341,13 @@ async def _stop_on_signal(
         log.info("stopping", signal=signal.Signals(number).name)
         state.stop()
     # A second signal means: do not wait for the current batch.
-    with (
-        handled(signal.SIGINT, end_at_once, afterwards=signal.default_int_handler),
-        handled(signal.SIGTERM, end_at_once, afterwards=signal.SIG_DFL),
-    ):
+    signal.signal(signal.SIGINT, end_at_once)
+    signal.signal(signal.SIGTERM, end_at_once)
+    try:
         await anyio.sleep_forever()
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 async def _serve(

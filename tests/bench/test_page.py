@@ -49,11 +49,27 @@ def test_the_last_run_of_each_other_machine_is_shown_and_each_is_compared_with_i
     page = section("drain", here)
 
     assert "| `ours` | 0.8000 | 1.00 | missed | psycopg2, same run | 0.9000 |" in page
-    assert "- On 64 processors, 2026-11-29 11:00 UTC: `ours` 1.20." in page
+    assert "- On 64 processors (ROUNDS=3, 2026-11-29 11:00 UTC): `ours` 1.20, met." in page
     again = section("drain", kept(here, found(1.3), large))
     assert "| `ours` | 1.30 | 1.00 | met | psycopg2, same run | 1.20 |" in again
-    assert "- On 2 processors, 2026-11-29 11:00 UTC: `ours` 0.8000 (missed)." in again
+    assert "- On 2 processors (ROUNDS=3, 2026-11-29 11:00 UTC): `ours` 0.8000, missed." in again
     assert not any(line.startswith("- On 64") for line in again)
+
+
+def test_a_bench_that_was_never_run_here_keeps_nothing_of_that() -> None:
+    never = kept({"machine": "2 processors", "unmeasured": "Not run."}, found(0.9), RUN)
+
+    assert never["elsewhere"] == {}
+    assert never["before"] is None
+
+
+def test_another_machine_s_run_keeps_its_doubts_and_shows_only_what_is_still_measured() -> None:
+    doubtful = found(0.9, undecided={"ours": "between 0.8 and 1.1"}, smaller={"ours": "2 of 20 rounds"})
+    doubtful["ratios"]["gone"] = doubtful["goals"]["gone"] = 1.0
+    page = section("drain", kept(kept(None, doubtful, RUN), found(1.2), LATER | {"machine": "64 processors"}))
+
+    said = "`ours` 0.9000, undecided, between 0.8 and 1.1; not of the goal's size: 2 of 20 rounds."
+    assert f"- On 2 processors (ROUNDS=3, 2026-11-28 10:04 UTC): {said}" in page
 
 
 def test_a_run_below_the_goals_size_says_so_beside_the_verdict() -> None:

@@ -69,15 +69,19 @@ async def test_a_block_is_left_where_it_is_once_the_event_is_set() -> None:
     assert reached == ["before"]
 
 
-async def test_a_login_that_is_given_up_is_closed_at_once_although_its_error_is_kept() -> None:
-    kept = []
+@pytest.mark.parametrize("by", ["a cancellation", "its time limit"])
+async def test_a_login_that_is_given_up_is_closed_at_once_although_its_error_is_kept(by: str) -> None:
+    kept: list[BaseException] = []
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(30)
-        settings = f"host=127.0.0.1 port={silent.getsockname()[1]} dbname=any user=any"
+        limit_s = 600 if by == "a cancellation" else 2
+        settings = f"host=127.0.0.1 port={silent.getsockname()[1]} dbname=any user=any connect_timeout={limit_s}"
 
         async def attempt() -> None:
             try:
                 await connected(psycopg.AsyncConnection, settings)
+            except psycopg.errors.ConnectionTimeout as error:
+                kept.append(error)
             except anyio.get_cancelled_exc_class() as error:
                 kept.append(error)
                 raise
@@ -85,7 +89,8 @@ async def test_a_login_that_is_given_up_is_closed_at_once_although_its_error_is_
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(attempt)
             far, _ = await anyio.to_thread.run_sync(silent.accept)
-            tasks.cancel_scope.cancel()
+            if by == "a cancellation":
+                tasks.cancel_scope.cancel()
         with far:
             far.settimeout(30)
             while await anyio.to_thread.run_sync(far.recv, 1024):

@@ -65,6 +65,7 @@ def interrupt():
     signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
 async def command():
+    {before}
     threading.Thread(target=interrupt).start()
     await anyio.sleep_forever()
 
@@ -72,16 +73,24 @@ anyio.run(interruptible, command)
 """
 
 
-def test_an_interrupt_that_does_not_reach_the_loop_s_wait_ends_it_too() -> None:
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("pass", "stopping; Ctrl-C again ends at once"),
+        ("with anyio.open_signal_receiver(signal.SIGINT): pass", "KeyboardInterrupt"),
+    ],
+    ids=["at first", "after another handler"],
+)
+def test_an_interrupt_that_does_not_reach_the_loop_s_wait_ends_it_too(before: str, said: str) -> None:
     """As if it had come between the last look for signals and the wait, which a test cannot hit."""
     done = subprocess.run(
-        [sys.executable, "-c", TO_ANOTHER_THREAD],
+        [sys.executable, "-c", TO_ANOTHER_THREAD.format(before=before)],
         env={**os.environ, "PYTHONPATH": str(Path(cdcsync.__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=30,
     )
-    assert "stopping; Ctrl-C again ends at once" in done.stderr
+    assert said in done.stderr
     assert "KeyboardInterrupt" in done.stderr
 
 
