@@ -42,9 +42,10 @@ def test_a_known_fault_can_be_put_back(mutant: Mutant, tmp_path: Path) -> None:
             assert_never(mutant.found_by)
 
 
-def test_what_is_recorded_is_of_known_faults_and_in_the_words_of_their_properties() -> None:
+def test_each_known_fault_is_recorded_as_found_in_the_words_of_its_property() -> None:
     by_name = {one.name: one for one in MUTANTS}
 
+    assert found().found.keys() == by_name.keys(), "run `make mutants ARGS=--record`"
     for name, seen in found().found.items():
         assert re.search(by_name[name].words, seen.said), name
 
