@@ -33,8 +33,10 @@ from cdcsync.demo.programs import Programs, embedded_bin_dir
 # A script imports from its own directory; a type checker and tests name files by their place in the repository.
 if TYPE_CHECKING or __package__:
     from bench._quiet import BUSY, busy, quiet
+    from bench.report import verdict
 else:
     from _quiet import BUSY, busy, quiet
+    from report import verdict
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
@@ -201,7 +203,7 @@ def noted(found: Found) -> list[str]:
 def on_another_machine(where: str, found: Found, now: Found) -> str:
     """Return the line about the last run on another machine: what is measured now, as it was there."""
     said = [
-        f"`{ratio}` {number(value)}, {verdict(found, ratio)}"
+        f"`{ratio}` {number(value)}, {held(found, ratio)}"
         for ratio, value in found["ratios"].items()
         if ratio in now["ratios"]
     ]
@@ -209,12 +211,9 @@ def on_another_machine(where: str, found: Found, now: Found) -> str:
     return f"- On {where} ({run}): {'; '.join(said) or 'nothing of what is measured now'}."
 
 
-def verdict(found: Found, ratio: str) -> str:
-    """Return what a ratio is, held against its goal."""
-    if why := found.get("undecided", {}).get(ratio):
-        said = f"undecided, {why}"
-    else:
-        said = "met" if found["ratios"][ratio] >= found["goals"][ratio] else "missed"
+def held(found: Found, ratio: str) -> str:
+    """Return what a ratio is, held against its goal, and what its run lacked to the goal's size."""
+    said = verdict(found["ratios"][ratio], found["goals"][ratio], found.get("undecided", {}).get(ratio))
     smaller = found.get("smaller", {}).get(ratio)
     return f"{said}; not of the goal's size: {smaller}" if smaller else said
 
@@ -235,7 +234,7 @@ def section(name: str, found: Found) -> list[str]:
     if found["ratios"]:
         lines += ["| ratio | found | goal | | against | last time |", "|---|---|---|---|---|---|"]
     for ratio, value in found["ratios"].items():
-        goal, said = found["goals"][ratio], verdict(found, ratio)
+        goal, said = found["goals"][ratio], held(found, ratio)
         against = found.get("against", {}).get(ratio, "")
         last_time = _maybe(earlier["ratios"].get(ratio))
         lines.append(f"| `{ratio}` | {number(value)} | {number(goal)} | {said} | {against} | {last_time} |")

@@ -22,7 +22,6 @@ import psycopg
 from psycopg import conninfo
 
 from cdcsync.demo.cluster import Cluster
-from cdcsync.demo.programs import embedded_bin_dir
 from cdcsync.lsn import Lsn
 from cdcsync.pgoutput.decode import decode
 from cdcsync.pgoutput.frames import XLogData
@@ -37,8 +36,10 @@ except ImportError:
 
 # A script imports from its own directory; a type checker names files by their place in the repository.
 if TYPE_CHECKING:
+    from bench._recvlogical import recvlogical
     from bench.report import report
 else:
+    from _recvlogical import recvlogical
     from report import report
 
 CHANGES = int(os.environ.get("CHANGES", "100000"))
@@ -99,16 +100,8 @@ def raw(dsn: str, slot: str, end: Lsn) -> int:
 
 def client(dsn: str, slot: str, end: Lsn) -> None:
     """Receive up to `end` by pg_recvlogical."""
-    options = ("proto_version=4", "publication_names=drain", "messages=true")
-    subprocess.run(
-        [
-            str(embedded_bin_dir() / "pg_recvlogical"),
-            *("--dbname", dsn, "--slot", slot, "--start", "--file", "/dev/null", "--endpos", str(end)),
-            *(part for option in options for part in ("--option", option)),
-        ],
-        check=True,
-        stdin=subprocess.DEVNULL,
-    )
+    command = [*recvlogical(dsn, slot, "drain"), "--endpos", str(end)]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
 
 
 def main() -> None:

@@ -54,11 +54,15 @@ def report(
     for figure, value in figures.items():
         print(f"  {figure:<{width}}  {_number(value):>14}")
     for ratio, value in ratios.items():
-        verdict = "met" if value >= goals[ratio] else "missed"
-        verdict = f"undecided, {undecided[ratio]}" if ratio in undecided else verdict
-        verdict += f"; {short[ratio]}" if ratio in short else ""
-        print(f"  {ratio:<{width}}  {_number(value):>14}  goal {_number(goals[ratio])}: {verdict}")
+        size = f"; {short[ratio]}" if ratio in short else ""
+        held = verdict(value, goals[ratio], undecided.get(ratio))
+        print(f"  {ratio:<{width}}  {_number(value):>14}  goal {_number(goals[ratio])}: {held}{size}")
     print(last_line)
+
+
+def verdict(value: float, goal: float, undecided: str | None) -> str:
+    """Return what a ratio is, held against its goal."""
+    return f"undecided, {undecided}" if undecided else "met" if value >= goal else "missed"
 
 
 def not_run(name: str, why: str) -> None:

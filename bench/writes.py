@@ -2,9 +2,10 @@
 
 One writer commits single-row transactions for half a second, alone, with a worker that follows, and with pg_recvlogical
 in the worker's place, which throws away what it receives: what any consumer of the same changes costs. Each round has
-all three, in turns. What counts is the median of the rounds' ratios of the median commit. A machine's pace changes more
-from second to second than the few hundredths that are looked for, so the ratio's interval is found too (`_median.py`).
-If that is wider than three hundredths on either side and has the goal in it, the run decides nothing, and says so.
+all three, in another order. What counts is the median of the rounds' ratios of the median commit. A machine's pace
+changes more from second to second than the few hundredths that are looked for, so the ratio's interval is found too
+(`_median.py`). If that is wider than three hundredths on either side and has the goal in it, the run decides nothing,
+and says so.
 
 A source has a machine of its own as a rule. Here it has the first processor, with the writer; the target, the worker
 and pg_recvlogical have the others, if there are any. What is left are the walsender, which decodes on the source, and
@@ -31,16 +32,16 @@ from collections.abc import Iterator
 from itertools import permutations
 from typing import TYPE_CHECKING
 
-from cdcsync.demo.programs import embedded_bin_dir
-
 # A script imports from its own directory; a type checker names files by their place in the repository.
 if TYPE_CHECKING:
     from bench._median import interval
     from bench._pipeline import Pipeline, pipeline, processor_ms
+    from bench._recvlogical import recvlogical
     from bench.report import of_goal, report
 else:
     from _median import interval
     from _pipeline import Pipeline, pipeline, processor_ms
+    from _recvlogical import recvlogical
     from report import of_goal, report
 
 ROWS = 10_000
@@ -106,21 +107,8 @@ def consumer(made: Pipeline, side: str) -> Iterator[None]:
             made.stop()
         case "drained":
             made.connection.execute("SELECT pg_replication_slot_advance('drained', pg_current_wal_insert_lsn())")
-            with subprocess.Popen(
-                [
-                    str(embedded_bin_dir() / "pg_recvlogical"),
-                    *("--dbname", made.dsn, "--slot", "drained", "--start", "--file", "/dev/null"),
-                    *(
-                        "--option",
-                        "proto_version=4",
-                        "--option",
-                        "publication_names=cdcsync",
-                        "--option",
-                        "messages=true",
-                    ),
-                ],
-                stdin=subprocess.DEVNULL,
-            ) as process:
+            command = recvlogical(made.dsn, "drained", "cdcsync")
+            with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
                 try:
                     made.slot_is(True, "drained")
                     yield

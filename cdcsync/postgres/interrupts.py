@@ -38,7 +38,7 @@ async def connected(kind: type[C], settings: str) -> C:
     The driver closes it once nothing refers to the attempt any more, and the error does. The server would wait for the
     rest of the login (`authentication_timeout`), and a DROP DATABASE for the server.
 
-    :raises psycopg.Error: there is no connection.
+    :raises psycopg.Error: the login failed.
     """
     try:
         return await kind.connect(settings, autocommit=True)

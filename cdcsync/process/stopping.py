@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import NoReturn, TypeVar, TypeVarTuple, Unpack
 
@@ -68,19 +67,13 @@ def end_before_the_start(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(0)
 
 
-@contextmanager
-def woken_by_signals() -> Iterator[None]:
-    """Have any signal wake the running event loop, whose handlers run as soon as it is awake. In the main thread only.
+def wake_for_signals() -> None:
+    """Have any signal wake the running event loop, to the end of it, so that handlers run at once. Main thread only.
 
     Otherwise one that comes just before the loop begins to wait, or to another thread, is acted on only when the loop
     has something else to do. A loop that handles a signal itself wakes up for all: here one that nobody sends.
     """
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGURG, lambda: None)
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGURG)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGURG, lambda: None)
 
 
 async def interruptible(function: Callable[[Unpack[Arguments]], Awaitable[T]], *arguments: *Arguments) -> T:
@@ -97,10 +90,10 @@ async def interruptible(function: Callable[[Unpack[Arguments]], Awaitable[T]], *
             cancel(number, frame)
 
     leave_name_servers_behind()
-    with woken_by_signals():
-        if callable(cancel):
-            signal.signal(signal.SIGINT, interrupted)
-        try:
-            return await function(*arguments)
-        finally:
-            signal.signal(signal.SIGINT, cancel)
+    wake_for_signals()
+    if callable(cancel):
+        signal.signal(signal.SIGINT, interrupted)
+    try:
+        return await function(*arguments)
+    finally:
+        signal.signal(signal.SIGINT, cancel)
