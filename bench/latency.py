@@ -50,7 +50,7 @@ SENTENCE = "Change number {} says something new about replication slots, vectors
 P50_MORE_MS, P99_MORE_MS = 6.0, 15.0
 """What documents, hashes and a vector may take more than a row."""
 NOTES = {
-    "light": "a change is two look-ups and a transaction of nine messages to the target, each answered before the next"
+    "light": "a change is two look-ups and a transaction of five messages to the target, each answered before the next"
     " is sent. All that the worker does in that time takes `light_worker_processor_ms` of a processor a change, and its"
     " backend `light_backend_processor_ms`",
     "at": "worker, backend, writer, reader and the source's own processes share this machine's processors, of which the"

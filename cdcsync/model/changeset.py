@@ -94,6 +94,12 @@ class ChangeSet(msgspec.Struct, frozen=True):
     staged: Sequence[bytes] | None = None
     """Its rows as they are copied to the target, if they were written down ahead."""
 
+    @property
+    def rows(self) -> int:
+        """How many rows apply has to look at: chunks, and documents that go or stay."""
+        of_documents = sum(len(document.chunks) or 1 for document in self.documents)
+        return len(self.deleted) + len(self.absent) + len(self.kept) + of_documents
+
     def hashes_after(self, stored: Mapping[Key, bytes]) -> dict[Key, bytes]:
         """Return the document hashes that the index holds once this is applied, of these keys and of those in here.
 

@@ -1,7 +1,7 @@
 """Apply: what one index takes from a batch, written in the caller's target transaction.
 
-The changed rows are copied to a temporary table, the stage. A few set-based statements then bring chunks, vectors and
-backlog to the new state. The order matters:
+The changed rows go to a temporary table, the stage. A few set-based statements then bring chunks, vectors and backlog to
+the new state. The order matters:
 
 1. texts that a document had already keep the position and the time that they have, wherever in it they are now: they
    may wait for a vector since then (`wait_for`). This is before anything of the document is deleted or written;
@@ -27,20 +27,20 @@ Every statement can be repeated with the same result.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import psycopg
 from psycopg import sql
 
 from cdcsync.model.changeset import BACKFILL, Applied, ChangeSet
 from cdcsync.model.spec import IndexSpec
-from cdcsync.model.vectors import FloatVector
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import Names, vector_schema
 from cdcsync.target.loading import CHUNK_COLUMNS, blocks, load
 from cdcsync.target.look_ups import LookUps
-from cdcsync.target.stage import Op, Stage
+from cdcsync.target.stage import FEW_ROWS, Op, Stage, few
 from cdcsync.target.statements import (
     CLEAR_BACKLOG,
     DELETE_SURPLUS,
@@ -55,21 +55,22 @@ from cdcsync.target.statements import (
     QUEUE,
     QUEUE_LOADED,
     REPLACE,
-    REPLACED,
     REUSE,
     REUSE_OWN,
     SINCE,
+    STORE,
     SUPERSEDE,
+    UNPLANNED,
     UPDATE_KEPT,
 )
-from cdcsync.target.vectors import converted, register_vectors, wire_form, within_reach
+from cdcsync.target.vectors import converted, register_vectors, within_reach
 
 TRUNCATE_LOCKS_MS = 500
 """Readers that take longer are not waited for, as searches queue up behind who waits for an exclusive lock; less than
 PostgreSQL's default `deadlock_timeout`, 1 s."""
 
-HASHED_VECTORS = 200
-"""Fewer vectors of a batch are found for its chunks without the two statements that allow to hash them."""
+_NUMBERS = itertools.count()
+"""The numbers of prepared statements."""
 
 
 class IndexWriter(LookUps):
@@ -83,6 +84,8 @@ class IndexWriter(LookUps):
         self._slots = self._stage.carried
         self._composed: dict[tuple[str, int], bytes] = {}
         """The statements as they are sent, by their templates and the generation that they are about."""
+        self._prepared: dict[tuple[str, int], bytes] = {}
+        """What runs those that the server has prepared."""
         self._parts: dict[int, dict[str, sql.Composable]] = {}
         """By generation, the values of the names in braces in the statements."""
         self._reuse: str = REUSE
@@ -95,76 +98,91 @@ class IndexWriter(LookUps):
         await register_vectors(self._connection)
         common = self._compose()
         self._parts = {one.generation: common | self._of_generation(one, extension) for one in self._spec.generations}
-        await self._stage.create(self._names.chunks)
+        await self._stage.create(self._names.chunks, extension)
 
     async def apply(self, changes: ChangeSet) -> Applied:
         """Write the changes inside the caller's transaction; the caller commits."""
-        await self._stage.empty()
-        others = self._spec.others
         self._reuse = await self._reuse_now() if changes.documents else REUSE
-        if changes.new and not others and (loaded := await self._load(changes)) is not None:
+        if changes.new and not self._spec.others and (loaded := await self._load(changes)) is not None:
             return loaded
+        await self._stage.fill(changes)
         if changes.truncated:
             await self._truncate()
         deleted = await self._clear(changes.cleared) if changes.cleared else 0
-        await self._stage.copy(changes)
-        chunks = sum(len(document.chunks) for document in changes.documents)
-        deleted += await self._write(changes, chunks)
-        reused = inline = queued = beside = 0
-        if changes.documents or deleted:
-            first = [(LOCK, self._spec), (CLEAR_BACKLOG, self._spec), *((LOCK_TIERS, other) for other in others)]
-            if changes.documents:
-                reused, inline, queued = await self._give_vectors(self._spec, changes, chunks, first)
-                for other in others:
-                    beside += (await self._give_vectors(other, changes, chunks))[2]
-            else:
-                await self._run_all(first)
+        rows = await (self._write_few if few(changes) else self._write)(changes, cleared=deleted > 0)
+        deleted += rows[DELETE_SURPLUS]
+        if rows[self._reuse]:
+            await self._run(SUPERSEDE)
+        beside = 0
+        if changes.documents:
+            for other in self._spec.others:
+                of_other = await self._run_all(self._giving(other, changes))
+                if of_other[self._reuse]:
+                    await self._run(SUPERSEDE, of=other)
+                beside += of_other[QUEUE]
         if deleted:
             await self._run_all([(drop, one) for one in self._spec.generations for drop in (DROP_FRESH, DROP_SETTLED)])
-        self._stage.used(len(changes.deleted) + len(changes.absent) + len(changes.kept) + chunks + deleted)
-        return Applied(chunks, deleted, reused, inline, queued, beside)
+        self._stage.used(changes.rows + deleted)
+        chunks = sum(len(document.chunks) for document in changes.documents)
+        return Applied(chunks, deleted, rows[self._reuse], rows[STORE], rows[QUEUE], beside)
 
-    async def _write(self, changes: ChangeSet, chunks: int) -> int:
-        """Bring the chunks to the new state; `chunks` is how many are written. Returns how many were deleted."""
-        expected = sum(len(document.chunks) for document in changes.documents if document.existed)
-        replaced = any(document.existed for document in changes.documents)
-        wanted = {
-            HASHING: chunks > 0,
-            SINCE: chunks > 0,
-            NOT_HASHING: chunks > 0,
-            DELETE_SURPLUS: changes.deleted or changes.absent or changes.new or replaced,
-            UPDATE_KEPT: changes.kept,
-            REPLACE: expected > 0,
-            PUT_NEW: expected < chunks,
-        }
-        rows = await self._run_all([(statement, self._spec) for statement, is_wanted in wanted.items() if is_wanted])
-        if rows[REPLACE] < expected:
+    async def _write(self, changes: ChangeSet, *, cleared: bool) -> Counter[str]:
+        """Bring the chunks to the new state, and see that each has a vector of the live generation or waits for it.
+
+        :param cleared: whether chunks have been deleted already.
+        :returns: how many rows each statement wrote.
+        """
+        rows = await self._run_all(self._putting(changes))
+        if rows[REPLACE] < _replaced(changes):
             # A document has more chunks than before.
             await self._run(PUT_MORE)
-        return rows[DELETE_SURPLUS]
+        if changes.documents or cleared or rows[DELETE_SURPLUS]:
+            rows += await self._run_all([*self._clearing(), *self._giving(self._spec, changes)])
+        return rows
 
-    async def _give_vectors(
-        self, one: IndexSpec, changes: ChangeSet, chunks: int, first: Sequence[tuple[str, IndexSpec]] = ()
-    ) -> tuple[int, int, int]:
-        """See that all chunks that were put have a vector of one generation, or wait for it.
+    async def _write_few(self, changes: ChangeSet, *, cleared: bool) -> Counter[str]:
+        """Do the same for few rows: with plans that the server has, and one answer to wait for."""
+        statements = self._putting(changes)
+        if _replaced(changes):
+            statements.append((PUT_MORE, self._spec))
+        if changes.documents or cleared or (DELETE_SURPLUS, self._spec) in statements:
+            statements += [*self._clearing(), *self._giving(self._spec, changes)]
+        return await self._run_all(statements, prepared=True)
 
-        :param first: statements to be run before.
-        :returns: how many took that of an equal text, how many came along, and how many wait.
-        """
+    def _putting(self, changes: ChangeSet) -> list[tuple[str, IndexSpec]]:
+        """Return what brings the chunks to the new state, but for those that documents have more than before."""
+        chunks = sum(len(document.chunks) for document in changes.documents)
+        replaced = _replaced(changes)
+        deletes = changes.deleted or changes.absent or changes.new or any(one.existed for one in changes.documents)
+        return [
+            *(self._hashing(SINCE, self._spec, chunks) if chunks else ()),
+            *([(DELETE_SURPLUS, self._spec)] if deletes else ()),
+            *([(UPDATE_KEPT, self._spec)] if changes.kept else ()),
+            *([(REPLACE, self._spec)] if replaced else ()),
+            *([(PUT_NEW, self._spec)] if replaced < chunks else ()),
+        ]
+
+    def _clearing(self) -> list[tuple[str, IndexSpec]]:
+        """Return what comes before any vector is touched."""
+        return [(LOCK, self._spec), (CLEAR_BACKLOG, self._spec), *((LOCK_TIERS, one) for one in self._spec.others)]
+
+    def _giving(self, one: IndexSpec, changes: ChangeSet) -> list[tuple[str, IndexSpec]]:
+        """Return what sees that all chunks that were put have a vector of one generation, or wait for it."""
         # The vectors that came along are of the live generation's model, and such as it can store.
-        along = changes.vectors if one is self._spec else one.usable(changes.vectors) if self._same_model(one) else {}
+        along = bool(changes.vectors) and self._same_model(one)
         # At light load every vector came along, and there is nothing to look for.
-        looks = not all(chunk.hash in along for document in changes.documents for chunk in document.chunks)
-        queuing = (HASHING, QUEUE, NOT_HASHING)
-        wanted = [*([self._reuse] if looks else []), *(queuing if looks and not along else [])]
-        rows = await self._run_all([*first, *((statement, one) for statement in wanted)])
-        inline = await self._store(one, along) if along else 0
-        reused = rows[self._reuse]
-        if reused or inline:
-            await self._run(SUPERSEDE, of=one)
-        if along and inline < chunks:
-            rows += await self._run_all([(statement, one) for statement in queuing])
-        return reused, inline, rows[QUEUE]
+        looks = not (along and one.vector_type == self._spec.vector_type) or not all(
+            chunk.hash in changes.vectors for document in changes.documents for chunk in document.chunks
+        )
+        return [
+            *([(self._reuse, one)] if looks else ()),
+            *((*self._hashing(STORE, one, len(changes.vectors)), (SUPERSEDE, one)) if along else ()),
+            *(self._hashing(QUEUE, one, changes.rows) if looks else ()),
+        ]
+
+    def _hashing(self, statement: str, of: IndexSpec, rows: int) -> list[tuple[str, IndexSpec]]:
+        """Return a statement that joins temporary tables, with leave to hash them unless the rows are few."""
+        return [(HASHING, of), (statement, of), (NOT_HASHING, of)] if rows > FEW_ROWS else [(statement, of)]
 
     def _same_model(self, one: IndexSpec) -> bool:
         return (one.model, one.dimensions) == (self._spec.model, self._spec.dimensions)
@@ -183,6 +201,7 @@ class IndexWriter(LookUps):
                 await self._run(LOCK)
                 left = await load(self._connection, self._schema, self._spec, changes.documents, changes.vectors)
                 if left:
+                    await self._stage.empty()
                     statement = sql.SQL("COPY {} (chunk_id, content_hash) FROM STDIN").format(self._stage.put)
                     async with self._connection.cursor() as cursor, cursor.copy(statement) as copy:
                         for block in blocks(f"{id_}\t\\\\x{one.hex()}\n" for id_, one in left):
@@ -192,7 +211,8 @@ class IndexWriter(LookUps):
         except psycopg.errors.UniqueViolation:
             return None
         chunks = sum(len(document.chunks) for document in changes.documents)
-        self._stage.used(len(left))
+        # Not only those that went through the stage: plans that were made while the index was small are outdated.
+        self._stage.used(chunks)
         return Applied(chunks, 0, reused, chunks - len(left), queued)
 
     def stage(self, changes: ChangeSet) -> Iterator[bytes]:
@@ -230,42 +250,46 @@ class IndexWriter(LookUps):
         ).format(self._names.chunks, self._keys[0], self._stage.gone)
         return (await self._connection.execute(statement, [list(tables)])).rowcount
 
-    async def _store(self, one: IndexSpec, vectors: Mapping[bytes, FloatVector]) -> int:
-        """Store vectors that came with the batch."""
-        many = len(vectors) > HASHED_VECTORS
-        if many:
-            await self._run(HASHING)
-        stored = await self._run(
-            "INSERT INTO {fresh} (chunk_id, content_hash, embedding)"
-            " SELECT p.chunk_id, p.content_hash, i.embedding FROM {put} AS p"
-            " JOIN unnest(%s::bytea[], %b) AS i(content_hash, embedding) USING (content_hash)"
-            " ON CONFLICT (chunk_id) DO UPDATE SET " + REPLACED,
-            [list(vectors), list(map(wire_form(one), vectors.values()))],
-            of=one,
-        )
-        if many:
-            await self._run(NOT_HASHING)
-        return stored
-
-    async def _run(
-        self, statement: str, arguments: Sequence[object] | None = None, *, of: IndexSpec | None = None
-    ) -> int:
+    async def _run(self, statement: str, *, of: IndexSpec | None = None) -> int:
         """Run a statement; `of` is the generation that it is about, the live one if it is not given."""
-        return (await self._connection.execute(self._composed_of(statement, of or self._spec), arguments)).rowcount
+        return (await self._connection.execute(self._composed_of(statement, of or self._spec))).rowcount
 
-    async def _run_all(self, statements: Sequence[tuple[str, IndexSpec]]) -> Counter[str]:
+    async def _run_all(self, statements: Sequence[tuple[str, IndexSpec]], *, prepared: bool = False) -> Counter[str]:
         """Run statements, each with the generation that it is about; returns how many rows each of them wrote.
 
         They are sent together: each sees what those before it did, and none waits until this process gets round to
         sending it, which prepares the next batch meanwhile.
+
+        :param prepared: whether the server keeps their plans, which are such as few rows need.
         """
         rows = Counter[str]()
         if statements:
-            cursor = await self._connection.execute(b"; ".join(self._composed_of(*one) for one in statements))
+            if prepared:
+                await self._prepare(statements)
+            sent = self._prepared if prepared else {}
+            cursor = await self._connection.execute(
+                b"; ".join(sent.get((one, of.generation)) or self._composed_of(one, of) for one, of in statements)
+            )
             for statement, _ in statements:
                 rows[statement] += cursor.rowcount
                 cursor.nextset()
         return rows
+
+    async def _prepare(self, statements: Sequence[tuple[str, IndexSpec]]) -> None:
+        """Have the server prepare those of these statements that it has not prepared yet.
+
+        A plan is made anew once the stage's tables are truncated, so it never gets far behind the tables' sizes.
+        """
+        planned = {(one, of.generation) for one, of in statements if one not in UNPLANNED}
+        if planned <= self._prepared.keys():
+            return
+        for one, of in statements:
+            if one in UNPLANNED:
+                await self._run(one, of=of)  # to prepare a statement locks its tables too, so the order of locks holds
+            elif (one, of.generation) not in self._prepared:
+                name = b"cdcsync_%d" % next(_NUMBERS)
+                await self._connection.execute(b"PREPARE " + name + b" AS " + self._composed_of(one, of))
+                self._prepared[one, of.generation] = b"EXECUTE " + name
 
     def _composed_of(self, statement: str, of: IndexSpec) -> bytes:
         composed = self._composed.get((statement, of.generation))
@@ -277,10 +301,13 @@ class IndexWriter(LookUps):
     def _of_generation(self, one: IndexSpec, extension: sql.Identifier) -> dict[str, sql.Composable]:
         """Return what stands for the names of a generation's tables."""
         alike = self._spec.alike(one)
+        ready, fits = converted("r", self._spec, one, extension)
         return {
             "vectors": self._names.vectors(one.generation),
             **self._names.tiers(one.generation),
             "generation": sql.Literal(one.generation),
+            "ready_vector": ready,
+            "ready_fits": fits,
             "alike": sql.SQL("").join(self._of_alike(one, other, extension) for other in alike),
             "siblings": sql.SQL("").join(
                 self._of_alike(one, other, extension) for other in alike if other.name == self._spec.name
@@ -314,6 +341,7 @@ class IndexWriter(LookUps):
             "stage": self._stage.table,
             "gone": self._stage.gone,
             "put": self._stage.put,
+            "ready": self._stage.ready,
             "backfill": sql.Literal(BACKFILL),
             "keep": sql.Literal(int(Op.KEEP)),
             "put_op": sql.Literal(int(Op.PUT)),
@@ -347,3 +375,8 @@ class IndexWriter(LookUps):
                 comma.join(sql.SQL("s.{}").format(slot) for _, slot in pairs),
             ),
         }
+
+
+def _replaced(changes: ChangeSet) -> int:
+    """Return how many chunks are written of documents that the index holds."""
+    return sum(len(document.chunks) for document in changes.documents if document.existed)

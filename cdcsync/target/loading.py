@@ -8,6 +8,7 @@ Source: PostgreSQL, "COPY", File Formats, Text Format and Binary Format; pgvecto
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import cast
@@ -161,6 +162,19 @@ def copy_text(value: str) -> str:
 def line(values: Row, rest: str) -> str:
     """Return values, each followed by a tab, and what comes after them."""
     return "".join(["\\N\t" if value is None else copy_text(cast(str, value)) + "\t" for value in values]) + rest
+
+
+def fields(one: str) -> Row:
+    """Return the values of a line as COPY's text format has them: what `line` and `copy_text` did, undone."""
+    return tuple(None if value == "\\N" else _ESCAPED.sub(_character, value) for value in one[:-1].split("\t"))
+
+
+_ESCAPED = re.compile(r"\\(.)")
+_CHARACTERS = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r"}
+
+
+def _character(escaped: re.Match[str]) -> str:
+    return _CHARACTERS[escaped[1]]
 
 
 @lru_cache(maxsize=16)  # the rows of a transaction follow each other

@@ -1,8 +1,11 @@
 """The stage: the temporary table through which the changed rows of a batch come to one index.
 
-Rows are copied as text, so that values pass through as the source rendered them; the column `op` says what apply does
-with each. Beside the stage are two tables of chunks, which apply's statements hand on to each other: `gone`, those that
-were deleted, and `put`, those that were written.
+Rows come as text, so that values pass through as the source rendered them; the column `op` says what apply does with
+each. Beside the stage are `ready`, the vectors that come with the batch, and two tables of chunks, which apply's
+statements hand on to each other: `gone`, those that were deleted, and `put`, those that were written.
+
+A few rows are inserted by the statement that empties the tables, with the vectors: the server is waited for once. More
+are copied, which costs three waits and less for each row.
 """
 
 from __future__ import annotations
@@ -12,13 +15,14 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import LiteralString
 
+from pgvector import Vector
 from psycopg import sql
 
 from cdcsync.model.changeset import ChangeSet
 from cdcsync.model.rows import Row
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.sessions import Connection
-from cdcsync.target.loading import blocks, copy_text, line, lsn_text
+from cdcsync.target.loading import blocks, copy_text, fields, line, lsn_text
 
 STAGED_ROWS = 1_000
 """The temporary tables are emptied by DELETE, and by TRUNCATE once about so many rows went through them. TRUNCATE, and
@@ -38,6 +42,14 @@ OWN: dict[str, LiteralString] = {
 """The columns of the stage after those for key and carried columns, and values of their types in the chunks table."""
 
 _COPIED = [name for name in OWN if name != "applied_at"]
+
+FEW_ROWS = 16
+"""Up to so many rows an apply spends most of its time on the way to the server and back."""
+
+
+def few(changes: ChangeSet) -> bool:
+    """Say whether a batch changes few rows."""
+    return changes.staged is None and 0 < changes.rows <= FEW_ROWS
 
 
 class Op(IntEnum):
@@ -62,6 +74,7 @@ class Stage:
 
     gone = sql.Identifier("pg_temp", "gone")
     put = sql.Identifier("pg_temp", "put")
+    ready = sql.Identifier("pg_temp", "ready")
 
     def __init__(self, connection: Connection, spec: IndexSpec) -> None:
         types = "\0".join((str(len(spec.key_types)), *spec.key_types, *spec.carried_types))
@@ -73,21 +86,34 @@ class Stage:
         self.carried = [sql.Identifier(f"c{at}") for at in range(len(spec.shape.carried))]
         self._no_carried: Row = (None,) * len(self.carried)
         columns = [*self.keys, *self.carried, *map(sql.Identifier, _COPIED)]
-        self._copying = sql.SQL("COPY {} ({}) FROM STDIN").format(self.table, sql.SQL(", ").join(columns))
-        tables = {"stage": self.table, "gone": self.gone, "put": self.put}
-        self._truncating = sql.SQL("TRUNCATE {stage}, {gone}, {put}").format(**tables).as_bytes(connection)
-        self._deleting = (
-            sql.SQL("WITH s AS (DELETE FROM {stage}), g AS (DELETE FROM {gone}) DELETE FROM {put}")
-            .format(**tables)
-            .as_bytes(connection)
+        parts = {
+            "stage": self.table,
+            "gone": self.gone,
+            "put": self.put,
+            "ready": self.ready,
+            "columns": sql.SQL(", ").join(columns),
+        }
+
+        def composed(statement: LiteralString) -> bytes:
+            return sql.SQL(statement).format(**parts).as_bytes(connection)
+
+        self._copying = composed("COPY {stage} ({columns}) FROM STDIN")
+        self._truncating = composed("TRUNCATE {stage}, {gone}, {put}, {ready}")
+        self._deleting = composed(
+            "WITH s AS (DELETE FROM {stage}), g AS (DELETE FROM {gone}), p AS (DELETE FROM {put}),"
+            " r AS (DELETE FROM {ready})"
         )
+        self._readying = composed("INSERT INTO {ready} SELECT * FROM unnest(%s::bytea[], %b)")
+        self._inserting = composed(" INSERT INTO {stage} ({columns}) VALUES ")
+        self._row = b"(" + b", ".join([b"%s"] * len(columns)) + b")"
         self._used = 0
         """Rows that went through the tables since they were last truncated."""
 
-    async def create(self, chunks: sql.Identifier) -> None:
+    async def create(self, chunks: sql.Identifier, extension: sql.Identifier) -> None:
         """Create the tables that are missing; once per connection.
 
         :param chunks: the index's table, whose types the stage takes.
+        :param extension: the schema of pgvector.
         """
         shape = self._spec.shape
         columns = [
@@ -106,23 +132,41 @@ class Stage:
                     sql.Identifier(name)
                 )
             )
+        await self._connection.execute(
+            sql.SQL("CREATE TEMP TABLE IF NOT EXISTS ready (content_hash bytea, embedding {}.vector)").format(extension)
+        )
+
+    async def fill(self, changes: ChangeSet) -> None:
+        """Bring the changes to the tables, with nothing of the apply before."""
+        vectors = [list(changes.vectors), list(map(Vector, changes.vectors.values()))] if changes.vectors else []
+        if few(changes) and not self._full:
+            rows = [fields(one) for one in self._lines(changes)]
+            readying = b", v AS (" + self._readying + b")" if vectors else b""
+            await self._connection.execute(
+                self._deleting + readying + self._inserting + b", ".join([self._row] * len(rows)),
+                [*vectors, *(value for row in rows for value in row)],
+            )
+            return
+        await self.empty()
+        async with self._connection.cursor() as cursor, cursor.copy(self._copying) as copy:
+            for block in changes.staged or self.blocks(changes):
+                await copy.write(block)
+        if vectors:
+            await self._connection.execute(self._readying, vectors)
 
     async def empty(self) -> None:
         """Empty the tables of what the apply before left there."""
-        emptying = self._deleting if self._used <= STAGED_ROWS else self._truncating
-        await self._connection.execute(emptying)
-        if emptying is self._truncating:
+        await self._connection.execute(self._truncating if self._full else self._deleting + b" SELECT")
+        if self._full:
             self._used = 0
+
+    @property
+    def _full(self) -> bool:
+        return self._used > STAGED_ROWS
 
     def used(self, rows: int) -> None:
         """Note that so many rows went through the tables."""
         self._used += rows
-
-    async def copy(self, changes: ChangeSet) -> None:
-        """Copy the changes to the stage."""
-        async with self._connection.cursor() as cursor, cursor.copy(self._copying) as copy:
-            for block in changes.staged or self.blocks(changes):
-                await copy.write(block)
 
     def blocks(self, changes: ChangeSet) -> Iterator[bytes]:
         """Return blocks of what is copied to the stage."""

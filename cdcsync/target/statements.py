@@ -68,6 +68,17 @@ PUT_MORE = (
 ).join(_PUT)
 """Writes the chunks that documents have more than before."""
 
+REPLACED: LiteralString = (
+    "content_hash = excluded.content_hash, embedding = excluded.embedding, stored_at = excluded.stored_at"
+)
+
+STORE = (
+    "INSERT INTO {fresh} (chunk_id, content_hash, embedding) SELECT p.chunk_id, p.content_hash, {ready_vector}"
+    " FROM {put} AS p JOIN {ready} AS r USING (content_hash) WHERE {ready_fits}"
+    " ON CONFLICT (chunk_id) DO UPDATE SET " + REPLACED
+)
+"""Stores the vectors that came with the batch."""
+
 LOCK_TIERS = "LOCK TABLE {fresh}, {settled} IN ROW EXCLUSIVE MODE"
 
 LOCK = "LOCK TABLE {backlog}, {fresh}, {settled} IN ROW EXCLUSIVE MODE"
@@ -75,10 +86,6 @@ LOCK = "LOCK TABLE {backlog}, {fresh}, {settled} IN ROW EXCLUSIVE MODE"
 CLEAR_BACKLOG = (
     "DELETE FROM {backlog} WHERE chunk_id = ANY (ARRAY("
     "SELECT chunk_id FROM {gone} UNION ALL SELECT chunk_id FROM {put}))"
-)
-
-REPLACED: LiteralString = (
-    "content_hash = excluded.content_hash, embedding = excluded.embedding, stored_at = excluded.stored_at"
 )
 
 REUSE = (
@@ -112,6 +119,9 @@ QUEUE = (
 HASHING = "SET LOCAL enable_hashjoin = on"
 NOT_HASHING = "SET LOCAL enable_hashjoin = off"
 """Around what joins temporary tables, which have no index."""
+
+UNPLANNED = frozenset((HASHING, NOT_HASHING, LOCK, LOCK_TIERS))
+"""What the server makes no plan for."""
 
 QUEUE_LOADED = (
     "INSERT INTO {backlog} (generation, chunk_id, content_hash, lane)"

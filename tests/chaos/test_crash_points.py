@@ -50,7 +50,7 @@ def _found(body: str, head: str = HEAD) -> list[str]:
         'await mine(connection, "ALTER TABLE {} ADD a text")',
         "await put(connection)",
         "for one in writers.values():\n    await one.apply(1)",
-        "stage = Stage(connection)\nawait stage.copy([])",
+        "stage = Stage(connection)\nawait stage.fill([])",
     ],
 )
 def test_what_commits_is_found_however_it_is_named(body: str) -> None:

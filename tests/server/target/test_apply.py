@@ -6,13 +6,16 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import anyio
+import msgspec
 import psycopg
 import pytest
 
 from cdcsync.documents.templates import hash_text
 from cdcsync.model.changeset import BACKFILL, LIVE, Document, Kept
 from cdcsync.model.rows import Row
+from cdcsync.postgres.queries import BY_INDEX
 from cdcsync.postgres.sessions import Connection
+from cdcsync.target import stage
 from cdcsync.target.apply import IndexWriter
 from tests.support.indexes import (
     LiveIndex,
@@ -30,6 +33,13 @@ if TYPE_CHECKING:
     from tests.support.servers import Database
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
+
+
+@pytest.fixture(params=["few rows", "many rows"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have each test see both ways in which a batch is written: what is few is none, for the second."""
+    if request.param == "many rows":
+        monkeypatch.setattr(stage, "FEW_ROWS", 0)
 
 
 async def versions(index: LiveIndex) -> dict[str, str]:
@@ -438,6 +448,31 @@ async def test_a_small_batch_after_large_ones_reads_no_table_as_a_whole(index: L
     await index.apply(changes(document("1", "c", existed=True)))
     await index.connection.execute("SELECT pg_stat_force_next_flush()")
     assert await index.rows(scanned) == before
+
+
+async def test_no_plan_of_an_empty_index_is_kept_while_the_index_grows(index: LiveIndex) -> None:
+    every_statement = [
+        changes(document("1", "a"), document("2", "a", "b"), inline=["a"]),
+        changes(document("1", "b", existed=True), document("2", "c", existed=True), kept("3", "5"), deleted=["4"]),
+    ]
+    await index.connection.execute("VACUUM ANALYZE")
+    # With the planner free to read a small table as a whole.
+    await index.connection.execute(BY_INDEX.replace("off", "on"))
+    for one in (*every_statement, *every_statement):
+        await index.apply(one)
+    texts = {str(key): f"text {key}" for key in range(10, 20_010)}
+    loaded = changes(*[document(key, text) for key, text in texts.items()], inline=list(texts.values()))
+    await index.apply(msgspec.structs.replace(loaded, new=True))
+    await index.connection.execute("SELECT pg_stat_force_next_flush()")
+    read = (
+        "SELECT (SELECT sum(idx_tup_read) FROM pg_stat_user_indexes) + (SELECT sum(seq_tup_read) FROM"
+        " pg_stat_user_tables WHERE schemaname = 'cdcsync')"
+    )
+    before = await index.rows(read)
+    for one in every_statement:
+        await index.apply(one)
+    await index.connection.execute("SELECT pg_stat_force_next_flush()")
+    assert (await index.rows(read))[0][0] - before[0][0] < 200
 
 
 @pytest.mark.parametrize("truncated", [False, True])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from cdcsync.documents.templates import hash_text
 from cdcsync.model.changeset import BACKFILL, ChangeSet
-from cdcsync.target.loading import vector_rows
+from cdcsync.target.loading import copy_text, fields, line, vector_rows
 from tests.support.indexes import LiveIndex, Waits, changes, document, vector_of, vector_text
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -17,6 +19,13 @@ pytestmark = [pytest.mark.server, pytest.mark.anyio]
 def new(made: ChangeSet, *texts: str) -> ChangeSet:
     """Return changes of documents that the index most likely does not have, some texts with their vectors."""
     return msgspec.structs.replace(made, new=True, vectors={hash_text(text): vector_of(text) for text in texts})
+
+
+@given(st.lists(st.none() | st.text(st.sampled_from("\\\t\n\rNtnré ")), min_size=1))
+@example(["\\N"])
+def test_the_values_of_a_line_are_those_it_was_made_of(values: list[str | None]) -> None:
+    assert fields(line(tuple(values), "last\n")) == (*values, "last")
+    assert fields(copy_text("\\N") + "\n") == ("\\N",)
 
 
 async def test_what_is_loaded_is_what_would_have_been_applied(index: LiveIndex) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from psycopg import sql
 
+from cdcsync.documents.templates import hash_text
 from cdcsync.postgres.sessions import Connection
 from cdcsync.target.ddl.names import Names
 from cdcsync.target.stage import STAGED_ROWS, Op, Stage
-from tests.support.indexes import SCHEMA, changes, document, kept, make_spec
+from cdcsync.target.vectors import register_vectors
+from tests.support.indexes import SCHEMA, changes, document, kept, make_spec, vector_text
 from tests.support.relations import create, rows
 
 pytestmark = [pytest.mark.server, pytest.mark.anyio]
@@ -16,11 +19,19 @@ pytestmark = [pytest.mark.server, pytest.mark.anyio]
 SPEC = make_spec(search=None)
 
 
+@pytest.fixture(params=["inserted", "copied"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a test see both ways in which rows come to the stage."""
+    if request.param == "copied":
+        monkeypatch.setattr("cdcsync.target.stage.FEW_ROWS", 0)
+
+
 @pytest.fixture
 async def stage(connection: Connection) -> Stage:
     await create(connection, SPEC)
+    await register_vectors(connection)
     stage = Stage(connection, SPEC)
-    await stage.create(Names(SCHEMA, SPEC.name).chunks)
+    await stage.create(Names(SCHEMA, SPEC.name).chunks, sql.Identifier("public"))
     return stage
 
 
@@ -32,6 +43,7 @@ async def staged(connection: Connection, stage: Stage) -> list[tuple[object, ...
     )
 
 
+@pytest.mark.usefixtures("way")
 async def test_each_row_says_what_apply_does_with_it(connection: Connection, stage: Stage) -> None:
     batch = changes(
         document("1", "a", "b", carried=("7",)),
@@ -42,8 +54,7 @@ async def test_each_row_says_what_apply_does_with_it(connection: Connection, sta
         absent=["6"],
     )
     async with connection.transaction():
-        await stage.empty()
-        await stage.copy(batch)
+        await stage.fill(batch)
         assert await staged(connection, stage) == [
             (Op.PUT, 1, 7, 0, 2, "a"),
             (Op.PUT, 1, 7, 1, 2, "b"),
@@ -58,23 +69,32 @@ async def test_each_row_says_what_apply_does_with_it(connection: Connection, sta
 async def test_what_was_written_down_ahead_is_copied_as_it_is(connection: Connection, stage: Stage) -> None:
     ahead = msgspec.structs.replace(changes(), staged=list(stage.blocks(changes(document("1", "a")))))
     async with connection.transaction():
-        await stage.empty()
-        await stage.copy(ahead)
+        await stage.fill(ahead)
         assert await staged(connection, stage) == [(Op.PUT, 1, 1, 0, 1, "a")]
 
 
+@pytest.mark.usefixtures("way")
+async def test_what_has_a_vector_already_is_ready(connection: Connection, stage: Stage) -> None:
+    async with connection.transaction():
+        await stage.fill(changes(document("1", "a"), document("2", "b"), inline=["a"]))
+        assert await rows(connection, "SELECT content_hash, embedding::text FROM pg_temp.ready") == [
+            (hash_text("a"), vector_text("a"))
+        ]
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("rows_before", [0, STAGED_ROWS + 1])
 async def test_every_batch_finds_the_tables_empty(connection: Connection, stage: Stage, rows_before: int) -> None:
-    first = changes(document("1", "a"))
+    first = changes(document("1", "a"), inline=["a"])
     async with connection.transaction():
-        await stage.empty()
-        await stage.copy(first)
+        await stage.fill(first)
         await connection.execute("INSERT INTO pg_temp.gone VALUES (1, ''); INSERT INTO pg_temp.put VALUES (1, '')")
         stage.used(rows_before)
     async with connection.transaction():
-        await stage.empty()
-        assert await staged(connection, stage) == []
-        assert await rows(connection, "SELECT FROM pg_temp.gone UNION ALL SELECT FROM pg_temp.put") == []
+        await stage.fill(changes(document("2", "b")))
+        assert await staged(connection, stage) == [(Op.PUT, 2, 1, 0, 1, "b")]
+        others = "SELECT FROM pg_temp.gone UNION ALL SELECT FROM pg_temp.put UNION ALL SELECT FROM pg_temp.ready"
+        assert await rows(connection, others) == []
 
 
 async def test_indexes_of_equal_types_share_a_stage_and_others_do_not(connection: Connection, stage: Stage) -> None:
