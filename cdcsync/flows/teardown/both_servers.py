@@ -16,7 +16,7 @@ from cdcsync.errors import AnotherServer, CdcsyncError, SetupError
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import LOCKED_OUT, speaking_of
 from cdcsync.postgres.liveness import WatchedConnection
-from cdcsync.postgres.locking import ATTEMPTS, BRIEFLY, PUBLISHING_WAITS, attempt, exclusive_locks, until_locked
+from cdcsync.postgres.locking import ATTEMPTS, BRIEFLY, attempt, publishing_locks, until_locked
 from cdcsync.postgres.sessions import Connection, connect
 from cdcsync.preflight.identity import connect_followed
 from cdcsync.process.crashpoints import crash_point
@@ -45,21 +45,22 @@ async def connect_source(
 class SourcePart:
     """What a command does on the source: a statement about the publication, if any, and what came of it.
 
-    :ivar where: what the statement is about.
+    :ivar where: the publication, for errors.
     :ivar done: what the source has said to be dropped.
     """
 
     def __init__(
         self,
         source: WatchedConnection,
-        where: str,
+        publication: str,
         statement: sql.Composed | None,
         tables: Sequence[QualifiedName] = (),
     ) -> None:
-        """Hold a statement that locks these tables."""
-        self.where = where
+        """Hold a statement that locks the publication and these tables."""
+        self.where = f"publication {publication}"
         self.done: list[str] = []
         self._source = source
+        self._publication = publication
         self._statement = statement
         self._tables = tables
 
@@ -81,10 +82,10 @@ class SourcePart:
             try:
                 await until_locked(rehearse, table=self.where, attempts=ATTEMPTS, vacuumed=vacuumed)
             except LOCKED_OUT as error:
-                locks = await exclusive_locks(source, self._tables, modes=PUBLISHING_WAITS) if self._tables else []
+                locks = await publishing_locks(source, self._publication, self._tables)
                 raise SetupError(
                     "another session has held a lock for some seconds that keeps the publication from being changed"
-                    + "".join(f": {lock.table} is held by pid {lock.pid} ({lock.session})" for lock in locks[:1])
+                    + "".join(f": {lock}" for lock in locks[:1])
                     + "; nothing was dropped",
                     where=self.where,
                     hint=f"{locks[0].remedy if locks else 'wait for that session: pg_locks names it'}; then try again",

@@ -62,7 +62,7 @@ async def drop_index(config: Config, index: str) -> list[Step]:
             mine = await single_names(source, own)
             steps, leaving = await of_tables(source, config, mine, others, elsewhere)
         unpublish = unpublish_statement(config.source.publication, leaving) if leaving else None
-        part = SourcePart(source, f"publication {config.source.publication}", unpublish, leaving)
+        part = SourcePart(source, config.source.publication, unpublish, leaving)
 
         async def let_go() -> None:
             if unpublish is not None:

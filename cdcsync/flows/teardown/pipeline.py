@@ -77,16 +77,16 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
         if publication_step.outcome == "dropped":
             name = sql.Identifier(config.source.publication)
             drop_publication = sql.SQL("DROP PUBLICATION IF EXISTS {}").format(name)
-        part = SourcePart(source, publication_step.what, drop_publication)
+        part = SourcePart(source, config.source.publication, drop_publication)
 
         async def let_go() -> None:
             with speaking_of("target"):
                 await target.execute("SELECT")  # whoever has ended this session, because it was silent, has the lock
             if drop_publication is not None:
-                with speaking_of("source", where=publication_step.what):
+                with speaking_of("source", where=part.where):
                     await source.execute(drop_publication)
                     crash_point("publication dropped")
-                part.done.append(publication_step.what)
+                part.done.append(part.where)
             if slot is not None:
                 with speaking_of("source", where=f"slot {slot_name}"):
                     await source.execute("SELECT pg_drop_replication_slot(%s)", [slot_name])
