@@ -65,14 +65,18 @@ async def until_locked(
     :param table: what is locked, for the log.
     :param attempts: how many times it is tried at most, where others wait for the caller meanwhile.
     :param vacuumed: what autovacuums are asked to let go of.
-    :raises LockNotAvailable, DeadlockDetected: somebody was in its way each time.
+    :raises LockNotAvailable, DeadlockDetected: somebody was in its way each time; or the error of our tree that the
+        change made of these.
     """
     failures = 0
     while True:
         try:
             return await change()
-        except LOCKED_OUT as error:
-            log.info("lock_waits", table=table, attempt=failures + 1, error=first_line(error))
+        except (*LOCKED_OUT, Unavailable) as error:
+            if not locked_out(error):
+                raise
+            said = first_line(error) if isinstance(error, psycopg.Error) else str(error)
+            log.info("lock_waits", table=table, attempt=failures + 1, error=said)
             if failures + 1 == attempts:
                 raise
             if vacuumed is not None and failures % NUDGE_EVERY == FIRST_NUDGE and await end_autovacuums(vacuumed):

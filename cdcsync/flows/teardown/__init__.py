@@ -12,7 +12,9 @@
 4. What is searched meanwhile is locked only briefly, and tried again: each search locks these tables in an order of its
    own, and none may fail by a deadlock with us or wait behind us for others.
 5. While we wait on one server we hold no lock on the other. So the statement on the publication is first tried and
-   rolled back, which waits for who is in its way. Once the target's tables are locked, the source has `LET_GO_S`.
+   rolled back, which waits for who is in its way. Once the target's tables are locked, the source has `LET_GO_S`. If
+   somebody locks the publication or a table of it in between, the target rolls back, and all of this begins again.
+   Without `--purge` the source has no time limit: we hold nothing but the pipeline's lock, and only workers want that.
 6. The publication goes before the slot: only for the former may a lock be in the way, and an index whose slot is gone
    has to be read again.
 

@@ -124,7 +124,8 @@ async def dropped(
 ) -> T:
     """Drop something in one transaction, when nobody uses these relations; returns what `drop` does.
 
-    :param let_go: drops what there is on the source, directly before that commits.
+    :param let_go: drops what there is on the source, directly before that commits. If a lock is in its way, nothing
+        was dropped, and both are done again.
     :raises SetupError: others use them for some seconds, or something that is not ours depends on them.
     :raises SourceUnavailable: the source does not do its part in time.
     """

@@ -12,6 +12,7 @@ from cdcsync.flows.teardown.both_servers import SourcePart, connect_source, drop
 from cdcsync.flows.teardown.publication import Step, of_publication
 from cdcsync.flows.teardown.workers import hold_pipeline, raise_fence
 from cdcsync.postgres.errors import speaking_of
+from cdcsync.postgres.locking import ATTEMPTS, until_locked
 from cdcsync.postgres.sessions import Session
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import Slot, read_slot, released_slot
@@ -100,8 +101,12 @@ async def tear_down(config: Config, *, purge: bool) -> list[Step]:
         if purge and belongings.set_up:
             await dropped(target, config, drop, let_go, part, relations=belongings.relations, where=f"slot {slot_name}")
         else:
-            await part.make_room()
-            await let_go()
+
+            async def change() -> None:
+                await part.make_room()
+                await let_go()
+
+            await until_locked(change, table=part.where, attempts=ATTEMPTS)
         of_slot = Step(f"slot {slot_name}", "absent" if slot is None else "dropped", _left_elsewhere(elsewhere))
         return [*([_of_purge(config, belongings)] if purge else []), of_slot, publication_step]
 

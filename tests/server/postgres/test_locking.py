@@ -6,8 +6,8 @@ import psycopg
 import pytest
 
 from cdcsync.config import QualifiedName
-from cdcsync.errors import SetupError
-from cdcsync.postgres.locking import BRIEFLY, attempt, publishing_locks
+from cdcsync.errors import SetupError, SourceUnavailable
+from cdcsync.postgres.locking import BRIEFLY, attempt, publishing_locks, until_locked
 from cdcsync.postgres.sessions import connect
 from tests.support.indexes import LiveIndex
 from tests.support.servers import Database
@@ -62,3 +62,18 @@ async def test_who_keeps_a_publication_from_being_changed_is_named(database: Dat
     assert before == after == []
     assert str(held[0]).startswith(f"{name} is locked by pid {pid} (an editor, role ")
     assert f"pg_terminate_backend({pid})" in held[0].remedy
+
+
+@pytest.mark.parametrize(
+    ("sqlstate", "times"), [("55P03", 2), ("40P01", 2), ("57014", 1)], ids=["lock", "deadlock", "something else"]
+)
+async def test_a_change_that_tells_of_a_lock_in_an_error_of_our_tree_is_tried_again(sqlstate: str, times: int) -> None:
+    tried = []
+
+    async def change() -> None:
+        tried.append(1)
+        raise SourceUnavailable("another session holds a lock", sqlstate=sqlstate)
+
+    with pytest.raises(SourceUnavailable):
+        await until_locked(change, table="public.t", attempts=2)
+    assert len(tried) == times

@@ -13,6 +13,7 @@ from anyio.to_thread import run_sync
 
 from cdcsync.config import Config
 from cdcsync.errors import SetupError, SourceUnavailable
+from cdcsync.flows.teardown.both_servers import SourcePart
 from cdcsync.flows.teardown.one_index import drop_index
 from cdcsync.flows.teardown.pipeline import tear_down
 from cdcsync.postgres.sessions import connect
@@ -169,12 +170,70 @@ async def test_a_source_that_falls_silent_keeps_searches_waiting_for_a_moment_an
 
 
 @pytest.mark.anyio
-async def test_a_publication_that_is_locked_at_the_last_moment_leaves_the_slot_where_it_is(
+@pytest.mark.parametrize(
+    ("command", "lock", "told"),
+    [
+        (
+            partial(drop_index, index="notes"),
+            "LOCK TABLE public.notes IN SHARE UPDATE EXCLUSIVE MODE",
+            "public.notes is locked by pid {pid} (",
+        ),
+        (partial(drop_index, index="notes"), "COMMENT ON PUBLICATION cdcsync IS 'edited'", EDITED),
+        (partial(tear_down, purge=True), "COMMENT ON PUBLICATION cdcsync IS 'edited'", EDITED),
+        (partial(tear_down, purge=False), "COMMENT ON PUBLICATION cdcsync IS 'edited'", EDITED),
+    ],
+    ids=["drop: table", "drop: publication", "purge: publication", "teardown: publication"],
+)
+async def test_a_lock_that_comes_on_the_source_at_the_last_moment_is_waited_for_like_one_from_before(
+    make_database: Callable[[], Database],
+    make_pipeline: Callable[[str], Pipeline],
+    monkeypatch: pytest.MonkeyPatch,
+    command: Command,
+    lock: str,
+    told: str,
+) -> None:
+    source, target = make_database(), make_database()
+    pipeline = await run_sync(two_indexes, source, target, make_pipeline)
+    before = whole(source, target)
+    make_room = SourcePart.make_room
+    waited: set[tuple[Any, ...]] = set()
+
+    async def then_locked(part: SourcePart) -> None:
+        await make_room(part)
+        monkeypatch.setattr(SourcePart, "make_room", make_room)
+        await holder.execute(lock.encode())
+
+    def waits_again() -> bool:
+        waited.update(transactions(source, waiting=True))
+        return len(waited) > 1
+
+    async with await connect(source.dsn, "source") as holder:
+        monkeypatch.setattr("cdcsync.flows.teardown.both_servers.ATTEMPTS", 2)
+        monkeypatch.setattr(SourcePart, "make_room", then_locked)
+        async with holder.transaction(force_rollback=True):
+            with pytest.raises(SetupError) as refused:
+                await command(pipeline.config)
+        assert whole(source, target) == before
+        assert told.format(pid=holder.info.backend_pid) in refused.value.message
+
+        monkeypatch.setattr("cdcsync.flows.teardown.both_servers.ATTEMPTS", 60)
+        monkeypatch.setattr(SourcePart, "make_room", then_locked)
+        async with anyio.create_task_group() as tasks, holder.transaction(force_rollback=True):
+            tasks.start_soon(command, pipeline.config)
+            await run_sync(until, waits_again, "the command to wait for the lock, and to begin again")
+            assert transactions(target, waiting=False) == []
+            assert whole(source, target) == before
+    assert "notes" not in sent(source)
+
+
+@pytest.mark.anyio
+async def test_a_publication_that_is_locked_at_the_last_moment_each_time_leaves_the_slot_where_it_is(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target = make_database(), make_database()
     pipeline = await run_sync(two_indexes, source, target, make_pipeline)
     before = whole(source, target)
+    monkeypatch.setattr("cdcsync.postgres.locking.ATTEMPTS", 1)
     async with await connect(source.dsn, "source") as editor, editor.transaction(force_rollback=True):
 
         async def then_edited(*arguments: Any) -> None:
