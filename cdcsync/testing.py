@@ -29,7 +29,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from cdcsync.backoff import Backoff
 from cdcsync.config import Config, HashEmbedder
 from cdcsync.errors import CdcsyncError, SetupError, Unavailable
-from cdcsync.flows.teardown import tear_down, what_exists
+from cdcsync.flows.teardown.pipeline import tear_down, what_exists
 from cdcsync.sync import Index
 from cdcsync.worker.run import run
 from cdcsync.worker.state import WorkerState

@@ -14,7 +14,7 @@ from cdcsync.process.stopping import interruptible
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cdcsync.flows.teardown import Step
+    from cdcsync.flows.teardown.publication import Step
     from cdcsync.target.belongings import Belongings
 
 commands = typer.Typer()
@@ -43,14 +43,14 @@ def teardown(
     import anyio
 
     from cdcsync.cli import printing
-    from cdcsync.flows import teardown as flow
+    from cdcsync.flows.teardown.pipeline import read_belongings, tear_down
 
     configuration = context.ensure_object(Invocation).load(config)
     if purge and not yes:
-        belongings = anyio.run(interruptible, flow.read_belongings, configuration)
+        belongings = anyio.run(interruptible, read_belongings, configuration)
         if belongings.set_up:
             _ask(belongings)
-    steps = anyio.run(interruptible, lambda: flow.tear_down(configuration, purge=purge))
+    steps = anyio.run(interruptible, lambda: tear_down(configuration, purge=purge))
     if as_json:
         printing.print_json(steps)
     else:
@@ -76,12 +76,12 @@ def drop(
     import anyio
 
     from cdcsync.cli import printing
-    from cdcsync.flows import teardown as flow
+    from cdcsync.flows.teardown.one_index import drop_index
 
     configuration = context.ensure_object(Invocation).load(config)
     if not yes:
         confirm(f"drops the index {index} from the target; this cannot be undone.", needs="drop")
-    steps = anyio.run(interruptible, lambda: flow.drop_index(configuration, index))
+    steps = anyio.run(interruptible, lambda: drop_index(configuration, index))
     if as_json:
         printing.print_json(steps)
     else:

@@ -19,7 +19,7 @@
     audit/       comparing an index with its source
     evaluate/    search recall, and how well judged questions are answered
     migrate/     from one generation of vectors to another
-    teardown     removing what was created
+    teardown/    removing what was created
 
 A file imports only from lines above its own.
 """

@@ -65,14 +65,18 @@ async def until_locked(
     :param table: what is locked, for the log.
     :param attempts: how many times it is tried at most, where others wait for the caller meanwhile.
     :param vacuumed: what autovacuums are asked to let go of.
-    :raises LockNotAvailable, DeadlockDetected: somebody was in its way each time.
+    :raises LockNotAvailable, DeadlockDetected: somebody was in its way each time; or the error of our tree that the
+        change made of these.
     """
     failures = 0
     while True:
         try:
             return await change()
-        except LOCKED_OUT as error:
-            log.info("lock_waits", table=table, attempt=failures + 1, error=first_line(error))
+        except (*LOCKED_OUT, Unavailable) as error:
+            if not locked_out(error):
+                raise
+            said = first_line(error) if isinstance(error, psycopg.Error) else str(error)
+            log.info("lock_waits", table=table, attempt=failures + 1, error=said)
             if failures + 1 == attempts:
                 raise
             if vacuumed is not None and failures % NUDGE_EVERY == FIRST_NUDGE and await end_autovacuums(vacuumed):
@@ -84,14 +88,14 @@ async def until_locked(
 
 
 class Lock(msgspec.Struct, frozen=True):
-    """A lock that keeps everybody from using a table, or a request for one, behind which all others wait.
+    """A lock that keeps everybody from using a table or publication, or a request for one, behind which others wait.
 
-    :ivar table: its name, as SQL writes it; of a partitioned table it may be a partition's.
+    :ivar table: its name, as SQL writes it; of a partitioned table it may be a partition's. Or `publication NAME`.
     :ivar pid: of the session; None for a prepared transaction, which `session` names.
     :ivar session: its application and role.
     :ivar age: how long its transaction has been open; None if we may not know.
     :ivar granted: whether it has the lock; else it waits for others, and we behind it.
-    :ivar of: the table that was asked about.
+    :ivar of: the table that was asked about; None if it is a publication's.
     :ivar transaction: the transaction that it is of: another one each time that the session has begun again.
     """
 
@@ -100,7 +104,7 @@ class Lock(msgspec.Struct, frozen=True):
     session: str
     age: str | None
     granted: bool
-    of: QualifiedName
+    of: QualifiedName | None
     transaction: str
 
     def __str__(self) -> str:
@@ -125,7 +129,7 @@ WRITERS_WAIT = (*READERS_WAIT, "ExclusiveLock", "ShareRowExclusiveLock", "ShareL
 """The locks that keep everybody from writing to a table."""
 
 PUBLISHING_WAITS = (*WRITERS_WAIT, "ShareUpdateExclusiveLock")
-"""Those that keep a table from being added to a publication. VACUUM and CREATE INDEX CONCURRENTLY take such, too."""
+"""Those that keep a table from entering or leaving a publication. VACUUM and CREATE INDEX CONCURRENTLY take some."""
 
 BUILDING_WAITS = (*PUBLISHING_WAITS, "RowExclusiveLock")
 """Those whose transactions CREATE INDEX CONCURRENTLY waits for: of everybody who writes, too."""
@@ -141,7 +145,22 @@ LOCKED: LiteralString = (
 
 Functions that write an expression of a table (pg_get_expr and the like) lock it, as does pg_partition_tree."""
 
-_EXCLUSIVE: LiteralString = """
+_HELD: LiteralString = """
+        l.pid,
+        CASE WHEN l.pid IS NULL THEN format('prepared transaction %%L', p.gid)
+            ELSE coalesce(nullif(concat_ws(', ', nullif(a.application_name, ''), 'role ' || a.usename), ''),
+                a.backend_type, '') END,
+        date_trunc('second', clock_timestamp() - coalesce(a.xact_start, p.prepared))::text, l.granted,
+        l.virtualtransaction
+"""
+_HOLDERS: LiteralString = """
+    LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
+    LEFT JOIN pg_prepared_xacts AS p ON l.virtualtransaction = '-1/' || p.transaction::text
+    WHERE l.pid IS DISTINCT FROM pg_backend_pid()
+        AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+_EXCLUSIVE: LiteralString = (
+    """
     WITH RECURSIVE wanted (oid, place) AS (
         SELECT c.oid, named.place FROM unnest(%s::text[], %s::text[]) WITH ORDINALITY AS named (schema, name, place)
             JOIN pg_namespace AS n ON n.nspname = named.schema
@@ -153,23 +172,31 @@ _EXCLUSIVE: LiteralString = """
             UNION ALL SELECT reltoastrelid FROM pg_class WHERE oid = w.oid AND reltoastrelid <> 0
         ) AS part (oid)
     )
-    SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname), l.pid,
-        CASE WHEN l.pid IS NULL THEN format('prepared transaction %%L', p.gid)
-            ELSE coalesce(nullif(concat_ws(', ', nullif(a.application_name, ''), 'role ' || a.usename), ''),
-                a.backend_type, '') END,
-        date_trunc('second', clock_timestamp() - coalesce(a.xact_start, p.prepared))::text, l.granted,
-        w.place, l.virtualtransaction
+    SELECT w.place, quote_ident(n.nspname) || '.' || quote_ident(c.relname),"""
+    + _HELD
+    + """
     FROM pg_locks AS l JOIN wanted AS w ON w.oid = l.relation
-    JOIN pg_class AS c ON c.oid = w.oid JOIN pg_namespace AS n ON n.oid = c.relnamespace
-    LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
-    LEFT JOIN pg_prepared_xacts AS p ON l.virtualtransaction = '-1/' || p.transaction::text
-    WHERE l.locktype = 'relation' AND l.mode = ANY(%s) AND l.pid IS DISTINCT FROM pg_backend_pid()
-        AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    JOIN pg_class AS c ON c.oid = w.oid JOIN pg_namespace AS n ON n.oid = c.relnamespace"""
+    + _HOLDERS
+    + """
+        AND l.locktype = 'relation' AND l.mode = ANY(%s)
         -- What began ahead of now did so before the clock went back.
         AND (coalesce(a.xact_start, p.prepared)
             BETWEEN clock_timestamp() - make_interval(secs => %s) AND clock_timestamp()) IS NOT TRUE
-    ORDER BY l.granted DESC, 1
+    ORDER BY l.granted DESC, 2
 """
+)
+# A statement that changes a publication takes AccessExclusiveLock on it, which conflicts with every other lock.
+_OF_PUBLICATION: LiteralString = (
+    "SELECT 'publication ' || quote_ident(pub.pubname),"
+    + _HELD
+    + "FROM pg_locks AS l JOIN pg_publication AS pub ON pub.oid = l.objid"
+    + _HOLDERS
+    + """
+        AND l.locktype = 'object' AND l.classid = 'pg_publication'::regclass AND pub.pubname = %s
+    ORDER BY l.granted DESC
+"""
+)
 
 
 async def exclusive_locks(
@@ -189,8 +216,21 @@ async def exclusive_locks(
     cursor = await connection.execute(_EXCLUSIVE, [schemas, names, list(modes), open_for_s])
     return [
         Lock(table, pid, session, age, granted, asked[place - 1], transaction)
-        for table, pid, session, age, granted, place, transaction in await cursor.fetchall()
+        for place, table, pid, session, age, granted, transaction in await cursor.fetchall()
     ]
+
+
+async def publishing_locks(connection: Connection, publication: str, tables: Collection[QualifiedName]) -> list[Lock]:
+    """Return who keeps a publication from being changed, and then who keeps these tables from entering or leaving it.
+
+    A statement that changes a publication locks it first, and then the tables.
+    """
+    cursor = await connection.execute(_OF_PUBLICATION, [publication])
+    held = [
+        Lock(name, pid, session, age, granted, None, transaction)
+        for name, pid, session, age, granted, transaction in await cursor.fetchall()
+    ]
+    return [*held, *await exclusive_locks(connection, tables, modes=PUBLISHING_WAITS)]
 
 
 def away(error: CdcsyncError, side: Side) -> bool:

@@ -298,5 +298,10 @@ def publish_statement(name: str, tables: Sequence[QualifiedName]) -> sql.Compose
     return sql.SQL("ALTER PUBLICATION {} ADD TABLE {}").format(sql.Identifier(name), _names(tables))
 
 
+def unpublish_statement(name: str, tables: Sequence[QualifiedName]) -> sql.Composed:
+    """Return the statement that takes `tables` out of a publication."""
+    return sql.SQL("ALTER PUBLICATION {} DROP TABLE {}").format(sql.Identifier(name), _names(tables))
+
+
 def _names(tables: Sequence[QualifiedName]) -> sql.Composed:
     return sql.SQL(", ").join(sql.Identifier(table.schema, table.name) for table in tables)

@@ -29,7 +29,7 @@ from cdcsync.lsn import Lsn
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import LOCKED_OUT, speaking_of
 from cdcsync.postgres.liveness import WatchedConnection
-from cdcsync.postgres.locking import BRIEFLY, PUBLISHING_WAITS, exclusive_locks, until_locked
+from cdcsync.postgres.locking import BRIEFLY, publishing_locks, until_locked
 from cdcsync.postgres.sessions import Connection
 from cdcsync.preflight.identity import refuse_another_server
 from cdcsync.preflight.target import SHARED
@@ -158,14 +158,13 @@ async def set_up_publication(
                 vacuumed=Vacuumed(source, [(one.schema, one.name) for one in missing]),
             )
         except LOCKED_OUT as error:
-            locks = await exclusive_locks(source, missing, modes=PUBLISHING_WAITS)
-            held = locks[0].of if locks else missing[0]
+            locks = await publishing_locks(source, name, missing)
+            held = next((lock.of for lock in locks if lock.of is not None), missing[0])
             raise IndexFault(
-                f"a table cannot be added to the publication {name}"
-                + "".join(f": pid {lock.pid} ({lock.session}) holds {lock.table}" for lock in locks[:1]),
+                f"a table cannot be added to the publication {name}" + "".join(f": {lock}" for lock in locks[:1]),
                 index=index_of[held],
                 where=f"publication {name}",
-                hint=locks[0].remedy if locks else "wait for the session that holds the table: pg_locks names it",
+                hint=locks[0].remedy if locks else "wait for the session that holds the lock: pg_locks names it",
             ) from error
 
 

@@ -19,93 +19,43 @@ from anyio.to_thread import run_sync
 from cdcsync import Index
 from cdcsync.config import Config
 from cdcsync.config.serving import Serve
-from cdcsync.errors import ModelChanged, SetupError, SlotInUse, SourceUnavailable
-from cdcsync.flows.teardown import _of_tables, drop_index, tear_down
+from cdcsync.errors import ModelChanged, SetupError, SlotInUse
+from cdcsync.flows.teardown.one_index import drop_index
+from cdcsync.flows.teardown.pipeline import tear_down
 from cdcsync.lsn import INVALID_LSN
 from cdcsync.postgres.sessions import connect
 from cdcsync.source.catalog import read_slot
-from cdcsync.source.publications import MADE
 from cdcsync.source.slot import SlotConnection
-from cdcsync.target.belongings import drop_pipeline, drop_relations, relations_of
+from cdcsync.target.belongings import relations_of
 from cdcsync.target.ddl.search_function import NO_GENERATION
 from cdcsync.target.pipelines import Pipelines
 from tests import ROOT
 from tests.support.configs import Section, configuration
 from tests.support.indexes import until as eventually
 from tests.support.migrations import NEW, OLD, hashed, turned
-from tests.support.proxies import Proxy
 from tests.support.servers import Database
 from tests.support.serving import served
+from tests.support.teardowns import (
+    ANOTHER_SLOT,
+    OF_WORKER,
+    fill,
+    make,
+    outcomes,
+    publications,
+    relations,
+    run_and_stop,
+    sent,
+    set_up,
+    slots,
+    two_indexes,
+)
 from tests.support.workers import PATIENCE_S, Pipeline, until
 
 pytestmark = pytest.mark.server
 
 
-def make(
-    make_pipeline: Callable[[str], Pipeline],
-    source: Database,
-    target: Database,
-    *,
-    slot: str | None = None,
-    index: str = "articles",
-) -> Pipeline:
-    indexes = {index: {"table": "articles"}}
-    return make_pipeline(configuration(source.dsn, target=target.dsn, slot=slot, indexes=indexes))
-
-
-def fill(database: Database) -> None:
-    database.execute("CREATE TABLE articles (id bigint PRIMARY KEY, title text)")
-    database.execute("INSERT INTO articles SELECT i, 'title ' || i FROM generate_series(1, 20) AS i")
-
-
-def run_and_stop(pipeline: Pipeline) -> None:
-    worker = pipeline.start()
-    pipeline.live()
-    assert pipeline.stop(worker) == 0
-
-
-def set_up(
-    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
-) -> tuple[Database, Pipeline]:
-    """Return a database that is source and target, and its pipeline, which has loaded its index and was stopped."""
-    database = make_database()
-    fill(database)
-    pipeline = make(make_pipeline, database, database)
-    run_and_stop(pipeline)
-    return database, pipeline
-
-
 def teardown(pipeline: Pipeline, *arguments: str, answer: str = "") -> subprocess.CompletedProcess[str]:
     return pipeline.command("teardown", *arguments, answer=answer)
-
-
-def outcomes(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    assert done.returncode == 0, done.stderr
-    return {step["what"]: step["outcome"] for step in json.loads(done.stdout)}
-
-
-def slots(database: Database) -> list[str]:
-    return [
-        name
-        for (name,) in database.execute(
-            "SELECT slot_name::text FROM pg_replication_slots WHERE database = %s", [database.name]
-        )
-    ]
-
-
-def publications(database: Database) -> list[str]:
-    return [name for (name,) in database.execute("SELECT pubname::text FROM pg_publication")]
-
-
-def relations(database: Database) -> list[str]:
-    """Return everything that is in the database and was not there at first."""
-    return [
-        name
-        for (name,) in database.execute(
-            "SELECT c.oid::regclass::text FROM pg_class c WHERE relkind IN ('r', 'v')"
-            " AND relnamespace::regnamespace::text NOT IN ('pg_catalog', 'information_schema') ORDER BY 1"
-        )
-    ]
 
 
 def test_slot_and_publication_go_and_the_index_stays_searchable(
@@ -200,7 +150,7 @@ async def test_it_waits_for_the_lock_of_a_worker_that_is_just_ending(
     command: Callable[[Config], Coroutine[Any, Any, Any]],
 ) -> None:
     database, pipeline = await run_sync(set_up, make_database, make_pipeline)
-    monkeypatch.setattr("cdcsync.flows.teardown.ENDING_S", PATIENCE_S)
+    monkeypatch.setattr("cdcsync.flows.teardown.workers.ENDING_S", PATIENCE_S)
 
     async def waits() -> bool:
         return bool(
@@ -281,10 +231,6 @@ def test_the_other_pipeline_of_the_schema_goes_on(
     worker = other.start()
     other.in_step()
     assert other.stop(worker) == 0
-
-
-OF_WORKER = f"COMMENT ON PUBLICATION cdcsync IS '{MADE}'"
-ANOTHER_SLOT = "SELECT pg_create_logical_replication_slot('another_' || current_database(), 'pgoutput')"
 
 
 @pytest.mark.parametrize(
@@ -484,11 +430,6 @@ def test_a_drop_that_is_killed_at_any_point_is_finished_by_the_next_one_and_the_
     assert pipeline.stop(worker) == 0
 
 
-def sent(database: Database) -> list[str]:
-    """Return the tables in the publication."""
-    return [name for (name,) in database.execute("SELECT tablename::text FROM pg_publication_tables ORDER BY 1")]
-
-
 @pytest.mark.proof
 def test_an_index_that_a_killed_drop_has_left_is_followed_again_if_a_worker_begins_first(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
@@ -518,43 +459,6 @@ def test_an_index_that_something_depends_on_keeps_its_table_in_the_publication(
 
     assert (refused.returncode, "depends on the index" in refused.stderr) == (2, True)
     assert sent(database) == ["articles", "notes"]
-
-
-@pytest.mark.parametrize(
-    ("statement", "reason"),
-    [
-        ("CREATE PUBLICATION cdcsync FOR ALL TABLES", "the publication was not made by a worker"),
-        ("CREATE PUBLICATION cdcsync FOR TABLE public.articles, public.notes", "was not made by a worker"),
-        (
-            f"CREATE PUBLICATION cdcsync FOR TABLE public.articles, public.notes, public.elsewhere; {OF_WORKER}",
-            "also sends public.elsewhere",
-        ),
-        (f"CREATE PUBLICATION cdcsync FOR TABLE public.notes; {OF_WORKER}", "it is the last one there"),
-        (
-            f"CREATE PUBLICATION cdcsync FOR TABLE public.articles, public.notes; {OF_WORKER}; SET ROLE pg_monitor",
-            "belongs to another role",
-        ),
-        (
-            f"CREATE PUBLICATION cdcsync FOR TABLE public.articles, public.notes; {OF_WORKER}; {ANOTHER_SLOT}",
-            "may be read through another_",
-        ),
-    ],
-    ids=["all tables", "made by hand", "another table", "the last table", "another role", "another slot"],
-)
-async def test_a_table_stays_in_the_publication_for_the_reason_that_is_told(
-    database: Database, make_pipeline: Callable[[str], Pipeline], statement: str, reason: str
-) -> None:
-    for table in ("articles", "notes", "elsewhere"):
-        database.execute(f"CREATE TABLE {table} (id bigint PRIMARY KEY, title text)")
-    config = make(make_pipeline, database, database).config
-    async with await connect(database.dsn, "source", application_name="tests") as source:
-        for part in statement.split("; "):
-            await source.execute(part.encode())
-        [step], leaving = await _of_tables(source, config, {"public.notes"}, {"public.articles"})
-    assert leaving == []
-    assert step.outcome == "kept"
-    assert reason in (step.note or "")
-    assert 'DROP TABLE "public"."notes"' in (step.note or "")
 
 
 def test_on_a_server_that_was_not_followed_a_slot_of_our_name_is_anothers_and_its_publication_stays_whole(
@@ -672,7 +576,7 @@ async def test_an_index_that_a_worker_begins_to_follow_meanwhile_is_not_dropped(
         database.execute("UPDATE cdcsync.indexes SET unfollowed_at = NULL")
         return await relations_of(*arguments)
 
-    monkeypatch.setattr("cdcsync.flows.teardown.relations_of", comes_back)
+    monkeypatch.setattr("cdcsync.flows.teardown.one_index.relations_of", comes_back)
     async with await connect(database.dsn, "target") as worker:
         assert await Pipelines("cdcsync", pipeline.config.source.slot).try_lock(worker)
         with pytest.raises(SetupError, match="a worker follows the index"):
@@ -727,183 +631,6 @@ async def test_vectors_of_a_dropped_index_are_never_taken_for_those_of_the_index
     assert refused.value.sqlstate == NO_GENERATION
 
 
-# -- locks, and a source that falls silent ---------------------------------------------------------------------------
-
-COMMANDS = pytest.mark.parametrize(
-    "command", [partial(drop_index, index="notes"), partial(tear_down, purge=True)], ids=["drop", "purge"]
-)
-Command = Callable[[Config], Coroutine[Any, Any, Any]]
-
-
-def two_indexes(source: Database, target: Database, make_pipeline: Callable[[str], Pipeline]) -> Pipeline:
-    """Return a stopped pipeline with the indexes articles and notes, which nobody follows any more."""
-    fill(source)
-    source.execute("CREATE TABLE notes (id bigint PRIMARY KEY, title text)")
-    source.execute("INSERT INTO notes VALUES (1, 'one')")
-    indexes: dict[str, Section] = {"articles": {}, "notes": {}}
-    pipeline = make_pipeline(configuration(source.dsn, target=target.dsn, indexes=indexes))
-    run_and_stop(pipeline)
-    pipeline.released()
-    return pipeline
-
-
-def whole(source: Database, target: Database) -> tuple[list[str], list[str], list[tuple[Any, ...]]]:
-    """Return the slots, the tables in the publication, and how many rows the index has."""
-    return slots(source), sent(source), target.execute("SELECT count(*) FROM notes_index")
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize(
-    ("command", "lock", "told"),
-    [
-        (
-            partial(drop_index, index="notes"),
-            "LOCK TABLE public.notes IN SHARE UPDATE EXCLUSIVE MODE",
-            "public.notes is held by pid {pid}",
-        ),
-        (partial(drop_index, index="notes"), "ALTER PUBLICATION cdcsync ADD TABLE public.other", "held a lock"),
-        (partial(tear_down, purge=True), "ALTER PUBLICATION cdcsync ADD TABLE public.other", "held a lock"),
-        (partial(tear_down, purge=False), "ALTER PUBLICATION cdcsync ADD TABLE public.other", "held a lock"),
-    ],
-    ids=["drop: table", "drop: publication", "purge: publication", "teardown: publication"],
-)
-async def test_who_holds_what_the_source_has_to_lock_is_waited_for_and_named_and_nothing_is_dropped(
-    make_database: Callable[[], Database],
-    make_pipeline: Callable[[str], Pipeline],
-    monkeypatch: pytest.MonkeyPatch,
-    command: Command,
-    lock: str,
-    told: str,
-) -> None:
-    source, target = make_database(), make_database()
-    pipeline = await run_sync(two_indexes, source, target, make_pipeline)
-    source.execute("CREATE TABLE other (id int PRIMARY KEY)")
-    monkeypatch.setattr("cdcsync.flows.teardown.ATTEMPTS", 2)
-    before = whole(source, target)
-    async with await connect(source.dsn, "source") as holder:
-        async with holder.transaction(force_rollback=True):
-            await holder.execute(lock.encode())
-            with pytest.raises(SetupError) as refused:
-                await command(pipeline.config)
-        assert whole(source, target) == before
-        # It is waited for: the command that begins while it is held succeeds once it is not.
-        monkeypatch.setattr("cdcsync.flows.teardown.ATTEMPTS", 60)
-        async with anyio.create_task_group() as tasks, holder.transaction(force_rollback=True):
-            await holder.execute(lock.encode())
-            tasks.start_soon(command, pipeline.config)
-            await run_sync(until, lambda: transactions(source, waiting=True), "the command to wait")
-        pid = holder.info.backend_pid
-    assert told.format(pid=pid) in refused.value.message
-    assert "nothing was dropped" in refused.value.message
-    assert "then try again" in (refused.value.hint or "")
-    assert "notes" not in sent(source)
-
-
-def transactions(database: Database, *, waiting: bool) -> list[tuple[Any, ...]]:
-    """Return when a command of ours began its transactions in a database, or those that wait for a lock."""
-    return database.execute(
-        "SELECT xact_start FROM pg_stat_activity WHERE application_name IN ('cdcsync drop', 'cdcsync teardown')"
-        " AND datname = current_database() AND xact_start IS NOT NULL AND (NOT %s OR wait_event_type = 'Lock')",
-        [waiting],
-    )
-
-
-@pytest.mark.anyio
-@COMMANDS
-async def test_while_a_search_is_waited_for_in_the_target_nothing_is_locked_on_the_source(
-    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], command: Command
-) -> None:
-    source, target = make_database(), make_database()
-    pipeline = await run_sync(two_indexes, source, target, make_pipeline)
-    async with (
-        await connect(target.dsn, "target") as searcher,
-        anyio.create_task_group() as tasks,
-        searcher.transaction(),
-    ):
-        await searcher.execute("SELECT FROM public.notes_index")
-        tasks.start_soon(command, pipeline.config)
-        there, after = list[tuple[Any, ...]](), [(None,)]
-        began = None
-        while began != after:  # the same transaction waited in the target before we looked, and after
-            began = await run_sync(until, lambda: transactions(target, waiting=True), "the command to wait")
-            there = transactions(source, waiting=False)
-            after = transactions(target, waiting=True)
-    assert there == []
-    assert "notes" not in sent(source)
-
-
-def by_way_of(proxy: Proxy, pipeline: Pipeline, source: Database) -> Config:
-    """Return the pipeline's configuration with its source behind a proxy."""
-    dsn = psycopg.conninfo.make_conninfo(source.dsn, host="127.0.0.1", port=proxy.port)
-    return pipeline.configure(pipeline.path.read_text().replace(source.dsn, dsn))
-
-
-@pytest.mark.anyio
-@COMMANDS
-async def test_a_source_that_falls_silent_keeps_searches_waiting_for_a_moment_and_the_next_command_finishes(
-    make_database: Callable[[], Database],
-    make_pipeline: Callable[[str], Pipeline],
-    make_proxy: Callable[[int], Proxy],
-    monkeypatch: pytest.MonkeyPatch,
-    command: Command,
-) -> None:
-    source, target = make_database(), make_database()
-    pipeline = await run_sync(two_indexes, source, target, make_pipeline)
-    before = whole(source, target)
-    proxy = make_proxy(int(psycopg.conninfo.conninfo_to_dict(source.dsn)["port"] or 0))
-    config = by_way_of(proxy, pipeline, source)
-    searched: list[Any] = []
-
-    async def search() -> None:
-        searched.extend(await run_sync(target.execute, "SELECT count(*) FROM notes_index"))
-
-    with monkeypatch.context() as patched:
-        patched.setattr("cdcsync.flows.teardown.LET_GO_S", 0.5)
-        async with anyio.create_task_group() as tasks:
-
-            async def then_silent(drop: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> None:
-                await drop(*arguments)
-                proxy.freeze()
-                tasks.start_soon(search)
-
-            patched.setattr("cdcsync.flows.teardown.drop_relations", partial(then_silent, drop_relations))
-            patched.setattr("cdcsync.flows.teardown.drop_pipeline", partial(then_silent, drop_pipeline))
-            with pytest.raises(SourceUnavailable) as refused:
-                await command(config)
-    assert searched == [(1,)]
-    assert whole(source, target) == before
-    assert refused.value.message == (
-        "the server has not answered for 0.5 s; dropped on the source, as far as it has answered: nothing;"
-        " in the target: nothing"
-    )
-    assert "run the command again" in (refused.value.hint or "")
-
-    proxy.heal()
-    await command(config)
-    assert "notes" not in sent(source)
-    assert not [one for one in relations(target) if "notes_" in one]
-
-
-@pytest.mark.anyio
-async def test_a_publication_that_is_locked_at_the_last_moment_leaves_the_slot_where_it_is(
-    make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, target = make_database(), make_database()
-    pipeline = await run_sync(two_indexes, source, target, make_pipeline)
-    before = whole(source, target)
-    async with await connect(source.dsn, "source") as editor, editor.transaction(force_rollback=True):
-
-        async def then_edited(*arguments: Any) -> None:
-            await drop_pipeline(*arguments)
-            await editor.execute("COMMENT ON PUBLICATION cdcsync IS 'edited'")
-
-        monkeypatch.setattr("cdcsync.flows.teardown.drop_pipeline", then_edited)
-        with pytest.raises(SourceUnavailable) as refused:
-            await tear_down(pipeline.config, purge=True)
-    assert whole(source, target) == before
-    assert "another session holds a lock; dropped on the source" in refused.value.message
-
-
 def test_the_tables_of_an_index_leave_the_publication_together(
     make_database: Callable[[], Database], make_pipeline: Callable[[str], Pipeline]
 ) -> None:
@@ -919,20 +646,3 @@ def test_the_tables_of_an_index_leave_the_publication_together(
     assert done["public.authors in the publication cdcsync"] == "dropped"
     assert done["public.notes in the publication cdcsync"] == "dropped"
     assert sent(source) == ["articles"]
-
-
-@pytest.mark.anyio
-async def test_a_table_that_is_sent_with_its_schema_stays_in_the_publication(
-    database: Database, make_pipeline: Callable[[str], Pipeline]
-) -> None:
-    with database.connect() as session:
-        if session.info.server_version < 150000:
-            pytest.skip("publications of schemas came with PostgreSQL 15")
-    for table in ("articles", "notes"):
-        database.execute(f"CREATE TABLE {table} (id bigint PRIMARY KEY, title text)")
-    database.execute("CREATE PUBLICATION cdcsync FOR TABLES IN SCHEMA public")
-    database.execute(OF_WORKER)
-    config = make(make_pipeline, database, database).config
-    async with await connect(database.dsn, "source", application_name="tests") as source:
-        [step], leaving = await _of_tables(source, config, {"public.notes"}, {"public.articles"})
-    assert (step.outcome, step.note, leaving) == ("kept", "it is sent with its schema", [])

@@ -76,7 +76,30 @@ async def test_the_index_of_a_table_that_stays_locked_waits_whatever_the_table_i
         with pytest.raises(IndexFault) as refused:
             await set_up_publication(source, config, [free, held], index_of={free: "other", held: "waits"})
     assert refused.value.index == "waits"
-    assert f"pid {other.info.backend_pid}" in refused.value.message
+    assert f" is locked by pid {other.info.backend_pid} (" in refused.value.message
+    for connection in (source, other):
+        await connection.close()
+
+
+async def test_who_holds_the_publication_itself_is_named_and_a_table_that_nobody_holds_waits(
+    make_database: Callable[[], Database], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = make_database()
+    for table in ("articles", "more"):
+        database.execute(f"CREATE TABLE {table} (id int PRIMARY KEY, title text)")
+    config = parse(configuration(database.dsn), {}, where="the test's configuration")
+    source, other = await connect(database.dsn, "source"), await connect(database.dsn, "source")
+    more = QualifiedName("public", "more")
+    await set_up_publication(source, config, [STAYS])
+    monkeypatch.setattr("cdcsync.flows.setup.start.PUBLISH_ATTEMPTS", 1)
+    async with other.transaction(force_rollback=True):
+        await other.execute("COMMENT ON PUBLICATION cdcsync IS 'edited'")
+        with pytest.raises(IndexFault) as refused:
+            await set_up_publication(source, config, [STAYS, more], index_of={STAYS: "other", more: "waits"})
+    assert refused.value.index == "waits"
+    assert f"publication cdcsync is locked by pid {other.info.backend_pid} (" in refused.value.message
+    assert f"pg_terminate_backend({other.info.backend_pid})" in (refused.value.hint or "")
+    await set_up_publication(source, config, [STAYS, more])
     for connection in (source, other):
         await connection.close()
 
