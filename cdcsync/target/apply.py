@@ -1,7 +1,7 @@
 """Apply: what one index takes from a batch, written in the caller's target transaction.
 
-The changed rows go to a temporary table, the stage. A few set-based statements then bring chunks, vectors and backlog to
-the new state. The order matters:
+The changed rows go to a temporary table, the stage. Some set-based statements bring chunks, vectors and backlog to the
+new state. The order matters:
 
 1. texts that a document had already keep the position and the time that they have, wherever in it they are now: they
    may wait for a vector since then (`wait_for`). This is before anything of the document is deleted or written;
