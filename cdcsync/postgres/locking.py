@@ -90,21 +90,23 @@ async def until_locked(
 class Lock(msgspec.Struct, frozen=True):
     """A lock that keeps everybody from using a table or publication, or a request for one, behind which others wait.
 
+    :ivar of: the table that was asked about; None if it is a publication's.
     :ivar table: its name, as SQL writes it; of a partitioned table it may be a partition's. Or `publication NAME`.
     :ivar pid: of the session; None for a prepared transaction, which `session` names.
     :ivar session: its application and role.
-    :ivar age: how long its transaction has been open; None if we may not know.
+    :ivar ending: the statement that ends its transaction.
+    :ivar age: how long a session's transaction has been open; None if we may not know.
     :ivar granted: whether it has the lock; else it waits for others, and we behind it.
-    :ivar of: the table that was asked about; None if it is a publication's.
     :ivar transaction: the transaction that it is of: another one each time that the session has begun again.
     """
 
+    of: QualifiedName | None
     table: str
     pid: int | None
     session: str
+    ending: str
     age: str | None
     granted: bool
-    of: QualifiedName | None
     transaction: str
 
     def __str__(self) -> str:
@@ -117,9 +119,7 @@ class Lock(msgspec.Struct, frozen=True):
     @property
     def remedy(self) -> str:
         """The fix, as an instruction."""
-        if self.pid is None:
-            return f"end the {self.session}: COMMIT PREPARED or ROLLBACK PREPARED"
-        return f"wait until that transaction ends, or end it: SELECT pg_terminate_backend({self.pid})"
+        return f"wait until that transaction ends, or end it: {self.ending}"
 
 
 READERS_WAIT = ("AccessExclusiveLock",)
@@ -145,20 +145,35 @@ LOCKED: LiteralString = (
 
 Functions that write an expression of a table (pg_get_expr and the like) lock it, as does pg_partition_tree."""
 
+PREPARED: LiteralString = """
+    SELECT transaction, prepared, format('prepared transaction %%L (%%s, prepared %%s ago)', gid, owner,
+            date_trunc('second', clock_timestamp() - prepared)) AS words,
+        format('COMMIT PREPARED %%1$L or ROLLBACK PREPARED %%1$L in database %%2$I', gid, database) AS ending
+    FROM pg_prepared_xacts
+"""
+"""SQL for the prepared transactions, as an operator knows them, and the statements that end them."""
+
 _HELD: LiteralString = """
         l.pid,
-        CASE WHEN l.pid IS NULL THEN format('prepared transaction %%L', p.gid)
-            ELSE coalesce(nullif(concat_ws(', ', nullif(a.application_name, ''), 'role ' || a.usename), ''),
-                a.backend_type, '') END,
-        date_trunc('second', clock_timestamp() - coalesce(a.xact_start, p.prepared))::text, l.granted,
-        l.virtualtransaction
+        coalesce(p.words, nullif(concat_ws(', ', nullif(a.application_name, ''), 'role ' || a.usename), ''),
+            a.backend_type, ''),
+        coalesce(p.ending, format('SELECT pg_terminate_backend(%%s)', l.pid)),
+        date_trunc('second', clock_timestamp() - a.xact_start)::text, l.granted, l.virtualtransaction
 """
-_HOLDERS: LiteralString = """
+# A prepared transaction keeps the virtual id that it had in its session, and gets another one when the server starts
+# again. Like each transaction it has its own id locked, under the same virtual id. If it is gone from only one of the
+# views, it has just ended.
+_HOLDERS: LiteralString = (
+    """
     LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
-    LEFT JOIN pg_prepared_xacts AS p ON l.virtualtransaction = '-1/' || p.transaction::text
-    WHERE l.pid IS DISTINCT FROM pg_backend_pid()
+    LEFT JOIN (("""
+    + PREPARED
+    + """) AS p JOIN pg_locks AS own ON own.transactionid = p.transaction AND own.pid IS NULL)
+        ON own.virtualtransaction = l.virtualtransaction
+    WHERE (l.pid <> pg_backend_pid() OR p.words IS NOT NULL)
         AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
+)
 _EXCLUSIVE: LiteralString = (
     """
     WITH RECURSIVE wanted (oid, place) AS (
@@ -214,10 +229,7 @@ async def exclusive_locks(
     asked = list(tables)
     schemas, names = [one.schema for one in asked], [one.name for one in asked]
     cursor = await connection.execute(_EXCLUSIVE, [schemas, names, list(modes), open_for_s])
-    return [
-        Lock(table, pid, session, age, granted, asked[place - 1], transaction)
-        for place, table, pid, session, age, granted, transaction in await cursor.fetchall()
-    ]
+    return [Lock(asked[place - 1], *lock) for place, *lock in await cursor.fetchall()]
 
 
 async def publishing_locks(connection: Connection, publication: str, tables: Collection[QualifiedName]) -> list[Lock]:
@@ -226,10 +238,7 @@ async def publishing_locks(connection: Connection, publication: str, tables: Col
     A statement that changes a publication locks it first, and then the tables.
     """
     cursor = await connection.execute(_OF_PUBLICATION, [publication])
-    held = [
-        Lock(name, pid, session, age, granted, None, transaction)
-        for name, pid, session, age, granted, transaction in await cursor.fetchall()
-    ]
+    held = [Lock(None, *lock) for lock in await cursor.fetchall()]
     return [*held, *await exclusive_locks(connection, tables, modes=PUBLISHING_WAITS)]
 
 

@@ -14,6 +14,7 @@ import msgspec
 
 from cdcsync.errors import leading
 from cdcsync.model.visibility import XID_SPAN, Snapshot
+from cdcsync.postgres.locking import PREPARED
 from cdcsync.postgres.queries import fetch_rows, fetch_value
 from cdcsync.postgres.sessions import Connection
 
@@ -119,10 +120,9 @@ async def blockers(connection: Connection, xids: Iterable[int]) -> list[Blocker]
                    format('SELECT pg_terminate_backend(%%s)', pid)
             FROM pg_stat_activity WHERE backend_xid::text::bigint = ANY(%s)
             UNION ALL
-            SELECT prepared, format('prepared transaction %%L (%%s, prepared %%s ago)', gid, owner,
-                       date_trunc('second', now() - prepared)),
-                   format('COMMIT PREPARED or ROLLBACK PREPARED %%L in database %%I', gid, database)
-            FROM pg_prepared_xacts WHERE transaction::text::bigint = ANY(%s)
+            SELECT prepared, words, ending FROM ("""
+        + PREPARED
+        + """) AS p WHERE transaction::text::bigint = ANY(%s)
         ) AS b (since, words, ending) ORDER BY since
         """,
         [(recent := [xid % XID_SPAN for xid in xids]), recent],

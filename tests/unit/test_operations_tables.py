@@ -88,7 +88,7 @@ HELD = {
     ),
     "its tables or views in the target have to change": (
         "tests/server/flows/setup/test_indexes.py",
-        "test_a_session_that_uses_a_view_keeps_neither",
+        "test_a_transaction_that_uses_a_view_keeps_neither",
     ),
     "… is locked by": (
         "tests/server/scenarios/test_locks.py",

@@ -29,7 +29,7 @@ from cdcsync.model.pauses import Pause
 from cdcsync.model.spec import IndexSpec
 from cdcsync.postgres.autovacuums import Vacuumed
 from cdcsync.postgres.errors import LOCKED_OUT, speaking_of
-from cdcsync.postgres.locking import BRIEFLY, attempt, until_locked
+from cdcsync.postgres.locking import BRIEFLY, OPEN_FOR_S, REPLACING_WAITS, attempt, exclusive_locks, until_locked
 from cdcsync.postgres.sessions import Connection
 from cdcsync.process.crashpoints import crash_point
 from cdcsync.source.catalog import Catalog, facts_of
@@ -42,6 +42,7 @@ from cdcsync.target.approvals import Approvals, change_of
 from cdcsync.target.ddl.generations import create_generations, drop_relations, open_beside
 from cdcsync.target.ddl.grants import settings_to_note
 from cdcsync.target.ddl.missing import Missing, missing_relations, newly_asked_for
+from cdcsync.target.ddl.names import written_tables
 from cdcsync.target.ddl.policies import put_policy
 from cdcsync.target.ddl.relations import create_index_relations
 from cdcsync.target.ddl.searching import search_outdated
@@ -151,13 +152,14 @@ async def _set_up_one(
             raise
         raise IndexFault(error.message, index=spec.name, where=error.where, hint=error.hint) from error
     except LOCKED_OUT as error:
+        used = [spec.config.view_name, *written_tables(config.target.schema, spec)]
+        locks = await exclusive_locks(target, used, modes=REPLACING_WAITS, open_for_s=OPEN_FOR_S)
         raise IndexFault(
-            "its tables or views in the target have to change, and a session there does not let go of them",
+            "its tables or views in the target have to change, and a transaction there does not let go of them"
+            + "".join(f": {lock}" for lock in locks[:1]),
             index=spec.name,
             where=str(spec.config.view_name),
-            hint="end what it does: SELECT pid, usename, application_name, relation::regclass FROM pg_locks"
-            f" JOIN pg_stat_activity USING (pid) WHERE relation = '{spec.config.view_name}'::regclass"
-            f" OR relation IN (SELECT oid FROM pg_class WHERE starts_with(relname, '{spec.relations}_'))",
+            hint=locks[0].remedy if locks else "end the transaction that holds the lock: pg_locks names it",
         ) from error
     except psycopg.errors.DependentObjectsStillExist as error:
         raise IndexFault(

@@ -137,5 +137,6 @@ async def test_a_prepared_transaction_that_is_in_the_way_is_named(database: Data
 
     mine = [one for one in described if f"prepared transaction '{database.name} it''s'" in str(one)]
     assert [one.ending for one in mine] == [
-        f"COMMIT PREPARED or ROLLBACK PREPARED '{database.name} it''s' in database {database.name}"
+        f"COMMIT PREPARED '{database.name} it''s' or ROLLBACK PREPARED '{database.name} it''s'"
+        f" in database {database.name}"
     ]
