@@ -114,10 +114,12 @@ def _make_plan(name: str, index: Index, embedders: Mapping[str, Embedder], findi
 
 def _said(finding: Finding, plan: Plan, findings: Sequence[Finding]) -> bool:
     """Say whether a finding is among others; what is wrong with a table is so for both sides of an index."""
+    names = (plan.name, own_name(plan.name))
     own = msgspec.structs.replace(
         finding,
-        where=finding.where.replace(plan.name, own_name(plan.name)),
-        message=finding.message.replace(plan.name, own_name(plan.name)),
+        where=finding.where.replace(*names),
+        message=finding.message.replace(*names),
+        hint=finding.hint and finding.hint.replace(*names),
     )
     return finding in findings or (own in findings and finding.level != "ok")
 
