@@ -50,21 +50,22 @@ alone, without arguments, does all that it can."""
 
 GOALS: Runs = {
     "drain": ((), {"ROUNDS": "3"}),
-    "native": (("keywords", "plain", "large"), {"LARGE_ROWS": "200000"}),
+    "native": (("keywords", "plain", "large"), {"LARGE_ROWS": "100000"}),
     "latency": ((), {"SECONDS": "3"}),
     "waste": ((), {}),
-    "backfill": (("50000",), {}),
-    "memory": (("narrow",), {"LARGE_ROWS": "250000"}),
-    "scale": ((), {"SIZES": "1000,1000000", "INDEXES": "1,50"}),
+    "backfill": (("30000",), {}),
+    "memory": (("narrow",), {"LARGE_ROWS": "200000"}),
+    "scale": ((), {"SIZES": "1000,100000", "INDEXES": "1,50"}),
     "writes": (("on",), {}),
-    "peers": (("--both", "backfill", "catch_up", "live"), {"SIDES": "cdcsync,pgai"}),
+    "peers": (("--both", "backfill", "catch_up", "live"), {"SIDES": "cdcsync,pgai", "BACKFILL_ROWS": "6000"}),
     "gpu": ((), {}),
 }
 
 MORE: Runs = {
     "native-large": (("large",), {}),
     "memory-large": ((), {}),
-    "scale-between": (("rows", "indexes"), {"SIZES": "1000,10000,100000", "INDEXES": "1,10"}),
+    "backfill-large": (("50000",), {}),
+    "scale-large": ((), {"SIZES": "1000,1000000", "INDEXES": "1,50"}),
     "writes-unsynced": (("off",), {}),
     "peers-settled": (("--both", "backfill", "catch_up", "live"), {"SIDES": "cdcsync_settled,pgai"}),
     "texts": ((), {}),

@@ -168,6 +168,8 @@ class IndexWriter(LookUps):
 
     def _giving(self, one: IndexSpec, changes: ChangeSet) -> list[tuple[str, IndexSpec]]:
         """Return what sees that all chunks that were put have a vector of one generation, or wait for it."""
+        if not changes.documents:
+            return []
         # The vectors that came along are of the live generation's model, and such as it can store.
         along = bool(changes.vectors) and self._same_model(one)
         # At light load every vector came along, and there is nothing to look for.

@@ -23,6 +23,7 @@ from cdcsync.target.backlog import Backlog
 from cdcsync.target.filling import Filling, Stored
 from cdcsync.target.generations import Generations
 from cdcsync.target.keys import discard_vectors
+from cdcsync.target.stage import FEW_ROWS
 from tests.support.indexes import (
     SCHEMA,
     LiveIndex,
@@ -320,6 +321,11 @@ async def test_tables_beside_that_somebody_holds_are_not_waited_for(
             await searched.apply(changes(document("1", "one")))
             assert await own.take_over([hash_text("one")]) == set()
             assert await own.store({hash_text("one"): vector_of("one")}) == 1
+            for more in (0, FEW_ROWS):
+                await searched.apply(changes(document("1", "one")))
+                gone = [str(number) for number in range(1, 2 + more)]
+                assert (await searched.apply(changes(deleted=gone))).deleted == 1
+                assert (await searched.apply(changes(absent=gone))).deleted == 0
         applied = await searched.apply(changes(document("2", "one", existed=False), document("3", "another")))
         assert (applied.reused, applied.queued) == (1, 1)
 
